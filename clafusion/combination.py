@@ -1,0 +1,123 @@
+"""The fused parameters: every parent moved onto the anchor's neurons, then averaged."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from clafusion.errors import FusionError
+from clafusion.graph import independent_copy
+from clafusion.maps import Balanced, Maps, axis_map
+from clafusion.options import FusionOptions
+from clafusion.parameters import load_state, move, resized, state_of
+from clafusion.structure import Layer, Unit
+
+
+def combine(
+    anchor: nn.Module, balanced: Balanced, maps: Sequence[Maps], weights: Sequence[float], options: FusionOptions
+) -> nn.Module:
+    """Average the moved parents into a network with the anchor's widths and the balanced depth.
+
+    Args:
+        anchor: the balanced anchor; left as it is.
+        balanced: the structures of all balanced parents.
+        maps: per parent the maps of its neurons.
+        weights: per parent, summing to one.
+        options: `streams` and `head` are read.
+    """
+    structure = balanced.structure
+    network = resized(anchor, structure, _sizes(balanced, options))
+    states = [state_of(parent.module) for parent in balanced.structures]
+    fused: dict[str, Tensor] = {}
+    for unit in structure.units:
+        for layer in unit.layers:
+            for name in (key for key in structure.axes if key.rpartition(".")[0] == layer.name):
+                if not states[balanced.anchor][name].is_floating_point():  # a counter of batches
+                    fused[name] = states[balanced.anchor][name]
+                    continue
+                parts = _coefficients(balanced, unit, layer, name, weights, options)
+                fused[name] = sum(
+                    share * _moved(balanced, k, name, states[k][name], maps[k], options)
+                    for k, share in enumerate(parts)
+                    if share
+                )
+    return load_state(network, fused)
+
+
+def _moved(balanced: Balanced, k: int, name: str, tensor: Tensor, maps: Maps, options: FusionOptions) -> Tensor:
+    axes = balanced.structures[k].axes[name]
+    return move(tensor.double(), axes, [axis_map(axis, maps, options) for axis in axes])
+
+
+def _sizes(balanced: Balanced, options: FusionOptions) -> dict[str, int]:
+    """The widths of the result: the anchor's, and the template's inside units that the anchor lacks."""
+    sizes = dict(balanced.structure.sizes)
+    shared = options.streams == "shared"
+    for unit in balanced.structure.units:
+        for layer in unit.layers:
+            owner = balanced.reference(balanced.owners_of(layer, unit, shared))
+            sizes[layer.space] = balanced.structures[owner].sizes[layer.space]
+    return sizes
+
+
+def _coefficients(
+    balanced: Balanced, unit: Unit, layer: Layer, name: str, weights: Sequence[float], options: FusionOptions
+) -> list[float]:
+    """The share of every parent in one parameter.
+
+    A residual unit that only some parents have keeps its inner layers whole, and what closes its branch is scaled by
+    those parents' weights: averaging both with zeros would leave the square of the weight.
+    """
+    everybody = range(len(balanced.structures))
+    owners = balanced.owners[unit.name]
+    if options.head == "anchor" and layer.space == balanced.structure.output:
+        return [float(k == balanced.anchor) for k in everybody]
+    if options.streams == "per_layer" or unit.kind == "plain" or len(owners) == len(everybody):
+        return list(weights)
+    scaled = layer.name == unit.closing and name.endswith((".weight", ".bias"))
+    total = 1.0 if scaled else sum(weights[k] for k in owners)
+    if total == 0:
+        return [float(k == min(owners)) for k in everybody]
+    return [weights[k] / total if k in owners else 0.0 for k in everybody]
+
+
+def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None) -> nn.Module:
+    """The plain average of networks of one architecture, parameter by parameter: the naive baseline.
+
+    Args:
+        models: at least one network; left as they are.
+        weights: per network, at least 0 with a positive sum; None: equal.
+
+    Returns:
+        A network of the class of the first, in eval mode.
+
+    Raises:
+        FusionError: if names or shapes of the parameters differ.
+    """
+    shares = normalized(weights, len(models))
+    states = [state_of(model) for model in models]
+    for state in states[1:]:
+        for name in (*states[0], *state):
+            shapes = [list(s[name].shape) if name in s else "none" for s in (states[0], state)]
+            if shapes[0] != shapes[1]:
+                raise FusionError(
+                    f"Expected networks of one architecture, got {name!r} of shapes {shapes[0]}, {shapes[1]}"
+                )
+    averaged = {
+        name: sum(share * state[name].double() for share, state in zip(shares, states, strict=True))
+        if value.is_floating_point()
+        else value
+        for name, value in states[0].items()
+    }
+    return load_state(independent_copy(models[0]), averaged)
+
+
+def normalized(weights: Sequence[float] | None, count: int) -> list[float]:
+    """Weights that sum to one.
+
+    Raises:
+        FusionError: if there is not one weight per network.
+    """
+    chosen = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if len(chosen) != count or min(chosen, default=-1.0) < 0 or sum(chosen) <= 0:
+        raise FusionError(f"Expected {count} weights of at least 0 with a positive sum, got {list(weights or [])}")
+    return [weight / sum(chosen) for weight in chosen]

@@ -1,0 +1,129 @@
+"""The options of a fusion: plain, frozen values, checked when they are made."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from clafusion.errors import FusionError
+
+
+@dataclass(frozen=True)
+class FusionOptions:
+    """How to fuse. The defaults are the best measured ones; `FusionOptions.paper()` gives the published ones.
+
+    Attributes:
+        layer_measure: dissimilarity of layers: 1 - CKA, 1 - CCA, Wasserstein distance of their neurons, squared
+            difference of their neuron counts, or of their indices.
+        debiased: use the debiased CKA, streamed over batches; biased CKA needs all samples at once.
+        pin_first: leading layers of every stage that are matched by force.
+        pin_last: trailing layers of every stage that are matched by force.
+        mapping: the layer map: `optimal`, or the baselines `chain` (1..n) and `random`.
+        balance: `insert` identities into the shallower parent, or `merge` layers of the deeper.
+        relu: when merging, what replaces a ReLU between merged layers: per neuron the sign of its `sum` over the
+            samples, whether it is active in the `majority`, or the share of samples in which it is (`average`).
+        features: what neurons are compared by: `activations` (after the activation function), `preactivations`, or
+            incoming `weights`.
+        cost: ground cost between the features of two neurons.
+        squared: square the euclidean distance.
+        normalize: how a cost matrix is normalised.
+        solver: optimal transport solver.
+        regularization: entropic regularisation of `sinkhorn` and `unbalanced`.
+        marginal_regularization: weight of the marginals of `unbalanced`.
+        mass: mass of a neuron: uniform, or the l1 or l2 norm of its incoming weights.
+        streams: `shared`: one map for a whole residual stream; `per_layer`: one map per layer, as published.
+        head: the output layer: `average` label by label, `transport` its outputs too (published), or keep the
+            `anchor`'s.
+        anchor: index of the parent whose neurons and widths the result has.
+        weights: weight of every parent in the average; None: equal.
+        combine: `transport` the neurons before averaging, or plainly `average`.
+        many: more than two parents: all onto the anchor at once, or one after another (`iterative`).
+        correction: what is done about the shrunken variance of an average.
+        num_samples: unlabelled samples to measure on, at most.
+        seed: seed of the random layer map and of the choice of samples.
+
+    Raises:
+        FusionError: on construction, for any value outside its domain.
+    """
+
+    layer_measure: Literal["cka", "cca", "wasserstein", "neurons", "index"] = "cka"
+    debiased: bool = True
+    pin_first: int = 1
+    pin_last: int = 1
+    mapping: Literal["optimal", "chain", "random"] = "optimal"
+    balance: Literal["insert", "merge"] = "insert"
+    relu: Literal["sum", "majority", "average"] = "sum"
+    features: Literal["activations", "preactivations", "weights"] = "activations"
+    cost: Literal["correlation", "euclidean", "cosine"] = "correlation"
+    squared: bool = False
+    normalize: Literal["none", "max", "mean", "median", "log"] = "none"
+    solver: Literal["exact", "sinkhorn", "unbalanced", "gromov"] = "exact"
+    regularization: float = 0.05
+    marginal_regularization: float = 1.0
+    mass: Literal["uniform", "l1", "l2"] = "uniform"
+    streams: Literal["shared", "per_layer"] = "shared"
+    head: Literal["average", "transport", "anchor"] = "average"
+    anchor: int = 0
+    weights: Sequence[float] | None = None
+    combine: Literal["transport", "average"] = "transport"
+    many: Literal["many_to_one", "iterative"] = "many_to_one"
+    correction: Literal["none"] = "none"
+    num_samples: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            _check(name, getattr(self, name), hint)
+        for name, least in {"pin_first": 0, "pin_last": 0, "anchor": 0, "num_samples": 2}.items():
+            if getattr(self, name) < least:
+                raise FusionError(f"Expected {name} of at least {least}, got {getattr(self, name)}")
+        for name in ("regularization", "marginal_regularization"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise FusionError(f"Expected a positive {name}, got {getattr(self, name)}")
+        if self.squared and self.cost != "euclidean":
+            raise FusionError(f"Expected squared only with cost euclidean, got cost {self.cost}")
+        if self.weights is not None:
+            self._check_weights(self.weights)
+            object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
+
+    @staticmethod
+    def _check_weights(weights: Sequence[float]) -> None:
+        if not all(0 <= weight < float("inf") for weight in weights) or sum(weights) <= 0:
+            raise FusionError(f"Expected weights of at least 0 with a positive sum, got {list(weights)}")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> "FusionOptions":
+        """The published settings (CLAFusion, Nguyen et al. 2023), with changes if any."""
+        published: dict[str, Any] = {
+            "debiased": False,
+            "features": "preactivations",
+            "cost": "euclidean",
+            "streams": "per_layer",
+            "head": "transport",
+            "num_samples": 200,
+        }
+        return cls(**{**published, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain containers."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    """One value against its type hint: a Literal, bool, int, float, or optional sequence of numbers."""
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise FusionError(f"Expected {name} to be one of {', '.join(get_args(hint))}, got {value!r}")
+        return
+    if name == "weights":
+        ok = value is None or (isinstance(value, list | tuple) and all(_is_number(item) for item in value))
+        expected = "a list of numbers or None"
+    elif hint is float:
+        ok, expected = _is_number(value), "a number"
+    else:
+        ok, expected = type(value) is hint, f"{hint.__name__}"
+    if not ok:
+        raise FusionError(f"Expected {name} to be {expected}, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

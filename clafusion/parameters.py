@@ -1,0 +1,91 @@
+"""Parameters as data: move them along maps of their neurons, and build the network that has room for them."""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from clafusion.graph import strip_hooks
+from clafusion.structure import Axis, Structure
+
+State = Mapping[str, Tensor]
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, detached; they still share the model's memory."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach() for name, tensor in tensors}
+
+
+def move(tensor: Tensor, axes: Sequence[Axis | None], maps: Sequence[Tensor | None]) -> Tensor:
+    """Apply to every axis of a parameter the map of the neurons that it indexes.
+
+    Along an axis, `new[j] = sum_i map[i, j] old[i]`; a repeated axis is moved in blocks of `repeat`.
+
+    Args:
+        tensor: the parameter.
+        axes: what its axes index.
+        maps: for every axis a map [old neurons, new neurons], or None to leave the axis as it is.
+
+    Returns:
+        The moved parameter, float64 where anything moved.
+    """
+    for dim, (axis, mapping) in enumerate(zip(axes, maps, strict=True)):
+        if axis is None or mapping is None:
+            continue
+        blocks = tensor.to(mapping.dtype).movedim(dim, 0)
+        rest = blocks.shape[1:]
+        blocks = blocks.reshape(mapping.shape[0], -1)
+        tensor = (mapping.T @ blocks).reshape(mapping.shape[1] * axis.repeat, *rest).movedim(0, dim)
+    return tensor
+
+
+def resized(model: nn.Module, structure: Structure, sizes: Mapping[str, int]) -> nn.Module:
+    """A copy of a network in eval mode whose neuron spaces have other sizes; its parameters are zero.
+
+    Args:
+        model: the network to copy; left as it is.
+        structure: its structure.
+        sizes: the new number of neurons of each space; a space that is not named keeps its size.
+    """
+    state = state_of(model)
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    network = strip_hooks(copy.deepcopy(model, memo)).eval()  # the shared tensors are replaced below
+    for name, axes in structure.axes.items():
+        path, _, key = name.rpartition(".")
+        module = network.get_submodule(path)
+        old = state[name]
+        shape = [
+            length if axis is None else sizes.get(axis.space, structure.sizes[axis.space]) * axis.repeat
+            for length, axis in zip(old.shape, axes, strict=True)
+        ]
+        fresh = torch.zeros(shape, dtype=old.dtype, device=old.device)
+        if key in module._parameters:
+            module._parameters[key] = nn.Parameter(fresh)
+        else:
+            module._buffers[key] = fresh
+    for layer in structure.layers:
+        _declare_sizes(network.get_submodule(layer.name))
+    return network
+
+
+def load_state(network: nn.Module, state: State) -> nn.Module:
+    """Copy tensors into a network, in its own dtype; returns the network."""
+    with torch.no_grad():
+        for name, tensor in state_of(network).items():
+            tensor.copy_(state[name])
+    return network
+
+
+def _declare_sizes(module: nn.Module) -> None:
+    """Bring the size attributes of a layer in line with its tensors."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Conv2d):
+        module.out_channels = module.weight.shape[0]
+        depthwise = module.groups > 1
+        module.groups = module.out_channels if depthwise else 1
+        module.in_channels = module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        module.num_features = module.weight.shape[0]

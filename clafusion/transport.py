@@ -1,0 +1,165 @@
+"""Neuron transport: how the neurons of one network are carried onto those of another.
+
+Notation as in OTFusion (Singh & Jaggi 2020): `cost[i, j]` is the ground cost between neuron i of the other network and
+neuron j of the anchor, a *plan* couples their masses, and a *map* is a plan divided by the anchor's marginal, so that
+each of its columns (an anchor neuron as a mixture of the other's neurons) sums to one.
+"""
+
+import numpy as np
+import ot
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from clafusion.errors import FusionError
+from clafusion.statistics import Moments
+
+_NORMALIZERS = {
+    "none": lambda cost: cost,
+    "max": lambda cost: cost / cost.max().clamp_min(torch.finfo(cost.dtype).tiny),
+    "mean": lambda cost: cost / cost.mean().clamp_min(torch.finfo(cost.dtype).tiny),
+    "median": lambda cost: cost / cost.median().clamp_min(torch.finfo(cost.dtype).tiny),
+    "log": torch.log1p,
+}
+
+
+def ground_cost(moments: Moments, kind: str = "correlation", squared: bool = False, normalize: str = "none") -> Tensor:
+    """The cost between every neuron of x and every neuron of y, from their moments.
+
+    Args:
+        moments: joint sums of the features of n and m neurons.
+        kind: `correlation` (1 minus Pearson's; 1 for a neuron that does not vary), `euclidean` (distance of the feature
+            vectors) or `cosine` (1 minus the cosine).
+        squared: square the euclidean distance.
+        normalize: divide by the `max`, `mean` or `median`, take `log` (of 1 + cost), or `none`.
+
+    Returns:
+        [n, m], float64, non-negative.
+    """
+    if kind == "euclidean":
+        distance = (moments.xx[:, None] + moments.yy[None, :] - 2 * moments.xy).clamp_min(0)
+        cost = distance if squared else distance.sqrt()
+    elif kind == "correlation":
+        mean_x, mean_y = moments.x / moments.count, moments.y / moments.count
+        centred = moments.xy / moments.count - mean_x[:, None] * mean_y[None, :]
+        variance_x = moments.xx / moments.count - mean_x.square()
+        variance_y = moments.yy / moments.count - mean_y.square()
+        cost = 1 - _ratio(centred, variance_x, variance_y, moments.count)
+    else:
+        cost = 1 - _ratio(moments.xy / moments.count, moments.xx / moments.count, moments.yy / moments.count, 0)
+    return _NORMALIZERS[normalize](cost.clamp_min(0))
+
+
+def _ratio(product: Tensor, square_x: Tensor, square_y: Tensor, count: int) -> Tensor:
+    """`product / sqrt(square_x square_y)`, 0 where a neuron's square is nothing but rounding."""
+    floor = torch.finfo(torch.float64).eps * max(count, 1)
+    alive = (square_x > floor * square_x.max())[:, None] & (square_y > floor * square_y.max())[None, :]
+    scale = square_x.clamp_min(0).sqrt()[:, None] * square_y.clamp_min(0).sqrt()[None, :]
+    return torch.where(alive, product / torch.where(alive, scale, 1.0), 0.0)
+
+
+def transport_plan(
+    cost: Tensor,
+    solver: str = "exact",
+    mass: tuple[Tensor, Tensor] | None = None,
+    regularization: float = 0.05,
+    marginal_regularization: float = 1.0,
+) -> Tensor:
+    """The coupling of two sets of neurons of least cost.
+
+    `exact` solves the assignment problem where the widths are equal and the masses uniform (a vertex of the transport
+    polytope is then a permutation), and the linear programme otherwise; `sinkhorn` adds `regularization` times the
+    entropy (Cuturi 2013); `unbalanced` also relaxes both marginals (Chizat et al. 2018).
+
+    Args:
+        cost: [n, m].
+        solver: `exact`, `sinkhorn` or `unbalanced`.
+        mass: the two marginals, [n] and [m], each summing to one; None: uniform.
+        regularization: entropic regularisation, in the units of the cost.
+        marginal_regularization: weight of the divergence from the marginals.
+
+    Returns:
+        The plan [n, m], float64, on the device of the cost.
+
+    Raises:
+        FusionError: if the cost is not finite, or the solver is unknown.
+    """
+    if cost.ndim != 2 or not cost.isfinite().all():
+        raise FusionError(f"Expected a finite cost matrix [n, m], got shape {list(cost.shape)} or non-finite values")
+    if solver == "exact":
+        return _exact(cost, mass)
+    ground = cost.double().cpu().numpy()
+    p, q = _marginals(cost, mass)
+    if solver == "sinkhorn":
+        plan = ot.sinkhorn(p, q, ground, regularization, method="sinkhorn_log", numItermax=10_000, warn=False)
+    elif solver == "unbalanced":
+        plan = ot.unbalanced.sinkhorn_unbalanced(
+            p, q, ground, regularization, marginal_regularization, method="sinkhorn_stabilized", numItermax=10_000
+        )
+    else:
+        raise FusionError(f"Expected solver exact, sinkhorn or unbalanced, got {solver!r}")
+    return torch.from_numpy(np.asarray(plan)).to(cost.device)
+
+
+def _exact(cost: Tensor, mass: tuple[Tensor, Tensor] | None) -> Tensor:
+    ground = cost.double().cpu().numpy()
+    n, m = ground.shape
+    if n == m and mass is None:
+        plan = np.zeros((n, m))
+        plan[linear_sum_assignment(ground)] = 1 / n
+    else:
+        plan = ot.emd(*_marginals(cost, mass), ground, numItermax=10_000_000)
+    return torch.from_numpy(plan).to(cost.device)
+
+
+def gromov_plan(x: Tensor, y: Tensor, mass: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """The Gromov-Wasserstein coupling: neurons with alike distances to their own network's neurons are coupled.
+
+    Args:
+        x: distances within the other network, [n, n].
+        y: distances within the anchor, [m, m].
+        mass: the two marginals; None: uniform.
+
+    Returns:
+        A (locally optimal) plan [n, m], float64.
+    """
+    p, q = _marginals(x.new_empty(x.shape[0], y.shape[0]), mass)
+    plan = ot.gromov.gromov_wasserstein(x.double().cpu().numpy(), y.double().cpu().numpy(), p, q, symmetric=True)
+    return torch.from_numpy(np.asarray(plan)).to(x.device)
+
+
+def as_map(plan: Tensor) -> Tensor:
+    """A plan divided by the anchor's marginal: columns sum to one.
+
+    Raises:
+        FusionError: if a neuron of the anchor received no mass (an unbalanced plan may do that).
+    """
+    marginal = plan.sum(0)
+    if not (marginal > torch.finfo(plan.dtype).tiny).all():
+        raise FusionError(
+            "Expected every neuron of the anchor to receive mass, got none for some; raise marginal_regularization"
+        )
+    return plan / marginal
+
+
+def transport_map(
+    cost: Tensor,
+    solver: str = "exact",
+    mass: tuple[Tensor, Tensor] | None = None,
+    regularization: float = 0.05,
+    marginal_regularization: float = 1.0,
+) -> Tensor:
+    """The map [n_other, n_anchor] of the plan of least cost; its columns sum to one. Arguments as `transport_plan`.
+
+    Example:
+        >>> transport_map(torch.tensor([[1.0, 0.0], [0.0, 1.0]])).tolist()
+        [[0.0, 1.0], [1.0, 0.0]]
+    """
+    return as_map(transport_plan(cost, solver, mass, regularization, marginal_regularization))
+
+
+def _marginals(cost: Tensor, mass: tuple[Tensor, Tensor] | None) -> tuple[np.ndarray, np.ndarray]:
+    if mass is None:
+        return ot.unif(cost.shape[0]), ot.unif(cost.shape[1])
+    p, q = (side.double().cpu().numpy() for side in mass)
+    return p / p.sum(), q / q.sum()
