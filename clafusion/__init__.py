@@ -1,8 +1,9 @@
 """CLAFusion: fuse trained networks of different depth and width into one.
 
 The main path: `fuse(models, batches)` -> `Fusion.model`. The modules, in the order of that path:
-`structure` (what a network is made of), `layer_costs` and `alignment` (which layers correspond), `balance` and `merging`
-(equal depth), `maps` and `transport` (which neurons correspond), `combination` (the average).
+`structure` (what a network is made of), `layer_costs` and `alignment` (which layers correspond), `balance` and
+`merging` (equal depth), `maps` and `transport` (which neurons correspond), `combination` (the average), `correction`
+(what averaging took away is given back).
 """
 
 from clafusion import networks

@@ -2,7 +2,6 @@
 
 import random
 
-import torch
 from torch import Tensor
 
 from clafusion.errors import FusionError
@@ -26,6 +25,7 @@ def align(cost: Tensor, pin_first: int = 0, pin_last: int = 0) -> tuple[int, ...
         FusionError: if the matrix is not [m, n] with m >= n >= 1, is not finite, or has fewer columns than pins.
 
     Example:
+        >>> import torch
         >>> align(torch.tensor([[0.0, 1.0], [1.0, 0.5], [1.0, 0.0]]))
         (0, 2)
     """

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from clafusion.errors import FusionError
@@ -35,11 +36,12 @@ def combine(
                     fused[name] = states[balanced.anchor][name]
                     continue
                 parts = _coefficients(balanced, unit, layer, name, weights, options)
-                fused[name] = sum(
+                moved = [
                     share * _moved(balanced, k, name, states[k][name], maps[k], options)
                     for k, share in enumerate(parts)
                     if share
-                )
+                ]
+                fused[name] = torch.stack(moved).sum(0)
     return load_state(network, fused)
 
 
@@ -103,7 +105,7 @@ def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None)
                     f"Expected networks of one architecture, got {name!r} of shapes {shapes[0]}, {shapes[1]}"
                 )
     averaged = {
-        name: sum(share * state[name].double() for share, state in zip(shares, states, strict=True))
+        name: torch.stack([share * state[name].double() for share, state in zip(shares, states, strict=True)]).sum(0)
         if value.is_floating_point()
         else value
         for name, value in states[0].items()

@@ -1,6 +1,6 @@
 """Fusing trained networks of different depth and width into one: the main path of the library.
 
-`models -> trace -> layer costs -> align -> balance -> maps -> move, average -> one network`
+`models -> trace -> layer costs -> align -> balance -> maps -> move, average -> correct -> one network`
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clafusion.alignment import align, chain, clamp_pins, is_forced, random_map
 from clafusion.balance import check_same_function, inserted
 from clafusion.combination import combine, normalized
+from clafusion.correction import correct
 from clafusion.errors import FusionError
 from clafusion.graph import independent_copy
 from clafusion.layer_costs import check_stages, stage_costs
@@ -21,6 +22,7 @@ from clafusion.merging import merged
 from clafusion.options import FusionOptions
 from clafusion.statistics import as_input, collect
 from clafusion.structure import Structure, trace
+from clafusion.targets import Parents
 
 Alignment = tuple[tuple[int, ...], ...]
 
@@ -141,6 +143,7 @@ def _fuse_at_once(
     )
     maps, transport_costs = _maps(balanced, samples, options)
     model = combine(parents[options.anchor], balanced, maps, weights, options)
+    correct(model, Parents(balanced, maps, weights, options.head), samples, options)
     return Fusion(
         model.requires_grad_(True), parents, alignments, template, tuple(costs), maps, transport_costs, tuple(weights),
         options, len(samples),

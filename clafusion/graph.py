@@ -20,7 +20,7 @@ def shell(model: nn.Module) -> nn.Module:
     copied = strip_hooks(copy.deepcopy(model, shared)).eval()
     for module in copied.modules():
         if getattr(module, "inplace", False):
-            module.inplace = False
+            module.inplace = False  # type: ignore[assignment]
     return copied
 
 
@@ -48,7 +48,7 @@ def capture(model: nn.Module, example: Tensor) -> fx.GraphModule:
         A graph module that shares the tensors of `model`, in eval mode, with every operation out of place.
 
     Raises:
-        FusionError: if torch.fx cannot trace the network, or it does not accept the example.
+        FusionError: if torch.fx cannot trace the network, a parameter is not used, or it does not accept the example.
     """
     copied = shell(model)
     try:
@@ -57,6 +57,7 @@ def capture(model: nn.Module, example: Tensor) -> fx.GraphModule:
         raise FusionError(
             f"Expected a network that torch.fx can trace, got {type(model).__name__}: {_first_line(error)}"
         ) from error
+    _check_all_run(copied, module)
     for node in module.graph.nodes:
         node.target = OUT_OF_PLACE.get(node.target, node.target)
         if node.op == "call_function" and "inplace" in node.kwargs:
@@ -111,6 +112,16 @@ def _position(user: fx.Node, position: dict[fx.Node, int]) -> int:
     if user.op == "output":
         return len(position)
     return position.get(user, -1)
+
+
+def _check_all_run(model: nn.Module, module: fx.GraphModule) -> None:
+    """Refuse parameters that the traced graph leaves out: nothing says how to fuse them."""
+    run = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in run:
+            raise FusionError(
+                f"Expected every parameter to belong to a layer that is run, got {name!r}; remove it from the network"
+            )
 
 
 def _record_shapes(module: fx.GraphModule, example: Tensor, name: str) -> None:

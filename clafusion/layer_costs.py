@@ -97,12 +97,12 @@ def _cka_costs(
         of_deep = {name: gram(value) for name, value in _features(deep, chunk, pairs, 0)}
         of_shallow = {name: gram(value) for name, value in _features(shallow, chunk, pairs, 1)}
         for number, (ours, theirs) in pairs.items():
-            k = [of_deep[unit.output.pre] for unit in ours]
-            l = [of_shallow[unit.output.pre] for unit in theirs]
+            rows_ = [of_deep[unit.output.pre] for unit in ours]
+            columns = [of_shallow[unit.output.pre] for unit in theirs]
             parts = [
-                torch.stack([torch.stack([hsic(one, other, debiased) for other in l]) for one in k]),
-                torch.stack([hsic(one, one, debiased) for one in k])[:, None],
-                torch.stack([hsic(other, other, debiased) for other in l])[None, :],
+                torch.stack([torch.stack([hsic(one, other, debiased) for other in columns]) for one in rows_]),
+                torch.stack([hsic(one, one, debiased) for one in rows_])[:, None],
+                torch.stack([hsic(other, other, debiased) for other in columns])[None, :],
             ]
             sums[number] = [a + b for a, b in zip(sums[number], parts, strict=True)] if number in sums else parts
     return {number: 1 - cka_from_hsic(*parts) for number, parts in sums.items()}

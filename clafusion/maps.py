@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from clafusion.options import FusionOptions
-from clafusion.parameters import move
+from clafusion.parameters import move, state_of
 from clafusion.statistics import Moments, paired_moments
 from clafusion.structure import Axis, Layer, Structure, Unit
 from clafusion.transport import as_map, gromov_plan, ground_cost, transport_plan
@@ -111,7 +111,7 @@ def neuron_maps(
     moments = paired_moments(balanced.structures, pairs, samples)
     for site, one in _problems(balanced, places):
         other = balanced.reference(site.owners)
-        sides = [[moments[node, *pair] for node in nodes[site.key, one]] for pair in _sides(one, other, options)]
+        sides = [[moments[node, a, b] for node in nodes[site.key, one]] for a, b in _sides(one, other, options)]
         maps[one][site.key], costs[one][site.key] = _solve(sides, _mass(balanced, site, one, options), options)
     return maps, costs
 
@@ -168,11 +168,11 @@ def _weight_maps(
 
 def _incoming(structure: Structure, layer: Layer, maps: Maps, options: FusionOptions) -> Tensor:
     """The incoming weights (and bias) of every neuron, [neurons, weights], with aligned inputs."""
-    module = structure.module.get_submodule(layer.name)
+    state = state_of(structure.module.get_submodule(layer.name))
     axes = structure.axes[f"{layer.name}.weight"]
     mappings = [None, *(axis_map(axis, maps, options) for axis in axes[1:])]
-    weight = move(module.weight.detach(), axes, mappings).flatten(1)
-    return weight if module.bias is None else torch.cat([weight, module.bias.detach()[:, None].to(weight)], 1)
+    weight = move(state["weight"], axes, mappings).flatten(1)
+    return torch.cat([weight, state["bias"][:, None].to(weight)], 1) if "bias" in state else weight
 
 
 def axis_map(axis: Axis | None, maps: Maps, options: FusionOptions) -> Tensor | None:
@@ -192,7 +192,7 @@ def _mass(balanced: Balanced, site: Site, one: int, options: FusionOptions) -> t
     order = 1 if options.mass == "l1" else 2
     layer = site.layers[0][0]
     both = [balanced.structures[k].module.get_submodule(layer.name) for k in (one, balanced.reference(site.owners))]
-    norms = [module.weight.detach().double().flatten(1).norm(order, dim=1) for module in both]
+    norms = [state_of(module)["weight"].double().flatten(1).norm(order, dim=1) for module in both]
     # A silent neuron keeps a little mass, or its map would not be defined.
     floors = [norm.clamp_min(1e-6 * max(float(norm.max()), 1e-12)) for norm in norms]
     return floors[0] / floors[0].sum(), floors[1] / floors[1].sum()

@@ -74,6 +74,11 @@ def _check_geometry(ours: nn.Module, theirs: nn.Module, layer: Layer, other: Lay
 
 
 def check_shapes(network: nn.Module, state: State) -> None:
+    """Refuse a state that does not have exactly the tensors of a network.
+
+    Raises:
+        FusionError: if a tensor is missing, left over, or of another shape.
+    """
     for name, tensor in state_of(network).items():
         if name not in state:
             raise FusionError(f"Expected both networks to have {name!r}, got it in the deeper one only (bias or norm)")

@@ -1,4 +1,4 @@
-"""Balancing by merging: the deep network shrinks to the depth of the shallow one, layers folded into their successors."""
+"""Balancing by merging: the deep network shrinks to the shallow one's depth, layers folded into their successors."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -120,4 +120,9 @@ def _folded_into(state: Mapping[str, Tensor], unit: Unit, carried: tuple[Tensor,
     result = {f"{unit.name}.weight": weight @ carried[0]}
     if f"{unit.name}.bias" in state:
         result[f"{unit.name}.bias"] = weight @ carried[1] + state[f"{unit.name}.bias"]
+    elif carried[1].any():
+        raise FusionError(
+            f"Expected {unit.name!r} to have a bias, since layers with one are merged into it, got none; balance this "
+            "pair with insert"
+        )
     return result

@@ -143,8 +143,8 @@ class VGG(nn.Module):
                 width = wider
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
+        initialise(self.features)
         self.classifier = nn.Linear(width, check_size("num_classes", num_classes), bias=bias)
-        initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images `[N, in_channels, H, W]` to logits `[N, num_classes]`."""
@@ -220,6 +220,7 @@ class ResNet(nn.Module):
         stream = widths[0] if stem_width is None else check_size("stem_width", stem_width)
         kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
         add_conv(self, 1, check_size("in_channels", in_channels), stream, kernel, stride, bias, batch_norm)
+        initialise(self.get_submodule("conv1"))
         self.maxpool = nn.Sequential(*[nn.MaxPool2d(3, 2, padding=1)] * (stem == "imagenet"))
         project = stem_width is not None or block == "bottleneck"
         for index, (outputs, middles) in enumerate(zip(widths, inners, strict=True), start=1):
@@ -231,7 +232,6 @@ class ResNet(nn.Module):
             self.add_module(f"layer{index}", stage)
             project = True  # every later stage begins with stride 2
         self.linear = nn.Linear(stream, check_size("num_classes", num_classes), bias=bias)
-        initialise(self)
 
     @property
     def _stages(self) -> list[nn.Sequential]:

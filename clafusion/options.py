@@ -37,7 +37,9 @@ class FusionOptions:
         weights: weight of every parent in the average; None: equal.
         combine: `transport` the neurons before averaging, or plainly `average`.
         many: more than two parents: all onto the anchor at once, or one after another (`iterative`).
-        correction: what is done about the shrunken variance of an average.
+        correction: what is done about the shrunken variance of an average: nothing, `rescale` or `repair` the neurons,
+            or `refit` the layers.
+        ridge: pull of a refit layer towards the averaged weights, in units of the mean square of its inputs.
         num_samples: unlabelled samples to measure on, at most.
         seed: seed of the random layer map and of the choice of samples.
 
@@ -66,8 +68,9 @@ class FusionOptions:
     weights: Sequence[float] | None = None
     combine: Literal["transport", "average"] = "transport"
     many: Literal["many_to_one", "iterative"] = "many_to_one"
-    correction: Literal["none"] = "none"
-    num_samples: int = 500
+    correction: Literal["none", "rescale", "repair", "refit"] = "refit"
+    ridge: float = 1e-4
+    num_samples: int = 1000
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -76,11 +79,15 @@ class FusionOptions:
         for name, least in {"pin_first": 0, "pin_last": 0, "anchor": 0, "num_samples": 2}.items():
             if getattr(self, name) < least:
                 raise FusionError(f"Expected {name} of at least {least}, got {getattr(self, name)}")
-        for name in ("regularization", "marginal_regularization"):
+        for name in ("regularization", "marginal_regularization", "ridge"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise FusionError(f"Expected a positive {name}, got {getattr(self, name)}")
         if self.squared and self.cost != "euclidean":
             raise FusionError(f"Expected squared only with cost euclidean, got cost {self.cost}")
+        if self.correction != "none" and self.streams != "shared":
+            raise FusionError(
+                f"Expected correction none with streams per_layer, got {self.correction}; share the streams"
+            )
         if self.weights is not None:
             self._check_weights(self.weights)
             object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
@@ -99,6 +106,7 @@ class FusionOptions:
             "cost": "euclidean",
             "streams": "per_layer",
             "head": "transport",
+            "correction": "none",
             "num_samples": 200,
         }
         return cls(**{**published, **changes})

@@ -30,13 +30,14 @@ def linear_cka(x: Tensor, y: Tensor, debiased: bool = True) -> Tensor:
         A float64 scalar; 0 where either representation is constant.
 
     Example:
-        >>> x = torch.eye(6)
+        >>> x = torch.arange(6.0)[:, None] ** torch.tensor([1.0, 2.0])
         >>> round(float(linear_cka(x, 3 * x)), 4)
         1.0
     """
     _check(x, y, MIN_SAMPLES if debiased else 2)
-    k, l = gram(x), gram(y)
-    return cka_from_hsic(hsic(k, l, debiased), hsic(k, k, debiased), hsic(l, l, debiased))
+    gram_x, gram_y = gram(x), gram(y)
+    own = (hsic(one, one, debiased) for one in (gram_x, gram_y))
+    return cka_from_hsic(hsic(gram_x, gram_y, debiased), *own)
 
 
 def cca(x: Tensor, y: Tensor) -> Tensor:
@@ -63,22 +64,26 @@ def cca(x: Tensor, y: Tensor) -> Tensor:
 def gram(x: Tensor) -> Tensor:
     """The Gram matrix of samples, [samples, samples], of the centred features."""
     rows = x.flatten(1).double()
-    rows = rows - rows.mean(0)
+    mean = rows.mean(0)
+    rows = rows - mean
+    # What is left of a feature that does not vary is the rounding of its mean, which must not pass for a signal.
+    rounding = torch.finfo(torch.float64).eps * len(rows) * mean.abs()
+    rows = rows * (rows.abs().amax(0) > rounding)
     return rows @ rows.T
 
 
-def hsic(k: Tensor, l: Tensor, debiased: bool) -> Tensor:
+def hsic(gram_x: Tensor, gram_y: Tensor, debiased: bool) -> Tensor:
     """The Hilbert-Schmidt independence criterion of two Gram matrices [n, n] of centred features.
 
     Biased: `tr(K L)` (Gretton et al. 2005). Debiased: eq. 3 of Song et al. 2012; unbiased for any mini-batch, so that
     its mean over batches estimates the value of the whole set (Nguyen, Raghu, Kornblith 2021).
     """
     if not debiased:
-        return (k * l).sum()
-    n = k.shape[0]
-    k, l = k - k.diag().diag(), l - l.diag().diag()
-    row_k, row_l = k.sum(0), l.sum(0)
-    trace = (k * l).sum() + row_k.sum() * row_l.sum() / ((n - 1) * (n - 2)) - 2 * (row_k @ row_l) / (n - 2)
+        return (gram_x * gram_y).sum()
+    n = gram_x.shape[0]
+    x, y = (one - one.diag().diag() for one in (gram_x, gram_y))
+    row_x, row_y = x.sum(0), y.sum(0)
+    trace = (x * y).sum() + row_x.sum() * row_y.sum() / ((n - 1) * (n - 2)) - 2 * (row_x @ row_y) / (n - 2)
     return trace / (n * (n - 3))
 
 

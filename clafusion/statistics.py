@@ -58,7 +58,7 @@ def collect(batches: Iterable[Any], num_samples: int) -> Tensor:
     parts: list[Tensor] = []
     missing = num_samples
     for batch in batches:
-        inputs = batch[0] if isinstance(batch, tuple | list) else batch
+        inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
         if not isinstance(inputs, Tensor) or inputs.ndim < 2:
             raise FusionError(f"Expected batches of samples [batch, ...], got {type(inputs).__name__}; pass tensors")
         if parts and inputs.shape[1:] != parts[0].shape[1:]:
@@ -96,9 +96,8 @@ def in_step(
         observe(structure.module, as_input(batch, structure.module), frozenset(names))
         for structure, names in zip(structures, nodes, strict=True)
     ]
-    with torch.inference_mode():
-        for outputs in zip(*runs, strict=True):
-            yield tuple(value for _, value in outputs)
+    for outputs in zip(*runs, strict=True):
+        yield tuple(value for _, value in outputs)
 
 
 def as_input(batch: Tensor, module: nn.Module) -> Tensor:
@@ -111,6 +110,7 @@ def rows(features: Tensor) -> Tensor:
     return features if features.ndim == 2 else features.movedim(1, -1).reshape(-1, features.shape[1])
 
 
+@torch.no_grad()
 def paired_moments(
     structures: Sequence[Structure], pairs: Mapping[str, Sequence[tuple[int, int]]], samples: Tensor
 ) -> dict[tuple[str, int, int], Moments]:

@@ -69,6 +69,7 @@ class Unit:
         name: the name of its first weighted layer.
         kind: `plain` or `residual`.
         layers: its layers, the branch before the shortcut, each in forward order.
+        input: the graph node that it reads, a cut point.
         closing: the layer that writes the output of the residual branch; of a plain unit its last layer.
         resolution: spatial size of the output, () after a flatten.
         insertable: whether an identity can stand in its place: it keeps the resolution, needs no projection, and does
@@ -78,6 +79,7 @@ class Unit:
     name: str
     kind: str
     layers: tuple[Layer, ...]
+    input: str
     closing: str
     resolution: tuple[int, ...]
     insertable: bool
@@ -141,6 +143,7 @@ def trace(model: nn.Module, example: Tensor) -> Structure:
             understood, by name.
 
     Example:
+        >>> import torch
         >>> from clafusion.networks import MLP
         >>> structure = trace(MLP(4, [3, 2], num_classes=2), torch.zeros(1, 4))
         >>> [[unit.name for unit in stage] for stage in structure.stages]
@@ -172,6 +175,7 @@ def _unit(draft: Sequence[str], found: Walk) -> Unit:
         name=first.name,
         kind="plain" if residual is None else "residual",
         layers=ordered,
+        input=found.inputs[draft[0]],
         closing=ordered[-1].name if residual is None else residual,
         resolution=found.observation_nodes(last.name, False)[0].meta["shape"][2:],
         insertable=draft[0] in found.insertable,

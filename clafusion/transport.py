@@ -9,6 +9,7 @@ import numpy as np
 import ot
 import torch
 from scipy.optimize import linear_sum_assignment
+from scipy.special import logsumexp
 from torch import Tensor
 
 from clafusion.errors import FusionError
@@ -42,19 +43,24 @@ def ground_cost(moments: Moments, kind: str = "correlation", squared: bool = Fal
     elif kind == "correlation":
         mean_x, mean_y = moments.x / moments.count, moments.y / moments.count
         centred = moments.xy / moments.count - mean_x[:, None] * mean_y[None, :]
-        variance_x = moments.xx / moments.count - mean_x.square()
-        variance_y = moments.yy / moments.count - mean_y.square()
-        cost = 1 - _ratio(centred, variance_x, variance_y, moments.count)
+        variance_x = _variance(moments.xx / moments.count, mean_x, moments.count)
+        variance_y = _variance(moments.yy / moments.count, mean_y, moments.count)
+        cost = 1 - _ratio(centred, variance_x, variance_y)
     else:
-        cost = 1 - _ratio(moments.xy / moments.count, moments.xx / moments.count, moments.yy / moments.count, 0)
+        cost = 1 - _ratio(moments.xy, moments.xx, moments.yy)
     return _NORMALIZERS[normalize](cost.clamp_min(0))
 
 
-def _ratio(product: Tensor, square_x: Tensor, square_y: Tensor, count: int) -> Tensor:
-    """`product / sqrt(square_x square_y)`, 0 where a neuron's square is nothing but rounding."""
-    floor = torch.finfo(torch.float64).eps * max(count, 1)
-    alive = (square_x > floor * square_x.max())[:, None] & (square_y > floor * square_y.max())[None, :]
-    scale = square_x.clamp_min(0).sqrt()[:, None] * square_y.clamp_min(0).sqrt()[None, :]
+def _variance(square: Tensor, mean: Tensor, count: int) -> Tensor:
+    """The variance of every neuron, 0 where it is nothing but the rounding of its mean square."""
+    variance = square - mean.square()
+    return torch.where(variance > torch.finfo(torch.float64).eps * count * square, variance, 0.0)
+
+
+def _ratio(product: Tensor, square_x: Tensor, square_y: Tensor) -> Tensor:
+    """`product / sqrt(square_x square_y)`, 0 where a square is 0."""
+    scale = square_x.sqrt()[:, None] * square_y.sqrt()[None, :]
+    alive = scale > 0
     return torch.where(alive, product / torch.where(alive, scale, 1.0), 0.0)
 
 
@@ -93,12 +99,28 @@ def transport_plan(
     if solver == "sinkhorn":
         plan = ot.sinkhorn(p, q, ground, regularization, method="sinkhorn_log", numItermax=10_000, warn=False)
     elif solver == "unbalanced":
-        plan = ot.unbalanced.sinkhorn_unbalanced(
-            p, q, ground, regularization, marginal_regularization, method="sinkhorn_stabilized", numItermax=10_000
-        )
+        plan = _unbalanced(ground, p, q, regularization, marginal_regularization)
     else:
         raise FusionError(f"Expected solver exact, sinkhorn or unbalanced, got {solver!r}")
     return torch.from_numpy(np.asarray(plan)).to(cost.device)
+
+
+def _unbalanced(
+    cost: np.ndarray, p: np.ndarray, q: np.ndarray, regularization: float, marginal_regularization: float
+) -> np.ndarray:
+    """Generalised Sinkhorn iterations (Chizat et al. 2018) on logarithms: POT's overflow where costs are large."""
+    power = marginal_regularization / (marginal_regularization + regularization)
+    log_kernel = -cost / regularization
+    log_p, log_q = np.log(p), np.log(q)
+    log_u, log_v = np.zeros_like(p), np.zeros_like(q)
+    for _ in range(10_000):
+        before = log_v
+        log_u = -power * logsumexp(log_kernel + log_q + log_v, axis=1)
+        log_v = -power * logsumexp(log_kernel.T + log_p + log_u, axis=1)
+        if np.abs(log_v - before).max() <= 1e-9:
+            break
+    plan: np.ndarray = np.exp(log_kernel + (log_p + log_u)[:, None] + log_q + log_v)
+    return plan
 
 
 def _exact(cost: Tensor, mass: tuple[Tensor, Tensor] | None) -> Tensor:

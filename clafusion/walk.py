@@ -39,9 +39,11 @@ class Walk:
     parents: dict[str, str] = field(default_factory=dict)  # union-find over spaces
     sizes: dict[str, int] = field(default_factory=dict)
     axes: dict[str, tuple[Signal | None, ...]] = field(default_factory=dict)
+    tensors: set[int] = field(default_factory=set)  # the identities of the parameters met so far
     kinds: dict[str, str] = field(default_factory=dict)
     spaces: dict[str, str] = field(default_factory=dict)
     shortcuts: set[str] = field(default_factory=set)
+    inputs: dict[str, str] = field(default_factory=dict)  # first layer of a unit -> the node that the unit reads
     closing: dict[str, str] = field(default_factory=dict)  # first layer of a residual unit -> its closing layer
     insertable: set[str] = field(default_factory=set)  # first layers of the units that an identity can replace
     units: list[list[str]] = field(default_factory=list)
@@ -114,6 +116,7 @@ def _walk_segment(found: Walk, segment: Sequence[fx.Node]) -> None:
     if additions:
         branch = [name for name in found.signals[segment[-1]].path if name not in found.shortcuts]
         found.closing[names[0]] = branch[-1]
+    found.inputs[names[0]] = segment[0].name if source is None else source.name
     if source is not None and _can_be_identity(found, source, segment, names, len(additions)):
         found.insertable.add(names[0])
     found.units.append(names)
@@ -144,8 +147,8 @@ def _signal(found: Walk, node: fx.Node) -> Signal:
     if _is_flatten(found, node):
         return _flatten(found, node, inputs[0])
     raise FusionError(
-        f"Expected layers, activations, pooling, flattening and additions, got {ops.operation_name(node, found.modules)} "
-        f"(node {node.name!r}); networks that use it cannot be fused"
+        "Expected layers, activations, pooling, flattening and additions, got "
+        f"{ops.operation_name(node, found.modules)} (node {node.name!r}); networks that use it cannot be fused"
     )
 
 
@@ -211,9 +214,15 @@ def _register(found: Walk, node: fx.Node, kind: str, axes: dict[str, tuple[Signa
         raise FusionError(f"Expected every layer to be used once, got {name!r} twice; give each use its own weights")
     found.nodes[name], found.kinds[name] = node, kind
     module = found.modules[name]
-    for key, _ in (*module.named_parameters(), *module.named_buffers()):
+    for key, tensor in (*module.named_parameters(), *module.named_buffers()):
         if key not in axes:
             raise FusionError(f"Expected the plain parameters of {type(module).__name__}, got {name}.{key}")
+        if id(tensor) in found.tensors:
+            raise FusionError(
+                f"Expected every layer to have parameters of its own, got '{name}.{key}' shared with another layer; "
+                "give each its own"
+            )
+        found.tensors.add(id(tensor))
         found.axes[f"{name}.{key}"] = axes[key]
 
 
@@ -261,7 +270,7 @@ def _norm(found: Walk, node: fx.Node, source: Signal) -> Signal:
 
 
 def _finish(found: Walk) -> None:
-    """Check what can only be seen at the end: the output, and that no parameter was left out."""
+    """Check what can only be seen at the end: the output."""
     output = next(node for node in found.module.graph.nodes if node.op == "output")
     result = output.args[0]
     shape = result.meta["shape"] if isinstance(result, fx.Node) else None
@@ -270,9 +279,6 @@ def _finish(found: Walk) -> None:
             f"Expected a network that returns logits [samples, classes], got {shape or 'no single tensor'}"
         )
     found.output = found.signals[result]
-    for name, _ in (*found.module.named_parameters(), *found.module.named_buffers()):
-        if name not in found.axes:
-            raise FusionError(f"Expected every parameter to belong to a layer that is run, got {name!r}")
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -1,0 +1,33 @@
+# make demo | make test | make lint | make format          VENV and PYTHON may be given: make test VENV=~/venvs/clafusion
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+# Newer than setup.cfg: what is installed is what setup.cfg asks for.
+STAMP := $(VENV)/.clafusion-installed
+
+.PHONY: demo test lint format
+
+# Trains a deep and a shallow parent on real digits, fuses them and shows how the result compares (about a minute).
+demo: $(STAMP)
+	$(BIN)/clafusion fit --config configs/train/digits_deep.yaml
+	$(BIN)/clafusion fit --config configs/train/digits_shallow.yaml
+	$(BIN)/clafusion fuse --parents '[runs/digits_deep/best.ckpt, runs/digits_shallow/best.ckpt]' \
+		--output runs/fused.ckpt --overwrite true --data DigitsDataModule
+	$(BIN)/clafusion test --ckpt_path runs/fused.ckpt --data DigitsDataModule
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(STAMP): setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@

@@ -1,0 +1,100 @@
+"""A weighted layer and the norm behind it, read and written as the one affine map that they are in eval mode."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from clafusion.operations import is_norm
+from clafusion.structure import Layer, Structure
+
+
+@dataclass(frozen=True)
+class AffineLayer:
+    """`y = W x + b`, computed by a Linear or Conv2d and perhaps a BatchNorm behind it.
+
+    Attributes:
+        module: the Linear or Conv2d.
+        norm: the BatchNorm that follows, or None.
+        input: the graph node that it reads.
+        output: the graph node of y.
+    """
+
+    module: nn.Linear | nn.Conv2d
+    norm: nn.BatchNorm1d | nn.BatchNorm2d | None
+    input: str
+    output: str
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether b can be other than zero."""
+        return self.norm is not None or self.module.bias is not None
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution; 1 for a Linear."""
+        return self.module.groups if isinstance(self.module, nn.Conv2d) else 1
+
+    @property
+    def fan_in(self) -> int:
+        """Inputs of one neuron."""
+        return self.module.weight[0].numel()
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """W [neurons, fan-in] and b [neurons], float64."""
+        weight = self.module.weight.detach().double().flatten(1)
+        bias = weight.new_zeros(len(weight)) if self.module.bias is None else self.module.bias.detach().double()
+        if self.norm is None:
+            return weight, bias
+        gain = self.norm.weight.detach().double() / (self.norm.running_var.double() + self.norm.eps).sqrt()
+        return gain[:, None] * weight, self.norm.bias.detach().double() + gain * (
+            bias - self.norm.running_mean.double()
+        )
+
+    def write(self, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> None:
+        """Overwrite the layer in place so that it computes `weight x + bias`.
+
+        Args:
+            weight: [neurons, fan-in].
+            bias: [neurons]; must be zero where the layer cannot hold one.
+            mean: of `weight x` over the samples; the norm's running mean becomes it, so that training goes on smoothly.
+            variance: of `weight x` likewise.
+        """
+        with torch.no_grad():
+            self.module.weight.copy_(weight.reshape(self.module.weight.shape))
+            if self.norm is None:
+                if self.module.bias is not None:
+                    self.module.bias.copy_(bias)
+                return
+            if self.module.bias is not None:
+                self.module.bias.zero_()
+            running_mean, running_var = _running(self.norm)
+            running_mean.copy_(mean)
+            running_var.copy_(variance.clamp_min(0))
+            # What the stored mean and variance take away, weight and bias give back, rounding included.
+            self.norm.weight.copy_((running_var.double() + self.norm.eps).sqrt())
+            self.norm.bias.copy_(running_mean.double() + bias)
+
+
+def affine_layer(structure: Structure, layer: Layer) -> AffineLayer:
+    """A layer of a structure with the norm that follows it directly; writing to it changes the network."""
+    modules = dict(structure.module.named_modules())
+    node = _node_of(structure, layer)
+    user = next(iter(node.users))
+    followed = len(node.users) == 1 and is_norm(user, modules)
+    norm = cast(nn.BatchNorm2d, modules[str(user.target)]) if followed else None
+    return AffineLayer(
+        cast(nn.Conv2d, modules[layer.name]), norm, node.all_input_nodes[0].name, user.name if followed else node.name
+    )
+
+
+def _running(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """The running mean and variance; the trace has refused norms without."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    return norm.running_mean, norm.running_var
+
+
+def _node_of(structure: Structure, layer: Layer) -> fx.Node:
+    nodes = structure.module.graph.nodes
+    return next(node for node in nodes if node.op == "call_module" and node.target == layer.name)

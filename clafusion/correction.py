@@ -1,0 +1,50 @@
+"""Correction: what averaging took from the features is given back, on unlabelled samples and without a gradient.
+
+Averaging aligned neurons that agree only in part shrinks the variance of what they compute, layer after layer, until
+little of the signal is left. Three remedies, each walking the layers in forward order, so that every layer sees what
+the corrected layers before it give:
+
+- `rescale`: each neuron is scaled to the mean of the parents' standard deviations;
+- `repair`: scaled and shifted to the mean of the parents' standard deviations and means (Jordan et al. 2023);
+- `refit`: each layer is replaced by the ridge regression of what it *should* give (the weighted mean of the parents'
+  moved pre-activations) on what it *is* given in the fused network; the head by the softmax regression of the parents'
+  mean probability. Errors of earlier layers are thereby made up for by later ones.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from clafusion.cursor import Cursor
+from clafusion.options import FusionOptions
+from clafusion.refit import refit_unit
+from clafusion.rescaling import add_missing_biases, match_moments
+from clafusion.statistics import as_input, chunks
+from clafusion.structure import trace
+from clafusion.targets import Parents
+
+
+def correct(model: nn.Module, parents: Parents, samples: Tensor, options: FusionOptions) -> None:
+    """Correct a fused network in place, as `options.correction` says.
+
+    Args:
+        model: the fused network.
+        parents: what it was fused from.
+        samples: unlabelled inputs. Of every network one activation per sample is held at a time.
+        options: `correction`, `ridge` and `seed` are read.
+    """
+    if options.correction == "none":
+        return
+    if options.correction == "repair":
+        add_missing_biases(model)
+    structure = trace(model, as_input(samples[:2], model))
+    parts = chunks(samples)
+    fused = Cursor(structure, parts)
+    cursors = [Cursor(parent, parts) for parent in parents.balanced.structures]
+    generator = torch.Generator().manual_seed(options.seed)
+    for unit in structure.units:
+        for cursor in (fused, *cursors):
+            cursor.advance(unit.input)
+        if options.correction == "refit":
+            refit_unit(structure, unit, fused, cursors, parents, generator, options.ridge)
+        else:
+            match_moments(structure, unit, fused, cursors, parents, shift=options.correction == "repair")

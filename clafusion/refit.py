@@ -1,0 +1,160 @@
+"""Refit: every layer by the regression of what it should give on what it is given."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from clafusion.affine import AffineLayer, affine_layer
+from clafusion.cursor import Cursor
+from clafusion.regression import NormalEquations, design_rows, soft_label_regression
+from clafusion.statistics import rows
+from clafusion.structure import Layer, Structure, Unit
+from clafusion.targets import Parents
+
+#: Observations per unknown of a neuron that are used at most; more change the solution little.
+ROWS_PER_INPUT = 16
+
+
+def refit_unit(
+    structure: Structure,
+    unit: Unit,
+    fused: Cursor,
+    cursors: Sequence[Cursor],
+    parents: Parents,
+    generator: torch.Generator,
+    ridge: float,
+) -> None:
+    """Refit the layers of one unit in forward order, in place.
+
+    Args:
+        structure: the fused network's structure.
+        unit: one of its units.
+        fused: the fused network, halted before the unit.
+        cursors: the balanced parents, halted there too.
+        parents: how their features make targets.
+        generator: chooses the observations where there are more than needed.
+        ridge: weight of the pull towards the averaged weights.
+    """
+    for layer in unit.branch:
+        shortcuts = [other for other in unit.layers if other.weighted and other.shortcut]
+        closes = layer == unit.branch[-1] and unit.kind == "residual"
+        together = [affine_layer(structure, one) for one in (layer, *(shortcuts if closes else ()))]
+        is_head = layer.space == structure.output
+        chosen = _choose(fused, layer, together, None if is_head else generator)
+        targets = _targets(cursors, layer, unit, parents, chosen)
+        if is_head and len(parents.shares(layer, unit)) > 1:
+            _refit_head(fused, together[0], targets, _mean_probability(cursors, layer, parents), ridge)
+        else:
+            _refit(fused, layer, together, targets, chosen, ridge, minus_shortcut=closes and not shortcuts)
+
+
+def _choose(
+    fused: Cursor, layer: Layer, together: Sequence[AffineLayer], generator: torch.Generator | None
+) -> list[Tensor]:
+    """Which observations of every chunk to use: as many as the unknowns warrant, or without a generator all."""
+    counts = []
+    for state in fused.look_ahead([layer.pre]):
+        shape = state[layer.pre].shape
+        counts.append(shape[0] * shape[2:].numel())
+    share = ROWS_PER_INPUT * sum(part.fan_in + 1 for part in together) / sum(counts)
+    device = together[0].module.weight.device
+    if generator is None or share >= 1:
+        return [torch.arange(count, device=device) for count in counts]
+    return [torch.randperm(count, generator=generator)[: max(1, round(share * count))].to(device) for count in counts]
+
+
+def _targets(
+    cursors: Sequence[Cursor], layer: Layer, unit: Unit, parents: Parents, chosen: Sequence[Tensor]
+) -> list[Tensor]:
+    """Chunk by chunk the weighted mean of the parents' moved pre-activations, [chosen, neurons]."""
+    shares = parents.shares(layer, unit)
+    runs = [cursors[k].look_ahead([layer.pre]) for k in shares]
+    result = []
+    for indices, *outputs in zip(chosen, *runs, strict=True):
+        features = [rows(output[layer.pre])[indices] for output in outputs]
+        parts = [share * parents.moved(k, layer, x) for (k, share), x in zip(shares.items(), features, strict=True)]
+        result.append(torch.stack(parts).sum(0))
+    return result
+
+
+def _design(
+    fused: Cursor, together: Sequence[AffineLayer], chosen: Sequence[Tensor], extra: Sequence[str] = ()
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Chunk by chunk the inputs of the layers side by side, with a constant one if there is a bias; and other nodes."""
+    nodes = {part.input for part in together} | set(extra)
+    for indices, outputs in zip(chosen, fused.look_ahead(nodes), strict=True):
+        x = torch.cat([design_rows(part.module, outputs[part.input], indices) for part in together], 2)
+        if together[0].has_bias:
+            x = torch.cat([x, torch.ones_like(x[:, :, :1])], 2)
+        yield x, outputs
+
+
+def _prior(together: Sequence[AffineLayer]) -> Tensor:
+    """The present weights of the layers side by side, [groups, neurons per group, inputs]."""
+    weights, biases = zip(*(part.read() for part in together), strict=True)
+    parts = [*weights, torch.stack(biases).sum(0)[:, None]] if together[0].has_bias else weights
+    return torch.cat(parts, 1).unflatten(0, (together[0].groups, -1))
+
+
+def _refit(
+    fused: Cursor,
+    layer: Layer,
+    together: Sequence[AffineLayer],
+    targets: Sequence[Tensor],
+    chosen: Sequence[Tensor],
+    ridge: float,
+    minus_shortcut: bool,
+) -> None:
+    """Ridge regression of one layer, or of the layer that closes a branch jointly with the projection shortcut."""
+    extra = (layer.pre, together[0].output) if minus_shortcut else ()
+    sums: NormalEquations | None = None
+    for (x, outputs), indices, target in zip(_design(fused, together, chosen, extra), chosen, targets, strict=True):
+        if minus_shortcut:
+            target = target - rows(outputs[layer.pre] - outputs[together[0].output])[indices]
+        part = NormalEquations.of(x, target)
+        sums = part if sums is None else sums + part
+    assert sums is not None
+    solved = sums.solve(_prior(together), ridge, together[0].has_bias)
+    _write(together, solved, sums)
+
+
+def _refit_head(
+    fused: Cursor, head: AffineLayer, targets: Sequence[Tensor], probabilities: Tensor, ridge: float
+) -> None:
+    """The head is fitted to the parents' mean logits, and from there to their mean probability."""
+    everything = [torch.arange(len(target), device=target.device) for target in targets]
+    x = torch.cat([part for part, _ in _design(fused, [head], everything)])
+    sums = NormalEquations.of(x, torch.cat(list(targets)))
+    start = sums.solve(_prior([head]), ridge, head.has_bias)
+    solved = soft_label_regression(x[:, 0], probabilities, start[0], ridge, head.has_bias)
+    _write([head], solved[None], sums)
+
+
+def _write(together: Sequence[AffineLayer], solved: Tensor, sums: NormalEquations) -> None:
+    """Split jointly fitted weights and write them to their layers; the first one takes the bias."""
+    intercept = together[0].has_bias
+    bias = solved[..., -1].flatten() if intercept else solved.new_zeros(solved.shape[0] * solved.shape[1])
+    inputs = sums.xx.shape[-1] - intercept
+    mean_x = sums.xx[:, -1, :inputs] / sums.count if intercept else solved.new_zeros(len(solved), inputs)
+    covariance = sums.xx[:, :inputs, :inputs] / sums.count - mean_x[:, :, None] * mean_x[:, None, :]
+    start = 0
+    for number, part in enumerate(together):
+        span = slice(start, start + part.fan_in)
+        weight = solved[..., span]
+        mean = torch.einsum("goi,gi->go", weight, mean_x[:, span]).flatten()
+        variance = torch.einsum("goi,gij,goj->go", weight, covariance[:, span, span], weight).flatten()
+        part.write(weight.flatten(0, 1), bias if number == 0 else torch.zeros_like(bias), mean, variance)
+        start += part.fan_in
+
+
+def _mean_probability(cursors: Sequence[Cursor], layer: Layer, parents: Parents) -> Tensor:
+    """The prediction of the parents' ensemble, [samples, classes]."""
+    parts = []
+    for outputs in zip(*(cursor.look_ahead([layer.pre]) for cursor in cursors), strict=True):
+        each = [
+            weight * parents.moved(k, layer, output[layer.pre]).softmax(-1)
+            for k, (weight, output) in enumerate(zip(parents.weights, outputs, strict=True))
+        ]
+        parts.append(torch.stack(each).sum(0))
+    return torch.cat(parts)

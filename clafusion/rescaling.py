@@ -1,0 +1,64 @@
+"""Rescale and repair: every neuron gets back the spread, and with a shift the mean, that its parents have."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from clafusion.affine import affine_layer
+from clafusion.cursor import Cursor
+from clafusion.statistics import rows
+from clafusion.structure import Structure, Unit
+from clafusion.targets import Parents
+
+
+def match_moments(
+    structure: Structure, unit: Unit, fused: Cursor, cursors: Sequence[Cursor], parents: Parents, shift: bool
+) -> None:
+    """Scale (and shift) the neurons of one unit, layer by layer, in place.
+
+    Args:
+        structure: the fused network's structure.
+        unit: one of its units.
+        fused: the fused network, halted before the unit.
+        cursors: the balanced parents, halted there too.
+        parents: how their moments make targets.
+        shift: also match the means, in layers that can hold a bias.
+    """
+    for layer in (layer for layer in unit.layers if layer.weighted):
+        part = affine_layer(structure, layer)
+        mean, deviation = _moments(fused, part.output)
+        wanted_mean, wanted_deviation = torch.zeros_like(mean), torch.zeros_like(mean)
+        for k, share in parents.shares(layer, unit).items():
+            its_mean, its_deviation = _moments(cursors[k], part.output)
+            wanted_mean += share * parents.moved(k, layer, its_mean[None])[0]
+            wanted_deviation += share * parents.moved(k, layer, its_deviation[None])[0]
+        # A neuron that does not vary has no scale that could be given back.
+        scale = torch.where(deviation > 0, wanted_deviation / deviation, 1.0)
+        weight, bias = part.read()
+        centre = scale * (mean - bias)
+        new_bias = wanted_mean - centre if shift and part.has_bias else scale * bias
+        part.write(scale[:, None] * weight, new_bias, centre, (scale * deviation).square())
+
+
+def _moments(cursor: Cursor, node: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every neuron at a node, float64."""
+    count, total, squares = 0, None, None
+    for outputs in cursor.look_ahead([node]):
+        x = rows(outputs[node]).double()
+        count += len(x)
+        total = x.sum(0) if total is None else total + x.sum(0)
+        squares = x.square().sum(0) if squares is None else squares + x.square().sum(0)
+    assert total is not None and squares is not None
+    mean = total / count
+    return mean, (squares / count - mean.square()).clamp_min(0).sqrt()
+
+
+def add_missing_biases(model: nn.Module) -> None:
+    """Give every Linear and Conv2d of a network that has neither biases nor norms a zero bias, in place."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    norms = any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules())
+    if norms or any(layer.bias is not None for layer in layers):
+        return
+    for layer in layers:
+        layer.bias = nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0]))

@@ -1,0 +1,39 @@
+"""What a corrected network should compute: the weighted mean of its parents, carried onto its neurons."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from clafusion.maps import Balanced, Maps
+from clafusion.structure import Layer, Unit
+
+
+@dataclass(frozen=True)
+class Parents:
+    """Where the fused network's targets come from.
+
+    Attributes:
+        balanced: the balanced parents' structures.
+        maps: per parent the maps of its neurons onto the fused network's, by space.
+        weights: per parent, summing to one.
+        head: the head rule of the options.
+    """
+
+    balanced: Balanced
+    maps: Sequence[Maps]
+    weights: Sequence[float]
+    head: str
+
+    def shares(self, layer: Layer, unit: Unit) -> dict[int, float]:
+        """The share of each parent in the target of a layer, summing to one; a parent without the layer has none."""
+        if self.head == "anchor" and layer.space == self.balanced.structure.output:
+            return {self.balanced.anchor: 1.0}
+        owners = sorted(self.balanced.owners_of(layer, unit, shared=True))
+        total = sum(self.weights[k] for k in owners)
+        return {k: self.weights[k] / total if total else 1 / len(owners) for k in owners}
+
+    def moved(self, k: int, layer: Layer, features: Tensor) -> Tensor:
+        """Rows of a parent's features carried onto the fused network's neurons, float64."""
+        mapping = self.maps[k].get(layer.space)
+        return features.double() if mapping is None else features.double() @ mapping

@@ -1,0 +1,185 @@
+"""The command line: `clafusion fit | validate | test | predict | fuse`, each with `--help` and `--config`."""
+
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+import datamodules
+from clafusion.errors import FusionError
+from lightning_modules import FusionTrainer, ImageClassifier, read_checkpoint
+
+# Lightning's advertising and remarks on hardware that nobody asked for.
+_CHATTER = re.compile(
+    r"(GPU|TPU|HPU|IPU) available|💡|Seed set to|Restor(ing|ed)|Loaded model weights|`Trainer\.fit` stopped"
+)
+_NEEDLESS_WARNINGS = (
+    # The images are in memory already: a worker process would only add start-up time.
+    r"The '\w+_dataloader' does not have many workers",
+    # Lightning compares the length of an epoch with log_every_n_steps.
+    r"The number of training batches",
+    # The help says that checkpoints of an earlier run are replaced.
+    r"Checkpoint directory .* exists and is not empty",
+    # A training that goes on in another folder keeps its own best checkpoint there.
+    r"The dirpath has changed",
+    # validate, test and predict do without the callbacks that training had.
+    r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
+    # Between Lightning and PyTorch.
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
+
+
+class FusionParser(LightningArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the program with one line and exit code 2."""
+        raise FusionError(message) from ex
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the configuration of a training that has begun, so that a refused one leaves nothing behind."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Too early: the data, the network and the checkpoint have not been checked."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves `config.yaml` beside the logs."""
+        super().setup(trainer, pl_module, "fit")
+
+
+class FusionCLI(LightningCLI):
+    """Lightning's command line, with `fuse` and with checkpoints that are only read, never run."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The subcommands and those arguments of their methods that the command line fills in itself."""
+        given = {name: arguments | {"weights_only"} for name, arguments in LightningCLI.subcommands().items()}
+        return {**given, "fuse": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Makes the embedded digits the data of a command that names none."""
+        parser.set_defaults({"data": {"class_path": "datamodules.DigitsDataModule"}})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the arguments; a configuration of ours is found in the installed package as well."""
+        self._arguments = [_find_config(argument) for argument in args]
+        self.config = parser.parse_args(self._arguments)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand != "fit":
+            # Only training has a course to log; the others say on the console what they found.
+            parser.set_defaults({"trainer.logger": False, "trainer.enable_checkpointing": False})
+        if subcommand == "fuse":
+            parser.set_defaults({"trainer.enable_progress_bar": False})
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """Takes what the user did not give from the hyperparameters of `--ckpt_path`.
+
+        Lightning would put the checkpoint over the command line; here it only replaces the defaults.
+        """
+        subcommand = self.config["subcommand"]
+        path = self.config[subcommand].get("ckpt_path")
+        if path is None or path in ("best", "last", "hpc"):
+            return
+        saved = read_checkpoint(path)["hyper_parameters"]
+        known = {key for key in saved if f"model.{key}" in self.config[subcommand]}
+        self._parser(subcommand).set_defaults({f"model.{key}": saved[key] for key in known})
+        self.config = self.parser.parse_args(self._arguments)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        return kwargs if subcommand == "fuse" else {**kwargs, "weights_only": True}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        args: The arguments; None takes those of the process.
+
+    Raises:
+        SystemExit: With code 2, after one line on standard error, if the input cannot be used.
+    """
+    common = {"allow_abbrev": False, "default_env": True, "env_prefix": "CLAFUSION"}
+    try:
+        with _quiet():
+            FusionCLI(
+                model_class=ImageClassifier,
+                datamodule_class=datamodules.ImageDataModule,
+                trainer_class=FusionTrainer,
+                parser_class=FusionParser,
+                parser_kwargs={
+                    **common,
+                    "prog": "clafusion",
+                    "description": "Trains classifiers and fuses them, of whatever depth and width, into one.",
+                    "version": version("clafusion"),
+                    **{name: dict(common) for name in FusionCLI.subcommands()},
+                },
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"overwrite": True},
+                auto_configure_optimizers=False,
+                # The classifier says itself what is saved; the parsed configuration may name classes.
+                load_from_checkpoint_support=False,
+                args=sys.argv[1:] if args is None else list(args),
+            )
+    except (ValueError, MisconfigurationException) as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        print("clafusion: error:", " ".join(str(reason).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def _reason(error: BaseException | None) -> BaseException | None:
+    """What the user can put right about an error: it, or the error of that kind that caused it; None for a bug."""
+    while error is not None and not isinstance(error, (FusionError, MisconfigurationException)):
+        error = error.__cause__
+    return error
+
+
+def _find_config(argument: str) -> str:
+    """Replaces `configs/...` by the file of the installed package where the working directory has none."""
+    option, equals, value = argument.rpartition("=")
+    installed = Path(__file__).parent / value
+    if value.startswith("configs/") and not Path(value).exists() and installed.is_file():
+        return f"{option}{equals}{installed}"
+    return argument
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leaves out what Lightning says that helps nobody here; everything else is shown."""
+
+    def worth_saying(record: logging.LogRecord) -> bool:
+        return not _CHATTER.match(record.getMessage())
+
+    loggers = [logging.getLogger(f"{name}.utilities.rank_zero") for name in ("pytorch_lightning", "lightning_fabric")]
+    loggers.append(logging.getLogger("lightning_fabric.utilities.seed"))
+    with warnings.catch_warnings():
+        for message in _NEEDLESS_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        for logger in loggers:
+            logger.addFilter(worth_saying)
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeFilter(worth_saying)
+
+
+if __name__ == "__main__":
+    main()

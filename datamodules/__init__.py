@@ -1,0 +1,8 @@
+"""Lightning data modules: real images in memory, split into training, validation and test."""
+
+from datamodules.cifar import CIFARDataModule
+from datamodules.digits import DigitsDataModule
+from datamodules.images import ImageDataModule
+from datamodules.mnist import MNISTDataModule
+
+__all__ = ["CIFARDataModule", "DigitsDataModule", "ImageDataModule", "MNISTDataModule"]

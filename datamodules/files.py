@@ -1,0 +1,91 @@
+"""Images that live in files: where to look for them, and how to fetch them."""
+
+from pathlib import Path
+from typing import Any
+
+from clafusion.errors import FusionError
+from datamodules.checks import check_flag
+from datamodules.images import ImageDataModule
+
+
+class FileDataModule(ImageDataModule):
+    """Base of the data modules that read a fixed set of files from a folder.
+
+    A subclass sets `files` and `remedy`, and says which `folders` it looks in and how to `fetch` the files.
+
+    Args:
+        data_dir: Folder of the data; None means the folder `data` here. A leading `~` is the home folder.
+        download: Whether to download the files where they are missing.
+        **kwargs: The arguments of `ImageDataModule`.
+
+    Raises:
+        FusionError: An argument is of the wrong type or out of range.
+    """
+
+    files: tuple[str, ...]
+    remedy: str
+
+    def __init__(self, data_dir: str | None = None, download: bool = False, **kwargs: Any) -> None:
+        if data_dir is not None and (type(data_dir) is not str or not data_dir):
+            raise FusionError(f"Expected data_dir to be a string, got {data_dir!r}; write the folder's path")
+        check_flag("download", download)
+        super().__init__(**kwargs)
+        self.data_dir = data_dir
+        self.download = download
+
+    @property
+    def root(self) -> Path:
+        """The folder that downloads go to."""
+        return Path(self.data_dir or "data").expanduser()
+
+    def folders(self) -> list[Path]:
+        """The folders to look in, the first choice first."""
+        raise NotImplementedError
+
+    def fetch(self) -> None:
+        """Downloads the files below `root`."""
+        raise NotImplementedError
+
+    def has(self, folder: Path, name: str) -> bool:
+        """Whether the folder holds the file of that name."""
+        return (folder / name).is_file()
+
+    def _missing(self) -> dict[Path, list[str]]:
+        """Per folder, the files that it lacks."""
+        return {folder: [name for name in self.files if not self.has(folder, name)] for folder in self.folders()}
+
+    def prepare_data(self) -> None:
+        """Downloads the files if `download` is set and no folder has them all.
+
+        Raises:
+            FusionError: The download failed.
+        """
+        if not self.download or not all(self._missing().values()):
+            return
+        try:
+            self.fetch()
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise FusionError(
+                f"Expected to download the images to {self.root}, got {type(error).__name__}: {reason}; "
+                "check the network and the folder, or put the files there yourself"
+            ) from error
+
+    def folder(self) -> Path:
+        """The first folder that holds all files.
+
+        Raises:
+            FusionError: There is none; the message names the files, the folders and the remedy.
+        """
+        missing = self._missing()
+        for folder, names in missing.items():
+            if not names:
+                return folder
+        closest = min(missing, key=lambda folder: len(missing[folder]))
+        found = "none of them"
+        if len(missing[closest]) < len(self.files):
+            found = f"{closest} without {', '.join(missing[closest])}"
+        raise FusionError(
+            f"Expected the files {', '.join(self.files)} in one of the folders {', '.join(map(str, missing))}, "
+            f"got {found}; {self.remedy}"
+        )

@@ -1,0 +1,54 @@
+"""Reads the IDX format of MNIST (http://yann.lecun.com/exdb/mnist/), plain or compressed with gzip."""
+
+import gzip
+import math
+import struct
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clafusion.errors import FusionError
+
+_UNSIGNED_BYTES = 0x08
+
+
+def locate_idx(folder: Path, name: str) -> Path | None:
+    """The path of the file `name` or `name.gz` in a folder, the plain one first; None if there is neither."""
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+
+
+def read_idx(path: Path, dimensions: int) -> Tensor:
+    """Reads an IDX file of unsigned bytes.
+
+    The format: two zero bytes, the type (8), the number of dimensions, each size as a big-endian 32-bit integer, then
+    the values in row-major order.
+
+    Args:
+        path: The file; a name that ends in `.gz` is decompressed.
+        dimensions: How many dimensions it must have: 3 for images, 1 for labels.
+
+    Returns:
+        A uint8 tensor of the sizes that the header names.
+
+    Raises:
+        FusionError: The file cannot be read, is truncated, or is not such a file; the message names it.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise FusionError(f"Expected an intact file {path}, got {error}; fetch it again") from error
+    header = 4 + 4 * dimensions
+    if len(content) < header or content[:4] != bytes((0, 0, _UNSIGNED_BYTES, dimensions)):
+        raise FusionError(
+            f"Expected an IDX file of unsigned bytes in {dimensions} dimensions, "
+            f"got {path} that begins with {content[:4].hex() or 'nothing'}; fetch it again"
+        )
+    sizes = struct.unpack(f">{dimensions}I", content[4:header])
+    if len(content) - header != math.prod(sizes):
+        raise FusionError(
+            f"Expected {math.prod(sizes)} values {list(sizes)} in {path}, got {len(content) - header}; fetch it again"
+        )
+    # A bytearray, because torch warns about tensors over read-only memory.
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)[header:].reshape(sizes)

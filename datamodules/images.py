@@ -1,0 +1,265 @@
+"""What all image data modules share: one uint8 tensor in memory, three disjoint parts, preprocessing on the device."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from clafusion.errors import FusionError
+from datamodules.checks import check_flag, check_whole
+from datamodules.sampling import EpochSampler, ImageSet, seeded, stratified_split
+from datamodules.transforms import augment as crop_and_flip
+from datamodules.transforms import normalize, pad_to_size
+
+
+def _whole_batch(batch: Any) -> Any:
+    """The collation of a data set that already fetches whole batches."""
+    return batch
+
+
+class ImageDataModule(LightningDataModule):
+    """Base of the image data modules; a subclass says what the images are (`read`) and where they come from.
+
+    Training, validation and test are three disjoint parts: the validation part is a seeded, stratified share of the
+    published training set, the test part is the published test set. Batches are uint8 until they are on the device;
+    there they are padded, augmented (while training, if asked to), scaled to `[0, 1]` and normalised by `mean`, `std`.
+
+    A subclass sets `num_classes`, `raw_shape` (C, H, W as read), `mean` and `std` (one value per channel) before it
+    calls `super().__init__`.
+
+    Args:
+        batch_size: Images per training batch.
+        eval_batch_size: Images per batch of validation, test and prediction.
+        num_workers: Worker processes per loader; the images are in memory already, so 0 is usually fastest.
+        val_fraction: Share of each class of the training set held out for validation, in `[0, 1)`.
+        split_seed: Selects the validation images (and those that `limit_train` keeps).
+        augment: Whether training images are cropped at random (padding 4) and flipped horizontally.
+        pad_to: Zero-pad the images on all sides to this height and width.
+        channels: 3 repeats grey images as RGB; None keeps the channels as they are.
+        limit_train: Keep this many training images, chosen at random; the validation and test parts stay whole.
+
+    Raises:
+        FusionError: An argument is of the wrong type or out of range.
+    """
+
+    num_classes: int
+    raw_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __init__(
+        self,
+        batch_size: int = 128,
+        eval_batch_size: int = 512,
+        num_workers: int = 0,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        augment: bool = False,
+        pad_to: int | None = None,
+        channels: int | None = None,
+        limit_train: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_whole("batch_size", batch_size, 1)
+        check_whole("eval_batch_size", eval_batch_size, 1)
+        check_whole("num_workers", num_workers, 0)
+        check_whole("split_seed", split_seed, 0)
+        check_flag("augment", augment)
+        if type(val_fraction) not in (int, float) or not 0 <= val_fraction < 1:
+            raise FusionError(f"Expected val_fraction in [0, 1), got {val_fraction!r}; 0.1 holds out a tenth")
+        if limit_train is not None:
+            check_whole("limit_train", limit_train, 1)
+        self.image_shape = self._shape(pad_to, channels)
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.val_fraction = val_fraction
+        self.split_seed = split_seed
+        self.augment = augment
+        self.limit_train = limit_train
+        self._parts: dict[str, ImageSet] = {}
+        self._seed = torch.initial_seed()
+        self.save_hyperparameters()
+
+    def _shape(self, pad_to: int | None, channels: int | None) -> tuple[int, int, int]:
+        """The shape (C, H, W) of a preprocessed image."""
+        planes, height, width = self.raw_shape
+        if channels is not None:
+            check_whole("channels", channels, 1)
+            if channels != planes and (planes, channels) != (1, 3):
+                known = "1 or 3" if planes == 1 else str(planes)
+                raise FusionError(f"Expected channels to be {known} for these images, got {channels}; change channels")
+        if pad_to is not None:
+            check_whole("pad_to", pad_to, max(height, width))
+        return channels or planes, pad_to or height, pad_to or width
+
+    def read(self) -> tuple[ImageSet, ImageSet]:
+        """Reads the published training and test sets; subclasses implement it.
+
+        Returns:
+            The training and the test set: uint8 `[N, *raw_shape]` and int64 labels in `range(num_classes)`.
+        """
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads the images and splits them, once; later calls change nothing.
+
+        Args:
+            stage: Ignored: the three parts are always defined together.
+
+        Raises:
+            FusionError: The data cannot be read, or a part would be empty.
+        """
+        if self._parts:
+            return
+        whole, test = self.read()
+        whole.check("training", self.raw_shape, self.num_classes)
+        test.check("test", self.raw_shape, self.num_classes)
+        rest, held_out = stratified_split(whole.labels, self.val_fraction, self.split_seed)
+        if len(rest) == 0 or (len(held_out) == 0 and self.val_fraction > 0):
+            raise FusionError(
+                f"Expected training and validation images, got {len(rest)} and {len(held_out)} with "
+                f"val_fraction {self.val_fraction} of {len(whole)}; change val_fraction"
+            )
+        self._parts = {"train": whole.subset(self._limited(rest)), "val": whole.subset(held_out), "test": test}
+
+    def _limited(self, indices: Tensor) -> Tensor:
+        """The training indices that `limit_train` keeps."""
+        if self.limit_train is None:
+            return indices
+        if self.limit_train > len(indices):
+            raise FusionError(
+                f"Expected limit_train of at most the {len(indices)} training images, got {self.limit_train}; "
+                "lower limit_train or val_fraction"
+            )
+        order = torch.randperm(len(indices), generator=seeded("limit", self.split_seed))
+        return indices[order[: self.limit_train]]
+
+    def _part(self, name: str) -> ImageSet:
+        if not self._parts:
+            raise FusionError("Expected a data module that was set up, got a fresh one; call setup() first")
+        return self._parts[name]
+
+    @property
+    def train_size(self) -> int:
+        """Number of training images; known after `setup`."""
+        return len(self._part("train"))
+
+    @property
+    def val_size(self) -> int:
+        """Number of validation images; known after `setup`."""
+        return len(self._part("val"))
+
+    @property
+    def test_size(self) -> int:
+        """Number of test images; known after `setup`."""
+        return len(self._part("test"))
+
+    def _loader(self, part: str, batch_size: int, sampler: Sampler[int] | None = None) -> DataLoader:
+        return DataLoader(
+            self._part(part),
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=_whole_batch,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of the training part, in an order that is a pure function of the run's seed and the epoch.
+
+        The seed is that of `torch.manual_seed` (`seed_everything`); without one each run has its own order.
+        """
+        # Ranks that were not seeded differ in their initial seed, and would then overlap in what they visit.
+        seed = torch.initial_seed()
+        self._seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
+        return self._loader("train", self.batch_size, EpochSampler(self.train_size, self._seed))
+
+    def val_dataloader(self) -> DataLoader:
+        """Batches of the validation part in fixed order; none when `val_fraction` is 0, and then Lightning warns."""
+        return self._loader("val", self.eval_batch_size)
+
+    def test_dataloader(self) -> DataLoader:
+        """Batches of the test part in fixed order."""
+        return self._loader("test", self.eval_batch_size)
+
+    def predict_dataloader(self) -> DataLoader:
+        """Batches `(images, labels)` of the test part in fixed order."""
+        return self.test_dataloader()
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Preprocesses a batch on the device, in the trainer's precision; augments it while training only.
+
+        Args:
+            batch: uint8 images `[B, *raw_shape]` and labels `[B]`.
+            dataloader_idx: Ignored.
+
+        Returns:
+            Images `[B, *image_shape]` and the labels.
+        """
+        images, labels = batch
+        if self.trainer is None:
+            return self.preprocess(images), labels
+        generator = self._augmentation_generator() if self.augment and self.trainer.training else None
+        prepared = self.preprocess(images, generator)
+        return self.trainer.precision_plugin.convert_input(prepared), labels
+
+    def _augmentation_generator(self) -> torch.Generator:
+        """Randomness of the batch being fetched: a pure function of seed, rank, epoch and batch index."""
+        trainer: Any = self.trainer
+        # The loop counts a batch only after it is on the device: here batch_idx is still that of the one before.
+        batch_idx = trainer.fit_loop.epoch_loop.batch_idx + 1
+        return seeded("augment", self._seed, trainer.global_rank, trainer.current_epoch, batch_idx)
+
+    def preprocess(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Pads, augments (with a generator), scales and normalises: `(x / 255 - mean) / std`.
+
+        Args:
+            images: uint8 `[B, *raw_shape]`.
+            generator: CPU generator of the augmentation; None leaves the images as they are.
+
+        Returns:
+            float32 `[B, *image_shape]` on the same device.
+        """
+        channels, height, width = self.image_shape
+        padded = pad_to_size(images, height, width)
+        cropped = padded if generator is None else crop_and_flip(padded, generator)
+        return normalize(cropped, self.mean, self.std, channels)
+
+    def alignment_batches(self, num_samples: int, seed: int = 0, batch_size: int | None = None) -> Iterator[Tensor]:
+        """Training images without labels, for fusing: normalised, never augmented, on the CPU.
+
+        A larger `num_samples` with the same seed begins with the same images. Data that was not set up yet is fetched
+        (where `download` asks for it) and set up first.
+
+        Args:
+            num_samples: How many images, chosen at random without replacement from the training part.
+            seed: Selects them.
+            batch_size: Images per batch; None means `eval_batch_size`.
+
+        Returns:
+            An iterator over float32 `[B, *image_shape]`; the last batch may be smaller.
+
+        Raises:
+            FusionError: Fewer than 2 samples, or more than there are, were asked for.
+        """
+        if not self._parts:
+            self.prepare_data()
+            self.setup()
+        check_whole("seed", seed, 0)
+        size = self.eval_batch_size if batch_size is None else batch_size
+        check_whole("batch_size", size, 1)
+        if type(num_samples) is not int or not 2 <= num_samples <= self.train_size:
+            raise FusionError(
+                f"Expected num_samples between 2 and the {self.train_size} training images, got {num_samples!r}; "
+                "change num_samples"
+            )
+        chosen = torch.randperm(self.train_size, generator=seeded("alignment", seed))[:num_samples]
+        images = self._part("train").images
+        starts = range(0, math.ceil(num_samples / size) * size, size)
+        return (self.preprocess(images[chosen[start : start + size]]) for start in starts)

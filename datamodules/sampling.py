@@ -1,0 +1,137 @@
+"""Seeded choices over an in-memory set of images: every one a pure function of its key."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from clafusion.errors import FusionError
+
+
+def seeded(*key: int | str) -> torch.Generator:
+    """A CPU random generator that depends on the key alone.
+
+    The key is hashed, so that neighbouring keys such as `(seed, epoch)` and `(seed + 1, epoch - 1)` share nothing: with
+    sums of seeds they would be the same.
+
+    Args:
+        key: What the randomness is for, and the numbers that select it.
+
+    Returns:
+        A freshly seeded generator.
+
+    Example:
+        >>> torch.equal(torch.rand(3, generator=seeded("a", 1)), torch.rand(3, generator=seeded("a", 1)))
+        True
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet(Dataset):
+    """Labelled images in memory, fetched a whole batch at a time.
+
+    Attributes:
+        images: uint8 `[N, C, H, W]`.
+        labels: int64 `[N]`.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """One image `[C, H, W]` and its label `[]`."""
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """A batch `[B, C, H, W]` with its labels `[B]`: one indexing instead of B of them and a collation."""
+        chosen = torch.tensor(indices)
+        return self.images.index_select(0, chosen), self.labels[chosen]
+
+    def subset(self, indices: Tensor) -> "ImageSet":
+        """The images at the given int64 `[M]` indices, in that order, copied."""
+        return ImageSet(self.images[indices], self.labels[indices])
+
+    def check(self, name: str, shape: tuple[int, ...], num_classes: int) -> None:
+        """Refuses images or labels that are not what a data module declares.
+
+        Args:
+            name: What to call this set in the message.
+            shape: C, H, W that each image must have.
+            num_classes: Labels must be in `range(num_classes)`.
+
+        Raises:
+            FusionError: The set is empty, or an image or label is not as declared.
+        """
+        images, labels = self.images, self.labels
+        if images.shape != (len(labels), *shape) or images.dtype != torch.uint8 or len(labels) == 0:
+            raise FusionError(
+                f"Expected {name} images as torch.uint8 {[len(labels), *shape]} with at least one image, "
+                f"got {images.dtype} {list(images.shape)}; check the data files"
+            )
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise FusionError(
+                f"Expected {name} labels in 0..{num_classes - 1}, "
+                f"got {int(labels.min())}..{int(labels.max())}; check the data files"
+            )
+
+
+class EpochSampler(Sampler[int]):
+    """Visits `range(size)` in an order that is a pure function of `(seed, epoch)`.
+
+    Lightning calls `set_epoch` before every epoch, so a resumed run sees the order that it would have seen.
+
+    Args:
+        size: Number of samples.
+        seed: Selects the sequence of orders.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Selects the order of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Number of samples in an epoch."""
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        """The indices in the order of the current epoch."""
+        order: list[int] = torch.randperm(self.size, generator=seeded("epoch", self.seed, self.epoch)).tolist()
+        return iter(order)
+
+
+def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Splits indices in two so that each class gives the same fraction of its members, to the nearest whole sample.
+
+    Args:
+        labels: int64 `[N]`.
+        fraction: Share of each class that goes to the second part, in `[0, 1]`.
+        seed: Selects the members.
+
+    Returns:
+        Two disjoint int64 index tensors, each increasing, that together hold every index: the rest and the chosen.
+
+    Example:
+        >>> rest, chosen = stratified_split(torch.tensor([0, 0, 1, 1]), 0.5, seed=0)
+        >>> len(rest), len(chosen)
+        (2, 2)
+    """
+    order = torch.randperm(len(labels), generator=seeded("split", seed))
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = order[labels[order] == label]
+        chosen[members[: round(fraction * len(members))]] = True
+    return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()

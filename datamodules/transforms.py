@@ -1,0 +1,68 @@
+"""What happens to a batch of images on its device: padding, augmentation, normalisation."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+PADDING = 4
+
+
+def pad_to_size(images: Tensor, height: int, width: int) -> Tensor:
+    """Zero-pads images on all sides; of an odd number of rows or columns one more goes below or to the right.
+
+    Args:
+        images: `[N, C, H, W]`, any dtype.
+        height: Rows of the result, at least H.
+        width: Columns of the result, at least W.
+
+    Returns:
+        `[N, C, height, width]`, the same dtype and device.
+    """
+    rows, columns = height - images.shape[2], width - images.shape[3]
+    return pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], channels: int) -> Tensor:
+    """Scales bytes to `[0, 1]` and normalises them: `(x / 255 - mean) / std`.
+
+    Args:
+        images: uint8 `[N, C, H, W]`.
+        mean: One value per channel of the images.
+        std: One value per channel of the images.
+        channels: Channels of the result: C, or any number for C = 1, whose only channel is then repeated.
+
+    Returns:
+        float32 `[N, channels, H, W]` on the same device.
+    """
+    # With one mean per channel of the result, broadcasting is what repeats a grey image.
+    centre = torch.tensor(mean, dtype=torch.float32, device=images.device).expand(channels).view(-1, 1, 1)
+    spread = torch.tensor(std, dtype=torch.float32, device=images.device).expand(channels).view(-1, 1, 1)
+    return images.to(torch.float32).div(255).sub(centre).div(spread)
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Random crop after zero padding by 4 pixels, then a horizontal flip with probability 1/2, per image.
+
+    Crop and flip are one gather: `result[n, c, i, j] = padded[n, c, top_n + i, left_n + j]`, with `j` reversed where
+    the image is flipped; over flattened pixels it is several times faster than by row and column. The choices are drawn
+    on the CPU, so that they do not depend on the device of the images.
+
+    Args:
+        images: `[N, C, H, W]`, any dtype.
+        generator: CPU generator; the result is a pure function of the images and its state.
+
+    Returns:
+        A new tensor of the same shape, dtype and device.
+    """
+    count, channels, height, width = images.shape
+    top, left = torch.randint(2 * PADDING + 1, (2, count, 1), generator=generator).to(images.device)
+    flipped = torch.randint(2, (count, 1), generator=generator).bool().to(images.device)
+    steps = torch.arange(width, device=images.device)
+    rows = top + torch.arange(height, device=images.device)
+    columns = left + torch.where(flipped, steps.flip(0), steps)
+    positions = rows[:, :, None] * (width + 2 * PADDING) + columns[:, None, :]
+    padded = pad(images, (PADDING,) * 4).flatten(2)
+    crops = padded.gather(2, positions.flatten(1)[:, None].expand(count, channels, height * width))
+    return crops.view(images.shape)

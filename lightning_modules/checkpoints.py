@@ -1,0 +1,213 @@
+"""Checkpoint files, read without running anything in them and written whole or not at all."""
+
+import hashlib
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+
+from clafusion.errors import FusionError
+from clafusion.storage import load_network, restore
+
+PREFIX = "network."
+# Where old Lightning versions kept hyperparameters; `load_from_checkpoint` still merges what it finds there.
+_LEGACY_KEYS = ("hparams", "module_arguments")
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a checkpoint of `ImageClassifier` as plain containers and tensors on the CPU; runs no code from it.
+
+    Args:
+        path: A local file, written by Lightning or by `save_checkpoint`.
+
+    Returns:
+        The checkpoint; its `state_dict` and `hyper_parameters` have been checked, the architecture in them is plain.
+
+    Raises:
+        FusionError: The file is missing, remote, damaged, holds pickled objects or is no such checkpoint.
+    """
+    path = _local_file(path)
+    if _is_safetensors(path):
+        raise _foreign(path, "the content of save_network, which only fuse reads")
+    checkpoint = _load(path)
+    hyper_parameters = checkpoint.get("hyper_parameters")
+    if not _is_state(checkpoint.get("state_dict")) or not isinstance(hyper_parameters, dict):
+        raise _foreign(path, "no state_dict with hyper_parameters")
+    if any(key in checkpoint for key in _LEGACY_KEYS):
+        raise _foreign(path, "hyperparameters in the format of an old Lightning version")
+    if not isinstance(hyper_parameters.get("architecture"), dict):
+        raise _foreign(path, "no architecture in its hyper_parameters")
+    refuse_classes(hyper_parameters, path)
+    _blank_network(checkpoint, path)
+    return checkpoint
+
+
+def load_parent(path: str | os.PathLike[str]) -> nn.Module:
+    """Loads the network of a checkpoint of `ImageClassifier`, or of a file written by `save_network`.
+
+    Args:
+        path: A local file; which of the two formats it has is seen from its content.
+
+    Returns:
+        The network in eval mode on the CPU, in the dtype it was saved with.
+
+    Raises:
+        FusionError: As `read_checkpoint`; or the weights do not fit the stored architecture, or are not finite.
+    """
+    path = _local_file(path)
+    if _is_safetensors(path):
+        network = load_network(path)
+    else:
+        checkpoint = read_checkpoint(path)
+        network = _blank_network(checkpoint, path)
+        network.load_state_dict(_weights(checkpoint), assign=True)
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise FusionError(f"Expected finite weights in {path}, got NaN or infinity in {name}; train it again")
+    return network.eval()
+
+
+def save_checkpoint(classifier: LightningModule, path: str | os.PathLike[str]) -> None:
+    """Writes an `ImageClassifier` that no trainer has fitted as an ordinary checkpoint.
+
+    It serves `load_from_checkpoint` and `validate`, `test` and `predict --ckpt_path`. It holds no optimizer state, so
+    `fit --ckpt_path` starts training from its weights at epoch 0.
+
+    Args:
+        classifier: What to save; its `on_save_checkpoint` is called, as by Lightning.
+        path: The file to write or replace; its folder exists.
+
+    Raises:
+        FusionError: The file cannot be written; nothing is left behind.
+    """
+    checkpoint: dict[str, Any] = {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": pytorch_lightning.__version__,
+        "state_dict": {name: tensor.detach().cpu() for name, tensor in classifier.state_dict().items()},
+        "callbacks": {},
+        "optimizer_states": [],
+        "lr_schedulers": [],
+        "hparams_name": "kwargs",
+        "hyper_parameters": dict(classifier.hparams),
+    }
+    classifier.on_save_checkpoint(checkpoint)
+    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
+    """Calls `write` with a temporary name next to `path`, then moves the file there: it is whole or not there.
+
+    Raises:
+        FusionError: The file cannot be written; nothing is left behind.
+    """
+    path = Path(path)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            temporary = os.path.join(folder, path.name)
+            write(temporary)
+            os.replace(temporary, path)
+    except OSError as error:
+        raise FusionError(
+            f"Expected a file that can be written, got {path}: {error.strerror}; choose another"
+        ) from error
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 checksum of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _local_file(path: str | os.PathLike[str]) -> Path:
+    """The path of an existing local file; URLs are refused because their content is not under the user's control."""
+    if "://" in str(path):
+        raise FusionError(f"Expected a local file, got the address {path}; download it first")
+    if not Path(path).is_file():
+        raise FusionError(f"Expected a checkpoint, got {path}, which is no file; check the path")
+    return Path(path)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint file: only tensors and plain containers."""
+    try:
+        # weights_only is always given: an environment variable can turn the default off.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # How PyTorch words its refusal of a class or function; anything else is a file that is no pickle.
+        if "GLOBAL" in str(error) or "allowlisted" in str(error):
+            raise FusionError(
+                f"Expected only tensors and plain values in {path}, got pickled objects, which were not run; "
+                "save the network with save_network"
+            ) from error
+        raise _damaged(path) from error
+    # A damaged file can make the unpickler fail in any way, MemoryError included.
+    except Exception as error:
+        raise _damaged(path) from error
+    if not isinstance(checkpoint, dict):
+        raise _foreign(path, f"a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def _weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the network in a checkpoint, by their names in the network."""
+    state = checkpoint["state_dict"]
+    return {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
+
+
+def _blank_network(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> nn.Module:
+    """The checkpoint's network on the meta device, so that a forged size costs no memory; its shapes are the file's."""
+    try:
+        with torch.device("meta"):
+            network = restore(checkpoint["hyper_parameters"]["architecture"])
+    except FusionError as error:
+        raise FusionError(f"Expected a network in {path} that can be built: {error}") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in _weights(checkpoint).items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise FusionError(
+                f"Expected {name} in {path} to have shape {expected.get(name)}, got {found.get(name)}; save it again"
+            )
+    return network
+
+
+def _is_state(state: object) -> bool:
+    """Whether an object maps names to tensors."""
+    return isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins like safetensors: eight bytes of length, then JSON."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def refuse_classes(value: object, path: str | os.PathLike[str]) -> None:
+    """Refuses hyperparameters that name a class or an instantiator: loading them would import and call code."""
+    if isinstance(value, dict):
+        for key in value:
+            if key == "class_path" or str(key).startswith("_"):
+                raise FusionError(f"Expected plain hyperparameters in {path}, got {key!r}; only your own command may")
+            refuse_classes(value[key], path)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            refuse_classes(item, path)
+
+
+def _foreign(path: str | os.PathLike[str], found: str) -> FusionError:
+    return FusionError(f"Expected a checkpoint of ImageClassifier, got {path} with {found}; save it with fit or fuse")
+
+
+def _damaged(path: Path) -> FusionError:
+    return FusionError(f"Expected a readable checkpoint, got {path}, which is truncated or damaged; save it again")

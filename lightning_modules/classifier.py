@@ -1,0 +1,219 @@
+"""The classifier that is trained, evaluated and fused: a network, its loss, its metrics and its optimizer."""
+
+import importlib
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from clafusion.errors import FusionError
+from clafusion.storage import describe, restore
+from lightning_modules.checkpoints import read_checkpoint, refuse_classes
+from lightning_modules.checks import check_images
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ImageClassifier(LightningModule):
+    """A network that classifies images, trained with SGD on the cross entropy.
+
+    Logs, over whole epochs, `train_loss`, and `val_loss`, `val_acc`, `test_loss` and `test_acc` (exact on any number
+    of processes). Its checkpoints hold the architecture as a plain dict, so they load without further arguments.
+
+    Args:
+        architecture: `{"name": "MLP", ...}` as for `clafusion.networks.build`, a published name such as
+            `{"name": "resnet34_half"}`, or `{"class_path": "torchvision.models.resnet18", "init_args": {...}}`. None:
+            the network comes from a checkpoint or from `set_network`.
+        lr: Learning rate.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD.
+        milestones: Epochs at which the learning rate is multiplied by `gamma`.
+        gamma: See `milestones`.
+
+    Raises:
+        FusionError: The architecture cannot be built or a number is out of range.
+
+    Example:
+        >>> classifier = ImageClassifier({"name": "MLP", "in_features": 64, "hidden": [32, 16], "num_classes": 10})
+        >>> classifier(torch.zeros(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
+    """
+
+    def __init__(
+        self,
+        architecture: dict[str, Any] | None = None,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        milestones: list[int] | None = None,
+        gamma: float = 0.1,
+    ) -> None:
+        super().__init__()
+        _check_recipe(lr=lr, momentum=momentum, weight_decay=weight_decay, gamma=gamma)
+        self.network = None if architecture is None else _build(architecture)
+        self.lr = lr
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.milestones = sorted(milestones or [])
+        self.gamma = gamma
+        #: How this network was fused, as plain containers; it stays in every later checkpoint.
+        self.fusion: dict[str, Any] | None = None
+        self.metrics = nn.ModuleDict(
+            {
+                f"{stage}_{name}": metric
+                for stage in ("val", "test")
+                for name, metric in (("loss", MeanMetric()), ("acc", MulticlassAccuracy(average="micro")))
+            }
+        )
+        # What is saved is the canonical description, never the class_path the user may have given.
+        architecture = None if self.network is None else describe(self.network)
+        milestones = self.milestones
+        self.save_hyperparameters()
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "ImageClassifier":
+        """Loads a checkpoint as Lightning does, but always safely: nothing in the file is run.
+
+        Args:
+            checkpoint_path: A local file.
+            *args: As for Lightning's method.
+            **kwargs: As for Lightning's method; `weights_only` is always true.
+
+        Raises:
+            FusionError: The file cannot be used, see `read_checkpoint`.
+        """
+        read_checkpoint(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True})
+
+    def set_network(self, network: nn.Module) -> None:
+        """Makes `network` the one that is trained and saved.
+
+        Raises:
+            FusionError: The network cannot be described as plain data.
+        """
+        self.hparams["architecture"] = describe(network)
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits `[N, classes]` of images `[N, C, H, W]`."""
+        return self._network()(images)
+
+    def setup(self, stage: str) -> None:
+        """Checks that the data fits the network, before anything is computed."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if self.network is not None and hasattr(datamodule, "image_shape"):
+            check_images(self.network, datamodule, "the network")
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The cross entropy of a batch."""
+        images, labels = batch
+        loss = cross_entropy(self(images), labels)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch to `val_loss` and `val_acc`."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch to `test_loss` and `test_acc`."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The class probabilities `[N, classes]` of a batch."""
+        images, _ = batch
+        return self(images).softmax(dim=1)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """SGD, with a step schedule if there are milestones."""
+        optimizer = torch.optim.SGD(
+            self._network().parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+        if not self.milestones:
+            return optimizer
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, self.milestones, self.gamma)
+        return [optimizer], [schedule]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds how the network was fused, if it was."""
+        if self.fusion is not None:
+            checkpoint["fusion"] = self.fusion
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Builds the network if there is none yet; lets this module's recipe win over the checkpoint's."""
+        saved = checkpoint.get("hyper_parameters", {})
+        if "architecture" not in saved:
+            raise FusionError("Expected a checkpoint of ImageClassifier, got one without architecture; choose another")
+        refuse_classes(saved, "the checkpoint")
+        if self.network is None:
+            self.set_network(restore(saved["architecture"]))
+        elif self.hparams["architecture"] != saved["architecture"]:
+            raise FusionError(
+                f"Expected a checkpoint of the given architecture {self.hparams['architecture']}, got one of "
+                f"{saved['architecture']}; leave out --model.architecture"
+            )
+        self.fusion = checkpoint.get("fusion")
+        recipe = ("lr", "momentum", "weight_decay", "milestones", "gamma")
+        if any(self.hparams[name] != saved.get(name) for name in recipe):
+            self._override_recipe(checkpoint)
+
+    def _override_recipe(self, checkpoint: dict[str, Any]) -> None:
+        """Writes this module's recipe over the one in the states of the optimizer and of the schedule."""
+        schedules = checkpoint.get("lr_schedulers", [])
+        epoch = schedules[0]["last_epoch"] if schedules else checkpoint["epoch"]
+        lr = self.lr * self.gamma ** sum(milestone <= epoch for milestone in self.milestones)
+        for state in checkpoint.get("optimizer_states", []):
+            for group in state["param_groups"]:
+                group.update(lr=lr, initial_lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        for state in schedules:
+            state.update(milestones=Counter(self.milestones), gamma=self.gamma, base_lrs=[self.lr], _last_lr=[lr])
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        images, labels = batch
+        logits = self(images)
+        loss, accuracy = self._metric(f"{stage}_loss"), self._metric(f"{stage}_acc")
+        loss.update(cross_entropy(logits, labels), weight=len(labels))
+        accuracy.update(logits, labels)
+        self.log_dict({f"{stage}_loss": loss, f"{stage}_acc": accuracy}, on_epoch=True, prog_bar=stage == "val")
+
+    def _metric(self, name: str) -> Metric:
+        metric = self.metrics[name]
+        assert isinstance(metric, Metric)
+        return metric
+
+    def _network(self) -> nn.Module:
+        if self.network is None:
+            raise FusionError("Expected a network, got none; give --model.architecture or --ckpt_path")
+        return self.network
+
+
+def _build(architecture: Mapping[str, Any]) -> nn.Module:
+    """The network that an architecture of the user names."""
+    if "class_path" not in architecture:
+        return restore(architecture)
+    path = architecture["class_path"]
+    unknown = set(architecture) - {"class_path", "init_args"}
+    if unknown or not isinstance(path, str) or "." not in path:
+        raise FusionError(f"Expected an architecture with class_path 'package.Class' and init_args, got {architecture}")
+    module, _, name = path.rpartition(".")
+    try:
+        network = getattr(importlib.import_module(module), name)(**architecture.get("init_args") or {})
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise FusionError(f"Expected a network to come from {path}: {error}; check class_path and init_args") from error
+    if not isinstance(network, nn.Module):
+        raise FusionError(f"Expected {path} to make a torch.nn.Module, got {type(network).__name__}; choose another")
+    return network
+
+
+def _check_recipe(**values: float) -> None:
+    for name, value in values.items():
+        # Written so that NaN is refused as well.
+        if not 0 <= value < float("inf"):
+            raise FusionError(f"Expected {name} to be a finite number of at least 0, got {value}; change {name}")

@@ -1,0 +1,354 @@
+"""The command line, run in this process: what it does, what it leaves behind, what it refuses."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import cli
+from clafusion import networks
+from lightning_modules import ImageClassifier, load_parent, read_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+SHORT = [*QUIET, "--trainer.enable_model_summary", "false", "--trainer.max_epochs", "1"]
+FEW = ["--fusion.num_samples", "60"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*args: str) -> None:
+    cli.main([str(arg) for arg in args])
+
+
+def refused(capsys, *args: str) -> str:
+    """The one line that the command line ends with; no file was written or changed."""
+    before = files()
+    with pytest.raises(SystemExit) as end:
+        run(*args)
+    assert end.value.code == 2
+    assert files() == before
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"clafusion: error: [^\n]+\n", error), error
+    return error
+
+
+def files() -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in Path.cwd().rglob("*") if path.is_file()}
+
+
+def fuse_arguments(parents, output="fused.ckpt") -> list[str]:
+    return ["fuse", "--parents", f"[{', '.join(map(str, parents))}]", "--output", str(output), *QUIET, *FEW]
+
+
+def saved(path: Path, **architecture) -> Path:
+    """A checkpoint of an MLP for the digits with some of its arguments changed."""
+    base = {"name": "MLP", "in_features": 64, "hidden": [16], "num_classes": 10}
+    save_checkpoint(ImageClassifier({**base, **architecture}), path)
+    return path
+
+
+# --- what it does ---
+
+
+def test_a_configuration_trains_a_parent(capsys):
+    run("fit", "--config", "configs/train/digits_deep.yaml", *SHORT)
+    folder = Path("runs/digits_deep")
+    assert {path.name for path in folder.iterdir()} == {"best.ckpt", "last.ckpt", "logs"}
+    assert load_parent(folder / "best.ckpt").architecture["hidden"] == [64, 48, 32, 24, 16]
+    logged = (folder / "logs/version_0/metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train_loss", "val_loss", "val_acc"} <= set(logged)
+    run("fit", "--config", folder / "logs/version_0/config.yaml", *SHORT)
+    assert not re.search("GPU available|💡|Seed set|Warning", capsys.readouterr().err)
+
+
+def test_fuse_writes_an_ordinary_checkpoint_and_its_record(mlp_checkpoints, capsys):
+    run(*fuse_arguments(mlp_checkpoints))
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["fused.ckpt", "fusion.json"]
+    record = json.loads(Path("fusion.json").read_text())
+    names = [row["name"] for row in record["networks"]]
+    assert names[:3] == ["parent 1", "parent 2", "ensemble"] and names[-1] == "fused"
+    assert "naive average" not in names and "balanced 2" in names
+    assert all(0 <= row["test_acc"] <= 1 and row["parameters"] > 0 for row in record["networks"])
+    assert len(record["alignments"]) == len(record["transport_costs"]) == 2
+    assert record["options"]["num_samples"] == 60 and record["seconds"] > 0 and record["peak_memory_bytes"] > 0
+    assert [len(parent["sha256"]) for parent in record["parents"]] == [64, 64]
+    assert read_checkpoint("fused.ckpt")["fusion"] == record
+    table = capsys.readouterr().out
+    assert all(name in table for name in names)
+    assert f"{record['networks'][-1]['test_acc']:.2%}" in table
+
+
+def test_the_accuracy_of_the_record_is_that_of_the_checkpoint(mlp_checkpoints, capsys):
+    run(*fuse_arguments(mlp_checkpoints))
+    record = json.loads(Path("fusion.json").read_text())
+    capsys.readouterr()
+    run("test", "--ckpt_path", "fused.ckpt", *QUIET)
+    [accuracy] = re.findall(r"test_acc\s*│\s*([\d.]+)", capsys.readouterr().out)
+    assert float(accuracy) == pytest.approx(record["networks"][-1]["test_acc"])
+
+
+def test_equal_parents_are_also_averaged_naively(mlp_checkpoints):
+    deep, _ = mlp_checkpoints
+    run(*fuse_arguments([deep, deep]))
+    rows = {row["name"]: row["test_acc"] for row in json.loads(Path("fusion.json").read_text())["networks"]}
+    assert rows["naive average"] == pytest.approx(rows["parent 1"]) == pytest.approx(rows["fused"])
+
+
+def test_fuse_is_deterministic(mlp_checkpoints):
+    for name in ("a", "b"):
+        Path(name).mkdir()
+        run(*fuse_arguments(mlp_checkpoints, f"{name}/fused.ckpt"))
+    one, two = (load_parent(f"{name}/fused.ckpt").state_dict() for name in ("a", "b"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_a_checkpoint_needs_nothing_else(mlp_checkpoints, command):
+    run(command, "--ckpt_path", mlp_checkpoints[0], *QUIET)
+    assert not list(Path.cwd().iterdir())
+
+
+def test_training_goes_on_from_a_fused_checkpoint(mlp_checkpoints):
+    run(*fuse_arguments(mlp_checkpoints))
+    run("fit", "--ckpt_path", "fused.ckpt", *SHORT)
+    trained = read_checkpoint("runs/last.ckpt")
+    assert trained["epoch"] == 0 and trained["global_step"] > 0
+    assert trained["fusion"] == read_checkpoint("fused.ckpt")["fusion"]
+
+
+def test_the_command_line_wins_over_the_checkpoint(mlp_checkpoints):
+    run("fit", "--ckpt_path", mlp_checkpoints[0], "--model.momentum", "0.3", *SHORT)
+    trained = read_checkpoint("runs/last.ckpt")
+    assert (trained["hyper_parameters"]["momentum"], trained["hyper_parameters"]["lr"]) == (0.3, 0.05)
+    [group] = trained["optimizer_states"][0]["param_groups"]
+    assert (group["momentum"], group["lr"]) == (0.3, 0.05)
+
+
+def test_a_configuration_file_wins_over_the_checkpoint_too(mlp_checkpoints):
+    Path("recipe.yaml").write_text("model: {lr: 0.5}\n")
+    run("fit", "--config", "recipe.yaml", "--ckpt_path", mlp_checkpoints[0], *SHORT)
+    assert read_checkpoint("runs/last.ckpt")["hyper_parameters"]["lr"] == 0.5
+
+
+def test_the_command_line_wins_when_training_is_resumed():
+    run("fit", "--config", "configs/train/digits_shallow.yaml", *SHORT)
+    path = "runs/digits_shallow/last.ckpt"
+    run("fit", "--ckpt_path", path, "--model.lr", "0.5", *SHORT, "--trainer.max_epochs", "2")
+    trained = read_checkpoint("runs/last.ckpt")
+    assert trained["epoch"] == 1
+    assert trained["optimizer_states"][0]["param_groups"][0]["lr"] == 0.5
+
+
+def test_options_come_from_files_and_the_environment(monkeypatch, capsys):
+    monkeypatch.setenv("CLAFUSION_FUSE__FUSION__SEED", "7")
+    with pytest.raises(SystemExit) as end:
+        run(
+            *["fuse", "--config", "configs/fusion/paper.yaml", "--config", "configs/trainer/cpu.yaml"],
+            *["--fusion.num_samples", "50", "--parents", "[a, b]", "--output", "c.ckpt", "--print_config"],
+        )
+    assert end.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    options = config["fusion"]
+    assert (options["seed"], options["num_samples"], options["head"]) == (7, 50, "transport")
+    assert config["trainer"]["deterministic"] is True
+
+
+def test_the_configuration_of_the_published_settings_is_that_of_the_library(capsys):
+    from clafusion import FusionOptions
+
+    options = yaml.safe_load((ROOT / "configs/fusion/paper.yaml").read_text())["fusion"]
+    assert FusionOptions(**options) == FusionOptions.paper()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_is_understood(path, capsys):
+    command = ["fuse", "--parents", "[a, b]", "--output", "c.ckpt"] if path.parent.name == "fusion" else ["fit"]
+    with pytest.raises(SystemExit) as end:
+        run(*command, "--config", path, "--print_config")
+    assert end.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    if path.parent.name == "train":
+        assert config["trainer"]["default_root_dir"] == f"runs/{path.stem}"
+        assert networks.build(config["model"]["architecture"]).architecture["num_classes"] == 10
+
+
+@pytest.mark.parametrize("name", ["MNISTDataModule", "datamodules.MNISTDataModule"])
+def test_data_modules_are_known_by_their_short_names(name, capsys):
+    with pytest.raises(SystemExit):
+        run("fit", "--data", name, "--data.variant", "fashion", "--print_config")
+    data = yaml.safe_load(capsys.readouterr().out)["data"]
+    assert data["class_path"] == "datamodules.MNISTDataModule" and data["init_args"]["variant"] == "fashion"
+
+
+def test_help_and_version(capsys):
+    for args in (["--help"], ["--version"], ["fuse", "--help"]):
+        with pytest.raises(SystemExit) as end:
+            run(*args)
+        assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert "clafusion 0.1.0" in out and "--fusion.num_samples" in out and "{fit,validate,test,predict,fuse}" in out
+    assert "weights_only" not in out
+
+
+def test_the_installed_command_ends_with_one_line_and_code_2():
+    command = "import cli; cli.main(['test', '--ckpt_path', 'none.ckpt'])"
+    end = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert end.returncode == 2
+    assert end.stderr == "clafusion: error: Expected a checkpoint, got none.ckpt, which is no file; check the path\n"
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_work_as_typed():
+    commands = re.findall(r"^clafusion (.*?)(?:\s+#.*)?$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["fit", "fit", "fuse", "test", "fit"]
+    for command in commands:
+        run(*shlex.split(command), *QUIET)
+    for name in (
+        "runs/digits_deep/last.ckpt",
+        "runs/digits_shallow/last.ckpt",
+        "runs/fused.ckpt",
+        "runs/finetuned/best.ckpt",
+    ):
+        assert load_parent(name).architecture["num_classes"] == 10
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_works_as_typed(capsys):
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    torch.manual_seed(0)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == "torch.Size([64, 10])\n"
+
+
+# --- what it refuses ---
+
+
+def test_unusable_parents_are_refused(mlp_checkpoints, capsys):
+    deep, shallow = mlp_checkpoints
+    inputs = Path.cwd()
+    truncated, poisoned = inputs / "truncated.ckpt", saved(inputs / "nan.ckpt")
+    truncated.write_bytes(deep.read_bytes()[:3000])
+    content = torch.load(poisoned, weights_only=True)
+    content["state_dict"]["network.fc1.weight"][0, 0] = float("nan")
+    torch.save(content, poisoned)
+    for parents, message in (
+        (["none.ckpt", shallow], "Expected a checkpoint, got none.ckpt, which is no file"),
+        ([truncated, shallow], "truncated.ckpt, which is truncated or damaged"),
+        ([deep, poisoned], "NaN or infinity in fc1.weight"),
+        ([deep], "Expected two or more parents, got 1"),
+        ([deep, saved(inputs / "wide.ckpt", in_features=49)], "49 values, as .*wide.ckpt takes, got 1x8x8 from Digits"),
+        ([deep, saved(inputs / "many.ckpt", num_classes=12)], "same number of classes, got .*deep.ckpt: 10, .*: 12"),
+        ([deep, "https://example.org/b.ckpt"], "Expected a local file"),
+    ):
+        assert re.search(message, refused(capsys, *fuse_arguments(parents)))
+
+
+def test_pickled_code_in_a_parent_is_not_run(mlp_checkpoints, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return Path("exploded").touch, ()
+
+    torch.save({"state_dict": Bomb()}, "bomb.ckpt")
+    for arguments in (fuse_arguments([mlp_checkpoints[0], "bomb.ckpt"]), ["test", "--ckpt_path", "bomb.ckpt", *QUIET]):
+        assert "pickled objects, which were not run" in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--fusion.num_samples", "0"], "num_samples"),
+        (["--fusion.num_samples", "1"], "num_samples"),
+        (["--fusion.num_samples", "100000"], "num_samples"),
+        (["--fusion.num_samples", "many"], "num_samples"),
+        (["--fusion.num_sample", "100"], "num_sample"),
+        (["--fusion.no_such_option", "1"], "no_such_option"),
+        (["--fusion.layer_measure", "magic"], "magic"),
+        (["--fusion.regularization", "-1"], "regularization"),
+        (["--over", "true"], "over"),
+        (["--trainer.max_epoch", "1"], "max_epoch"),
+        (["--trainer.devices", "0"], "devices"),
+        (["--config", "none.yaml"], "none.yaml"),
+        (["--data", "NoSuchDataModule"], "NoSuchDataModule"),
+        (["--data.batch_size", "0"], "batch_size"),
+        (
+            ["--model.architecture", "{name: MLP, in_features: 64, hidden: [4], num_classes: 10}"],
+            "--model.architecture",
+        ),
+    ],
+)
+def test_bad_options_are_refused(mlp_checkpoints, capsys, extra, message):
+    assert message in refused(capsys, *fuse_arguments(mlp_checkpoints), *extra)
+
+
+def test_outputs_that_cannot_be_written_are_refused(mlp_checkpoints, capsys):
+    Path("file").touch()
+    Path("folder.ckpt").mkdir()
+    for output, message in (
+        ("none/fused.ckpt", "Expected a folder that can be written, got none"),
+        ("file/fused.ckpt", "Expected a folder that can be written, got file"),
+        ("folder.ckpt", "Expected to write a new file, got folder.ckpt"),
+        ("fused.pt", "NAME.ckpt"),
+        ("s3://bucket/fused.ckpt", "Expected a local output file"),
+    ):
+        assert message in refused(capsys, *fuse_arguments(mlp_checkpoints, output))
+
+
+@pytest.mark.parametrize("name", ["fused.ckpt", "fusion.json"])
+def test_existing_results_are_replaced_only_on_demand(mlp_checkpoints, capsys, name):
+    Path(name).write_text("precious")
+    assert f"got {name}, which exists; give --overwrite true" in refused(capsys, *fuse_arguments(mlp_checkpoints))
+    assert Path(name).read_text() == "precious"
+    run(*fuse_arguments(mlp_checkpoints), "--overwrite", "true")
+    assert len(load_parent("fused.ckpt").architecture["hidden"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["test"], "Expected a network, got none"),
+        (["fit", *SHORT], "Expected a network, got none"),
+        (["test", "--ckpt_path", "none.ckpt"], "none.ckpt"),
+        (["fit", "--model.lr", "fast"], "model.lr"),
+        (["fit", "--model.lr", "-1"], "lr"),
+        (["fit", "--model.milestones", "[1.5]"], "milestones"),
+        (["fit", "--model.architecture", "{name: Nothing}"], "Nothing"),
+        (["fit", "--model.arch", "{}"], "model.arch"),
+        (["fit", "--config", "configs/train/fashion_mlp_deep.yaml", "--data.data_dir", "none", *SHORT], "idx3-ubyte"),
+        (["no_such_command"], "no_such_command"),
+        ([], "subcommand"),
+    ],
+)
+def test_bad_use_of_the_other_commands_is_refused(capsys, arguments, message):
+    assert message in refused(capsys, *arguments)
+
+
+def test_data_that_does_not_fit_is_refused_before_training(capsys):
+    wide = "{name: MLP, in_features: 784, hidden: [4], num_classes: 10}"
+    line = refused(capsys, "fit", "--model.architecture", wide, *SHORT)
+    assert "784 values" in line and "1x8x8 from DigitsDataModule" in line
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(mlp_checkpoints, capsys):
+    other = ["--model.architecture", "{name: MLP, in_features: 64, hidden: [5], num_classes: 10}"]
+    line = refused(capsys, "test", "--ckpt_path", str(mlp_checkpoints[0]), *other, *QUIET)
+    assert "leave out --model.architecture" in line
+
+
+def test_other_errors_keep_their_traceback(mlp_checkpoints, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("lightning_modules.trainer.fuse", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(*fuse_arguments(mlp_checkpoints))
+    assert not list(Path.cwd().iterdir())

@@ -1,0 +1,137 @@
+"""What is measured on samples: sums that stream, and what counts as samples."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from clafusion import FusionError, statistics, trace
+from clafusion.statistics import CHUNK, Moments, chunks, collect, paired_moments, rows
+from tests.helpers import images, mlp, resnet, vectors
+
+
+def test_moments_are_the_sums_they_name():
+    x, y = vectors(20, 3), vectors(20, 4, 1)
+    moments = Moments.of(x, y)
+    assert moments.count == 20
+    for got, expected in [
+        (moments.x, x.sum(0)), (moments.yy, (y * y).sum(0)), (moments.xx, (x * x).sum(0)),
+        (moments.y, y.sum(0)), (moments.xy, torch.einsum("oi,oj->ij", x, y)),
+    ]:  # fmt: skip
+        assert torch.allclose(got, expected)
+
+
+def test_moments_of_parts_add_up():
+    x, y = vectors(20, 3), vectors(20, 4, 1)
+    whole = Moments.of(x, y)
+    total = Moments.of(x[:7], y[:7]) + Moments.of(x[7:], y[7:])
+    assert total.count == 20
+    for name in ("x", "y", "xx", "yy", "xy"):
+        assert torch.allclose(getattr(total, name), getattr(whole, name))
+
+
+def test_moments_are_float64_whatever_comes():
+    assert Moments.of(torch.ones(2, 3).bfloat16(), torch.ones(2, 3)).xy.dtype == torch.float64
+
+
+@pytest.mark.parametrize("make", [lambda seed: resnet([1, 1], seed, batch_norm=True), lambda seed: mlp([6, 5], seed)])
+def test_streamed_sums_equal_those_of_all_samples_at_once(make, monkeypatch):
+    models = [make(seed) for seed in range(3)]
+    samples = images(150, 8) if hasattr(models[0], "conv1") else vectors(150)
+    structures = [trace(model, samples[:2]) for model in models]
+    pairs = {layer.pre: [(0, 1), (2, 1)] for layer in structures[0].layers}
+    streamed = paired_moments(structures, pairs, samples)
+    monkeypatch.setattr(statistics, "chunks", lambda samples, size=CHUNK: (samples,))
+    at_once = paired_moments(structures, pairs, samples)
+    assert len(chunks(samples)) == 3 and list(streamed) == list(at_once) and len(streamed) == 2 * len(pairs)
+    for key, moments in streamed.items():
+        assert moments.count == at_once[key].count
+        for name in ("x", "y", "xx", "yy", "xy"):
+            assert torch.allclose(getattr(moments, name), getattr(at_once[key], name), rtol=1e-12)
+
+
+def test_sums_are_those_of_the_features():
+    a, b = mlp([6, 5], 0), mlp([6, 5], 1)
+    samples = vectors(100)
+    structures = [trace(model, samples[:2]) for model in (a, b)]
+    node = structures[0].layers[0].post
+    moments = paired_moments(structures, {node: [(0, 1)]}, samples)[node, 0, 1]
+    with torch.no_grad():
+        expected = Moments.of(a.fc1(samples).relu(), b.fc1(samples).relu())
+    assert torch.allclose(moments.xy, expected.xy)
+
+
+def test_measuring_leaves_gradients_as_they_were():
+    a, samples = mlp([6]), vectors(10)
+    structure = trace(a, samples[:2])
+    moments = paired_moments([structure, structure], {structure.layers[0].pre: [(0, 1)]}, samples)
+    assert not any(m.xy.requires_grad or m.xy.is_inference() for m in moments.values())
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_an_error_while_measuring_does_not_leave_inference_mode_on(monkeypatch):
+    a, samples = mlp([6]), vectors(10)
+    structure = trace(a, samples[:2])
+    monkeypatch.setattr(Moments, "of", classmethod(lambda cls, x, y: 1 / 0))
+    try:
+        paired_moments([structure, structure], {structure.layers[0].pre: [(0, 1)]}, samples)
+    except ZeroDivisionError as error:
+        kept = error  # a notebook keeps the last traceback, and with it every frame
+    assert kept and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_rows_are_samples_times_positions():
+    maps = images(2, 4)
+    assert rows(maps).shape == (32, 3)
+    assert torch.equal(rows(maps)[5], maps[0, :, 1, 1])
+    assert torch.equal(rows(vectors(3)), vectors(3))
+
+
+@pytest.mark.parametrize("count", [1, 4, 63, 64, 65, 128, 129, 500])
+def test_chunks_are_even_so_that_none_is_too_small_to_estimate_from(count):
+    sizes = [len(part) for part in chunks(torch.zeros(count, 1))]
+    assert sum(sizes) == count and max(sizes) <= CHUNK and max(sizes) - min(sizes) <= 1
+
+
+def test_collect_takes_tensors_tuples_and_loaders():
+    samples = vectors(10)
+    loader = DataLoader(TensorDataset(samples, torch.arange(10)), batch_size=4)
+    for batches in (
+        [samples], [samples[:4], samples[4:]], [(samples, torch.arange(10))], [[samples, 1, "label"]],
+        loader, iter(loader),
+    ):  # fmt: skip
+        assert torch.equal(collect(batches, 7), samples[:7])
+        assert not collect([samples], 20).requires_grad
+
+
+def test_collect_reads_no_further_than_needed():
+    read = []
+
+    def batches():
+        for number in range(10):
+            read.append(number)
+            yield torch.full((3, 2), float(number))
+
+    assert collect(batches(), 6).shape == (6, 2) and read == [0, 1]
+
+
+def test_collect_gives_what_there_is_when_there_is_less():
+    assert collect([vectors(3)], 10).shape == (3, 12)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "Expected at least one batch of samples, got none"),
+        ([{"image": torch.zeros(2, 3)}], r"batches of samples \[batch, ...\], got dict; pass tensors"),
+        ([[1.0, 2.0]], r"batches of samples \[batch, ...\], got float"),
+        ([[]], r"batches of samples \[batch, ...\], got list; pass tensors"),
+        (torch.zeros(4), r"batches of samples \[batch, ...\], got Tensor"),
+        ([torch.zeros(4)], r"batches of samples \[batch, ...\], got Tensor"),
+        ([torch.zeros(2, 3), torch.zeros(2, 4)], r"samples of one shape, got \[3\] and \[4\]"),
+        ([torch.full((2, 3), float("nan"))], "Expected finite samples, got NaN or infinity"),
+        ([torch.full((2, 3), float("inf"))], "Expected finite samples, got NaN or infinity"),
+    ],
+)
+def test_collect_refuses(batches, message):
+    with pytest.raises(FusionError, match=message):
+        collect(batches, 10)
