@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from clafusion.operations import is_norm
+from clafusion.parameters import state_of
 from clafusion.structure import Layer, Structure
 
 
@@ -47,10 +48,9 @@ class AffineLayer:
         bias = weight.new_zeros(len(weight)) if self.module.bias is None else self.module.bias.detach().double()
         if self.norm is None:
             return weight, bias
-        gain = self.norm.weight.detach().double() / (self.norm.running_var.double() + self.norm.eps).sqrt()
-        return gain[:, None] * weight, self.norm.bias.detach().double() + gain * (
-            bias - self.norm.running_mean.double()
-        )
+        state = {name: tensor.double() for name, tensor in state_of(self.norm).items()}
+        gain = state["weight"] / (state["running_var"] + self.norm.eps).sqrt()
+        return gain[:, None] * weight, state["bias"] + gain * (bias - state["running_mean"])
 
     def write(self, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> None:
         """Overwrite the layer in place so that it computes `weight x + bias`.
@@ -69,12 +69,12 @@ class AffineLayer:
                 return
             if self.module.bias is not None:
                 self.module.bias.zero_()
-            running_mean, running_var = _running(self.norm)
-            running_mean.copy_(mean)
-            running_var.copy_(variance.clamp_min(0))
+            state = state_of(self.norm)
+            state["running_mean"].copy_(mean)
+            state["running_var"].copy_(variance.clamp_min(0))
             # What the stored mean and variance take away, weight and bias give back, rounding included.
-            self.norm.weight.copy_((running_var.double() + self.norm.eps).sqrt())
-            self.norm.bias.copy_(running_mean.double() + bias)
+            state["weight"].copy_((state["running_var"].double() + self.norm.eps).sqrt())
+            state["bias"].copy_(state["running_mean"].double() + bias)
 
 
 def affine_layer(structure: Structure, layer: Layer) -> AffineLayer:
@@ -87,12 +87,6 @@ def affine_layer(structure: Structure, layer: Layer) -> AffineLayer:
     return AffineLayer(
         cast(nn.Conv2d, modules[layer.name]), norm, node.all_input_nodes[0].name, user.name if followed else node.name
     )
-
-
-def _running(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """The running mean and variance; the trace has refused norms without."""
-    assert norm.running_mean is not None and norm.running_var is not None
-    return norm.running_mean, norm.running_var
 
 
 def _node_of(structure: Structure, layer: Layer) -> fx.Node:

@@ -1,5 +1,6 @@
 """The fused parameters: every parent moved onto the anchor's neurons, then averaged."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,22 +28,28 @@ def combine(
     """
     structure = balanced.structure
     network = resized(anchor, structure, _sizes(balanced, options))
-    states = [state_of(parent.module) for parent in balanced.structures]
     fused: dict[str, Tensor] = {}
     for unit in structure.units:
         for layer in unit.layers:
             for name in (key for key in structure.axes if key.rpartition(".")[0] == layer.name):
-                if not states[balanced.anchor][name].is_floating_point():  # a counter of batches
-                    fused[name] = states[balanced.anchor][name]
-                    continue
-                parts = _coefficients(balanced, unit, layer, name, weights, options)
-                moved = [
-                    share * _moved(balanced, k, name, states[k][name], maps[k], options)
-                    for k, share in enumerate(parts)
-                    if share
-                ]
-                fused[name] = torch.stack(moved).sum(0)
+                shares = _shares(balanced, unit, layer, name, weights, options)
+                fused[name] = _weighted_sum(balanced, name, maps, shares, options)
     return load_state(network, fused)
+
+
+def _weighted_sum(
+    balanced: Balanced, name: str, maps: Sequence[Maps], shares: Sequence[float], options: FusionOptions
+) -> Tensor:
+    """One parameter of the result; a counter of batches is the anchor's."""
+    states = [state_of(parent.module)[name] for parent in balanced.structures]
+    anchors = states[balanced.anchor]
+    if not anchors.is_floating_point():
+        return anchors
+    total = torch.zeros((), dtype=torch.float64, device=anchors.device)
+    for k, share in enumerate(shares):
+        if share:
+            total = total + share * _moved(balanced, k, name, states[k], maps[k], options)
+    return total
 
 
 def _moved(balanced: Balanced, k: int, name: str, tensor: Tensor, maps: Maps, options: FusionOptions) -> Tensor:
@@ -61,7 +68,7 @@ def _sizes(balanced: Balanced, options: FusionOptions) -> dict[str, int]:
     return sizes
 
 
-def _coefficients(
+def _shares(
     balanced: Balanced, unit: Unit, layer: Layer, name: str, weights: Sequence[float], options: FusionOptions
 ) -> list[float]:
     """The share of every parent in one parameter.
@@ -120,6 +127,6 @@ def normalized(weights: Sequence[float] | None, count: int) -> list[float]:
         FusionError: if there is not one weight per network.
     """
     chosen = [1.0] * count if weights is None else [float(weight) for weight in weights]
-    if len(chosen) != count or min(chosen, default=-1.0) < 0 or sum(chosen) <= 0:
+    if len(chosen) != count or not all(0 <= weight < math.inf for weight in chosen) or sum(chosen) <= 0:
         raise FusionError(f"Expected {count} weights of at least 0 with a positive sum, got {list(weights or [])}")
     return [weight / sum(chosen) for weight in chosen]

@@ -20,6 +20,7 @@ from clafusion.layer_costs import check_stages, stage_costs
 from clafusion.maps import Balanced, Maps, neuron_maps
 from clafusion.merging import merged
 from clafusion.options import FusionOptions
+from clafusion.parameters import state_of
 from clafusion.statistics import as_input, collect
 from clafusion.structure import Structure, trace
 from clafusion.targets import Parents
@@ -201,7 +202,14 @@ def _template(structures: Sequence[Structure], options: FusionOptions) -> int:
         raise FusionError(
             f"Expected one parent to be {word} in every stage, got stages of {[list(d) for d in depths]} units"
         )
-    return depths.index(extreme)
+    candidates = [k for k, depth in enumerate(depths) if depth == extreme]
+    return max(candidates, key=lambda k: _fingerprint(structures[k]))
+
+
+def _fingerprint(structure: Structure) -> tuple[int, float]:
+    """Ranks networks by what they are and not by where they stand, so that the order of the parents does not matter."""
+    tensors = list(state_of(structure.module).values())
+    return sum(tensor.numel() for tensor in tensors), sum(float(tensor.double().sum()) for tensor in tensors)
 
 
 def _sides(

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from clafusion import Structure, networks, trace
+from clafusion import FusionOptions, Structure, networks, trace
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -107,6 +107,11 @@ def _permute(structure: Structure, name: str, tensor: Tensor, orders: Mapping[st
             index = (order[:, None] * axis.repeat + torch.arange(axis.repeat)).flatten()
             tensor = tensor.index_select(dim, index)
     return tensor
+
+
+def plain(**changes: Any) -> FusionOptions:
+    """Options of a fusion that is transport and average alone, without a correction after them."""
+    return FusionOptions(**{"correction": "none", **changes})
 
 
 @torch.no_grad()

@@ -74,6 +74,13 @@ def test_merging_is_exact_where_the_merged_units_are_always_active(rule):
     assert relative_error(merged, deep, samples) < 1e-10
 
 
+def test_exactly_half_is_a_majority():
+    """Without a bias a sample and its negative activate every neuron once."""
+    deep, samples = mlp([9, 8], 0), vectors(20)
+    merged = merge_layers(deep, mlp([5], 1), [(1,), (0,)], [torch.cat([samples, -samples])], "majority")
+    assert torch.allclose(merged.fc1.weight, deep.fc2.weight @ deep.fc1.weight, atol=1e-12)
+
+
 def test_several_layers_in_a_row_are_folded_into_the_next_and_into_the_head():
     deep, samples = mlp([9, 8, 7], 0, bias=True), vectors(50)
     with torch.no_grad():

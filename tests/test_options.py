@@ -34,8 +34,8 @@ def test_options_are_frozen():
 @pytest.mark.parametrize("name", LITERALS)
 def test_choices_are_accepted_and_others_refused(name):
     for value in LITERALS[name]:
-        more = {"cost": "euclidean"} if name == "squared" else {}
-        assert getattr(FusionOptions(**{name: value}, **more), name) == value
+        # Every correction but none needs one map per stream.
+        assert getattr(FusionOptions(**{"correction": "none", name: value}), name) == value
     for wrong in ("nonsense", None, 1, [LITERALS[name][0]]):
         with pytest.raises(FusionError, match=f"Expected {name} to be one of {', '.join(LITERALS[name])}, got"):
             FusionOptions(**{name: wrong})
@@ -62,7 +62,7 @@ def test_counts_have_a_least_value(name, least):
         FusionOptions(**{name: least - 1})
 
 
-@pytest.mark.parametrize("name", ["regularization", "marginal_regularization"])
+@pytest.mark.parametrize("name", ["regularization", "marginal_regularization", "ridge"])
 def test_regularisations_are_positive_numbers(name):
     assert getattr(FusionOptions(**{name: 1}), name) == 1
     for wrong in (0, -1.0, float("nan"), float("inf")):
@@ -77,6 +77,12 @@ def test_squared_needs_distances():
     FusionOptions(squared=True, cost="euclidean")
     with pytest.raises(FusionError, match="squared only with cost euclidean, got cost correlation"):
         FusionOptions(squared=True)
+
+
+@pytest.mark.parametrize("correction", ["rescale", "repair", "refit"])
+def test_corrections_need_shared_streams(correction):
+    with pytest.raises(FusionError, match=f"none with streams per_layer, got {correction}; share the streams"):
+        FusionOptions(streams="per_layer", correction=correction)
 
 
 def test_weights_become_floats():
