@@ -70,7 +70,7 @@ class FusionOptions:
     many: Literal["many_to_one", "iterative"] = "many_to_one"
     correction: Literal["none", "rescale", "repair", "refit"] = "refit"
     ridge: float = 1e-4
-    num_samples: int = 1000
+    num_samples: int = 2000
     seed: int = 0
 
     def __post_init__(self) -> None:

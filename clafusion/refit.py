@@ -7,13 +7,17 @@ from torch import Tensor
 
 from clafusion.affine import AffineLayer, affine_layer
 from clafusion.cursor import Cursor
-from clafusion.regression import NormalEquations, design_rows, soft_label_regression
+from clafusion.regression import NormalEquations, design_rows, rectified_regression, soft_label_regression
 from clafusion.statistics import rows
 from clafusion.structure import Layer, Structure, Unit
 from clafusion.targets import Parents
 
-#: Observations per unknown of a neuron that are used at most; more change the solution little.
-ROWS_PER_INPUT = 16
+#: Observations per unknown of a neuron that a refit uses at most; more change the solution little.
+ROWS_PER_INPUT = 64
+#: Numbers in the largest design matrix that is held (256 MiB in float32).
+MAX_ENTRIES = 2**26
+#: Activations that let nothing negative through.
+RECTIFIERS = ("ReLU", "ReLU6")
 
 
 def refit_unit(
@@ -46,7 +50,7 @@ def refit_unit(
         if is_head and len(parents.shares(layer, unit)) > 1:
             _refit_head(fused, together[0], targets, _mean_probability(cursors, layer, parents), ridge)
         else:
-            _refit(fused, layer, together, targets, chosen, ridge, minus_shortcut=closes and not shortcuts)
+            _refit(fused, layer, together, targets, chosen, ridge, on_top_of_shortcut=closes and not shortcuts)
 
 
 def _choose(
@@ -57,7 +61,8 @@ def _choose(
     for state in fused.look_ahead([layer.pre]):
         shape = state[layer.pre].shape
         counts.append(shape[0] * shape[2:].numel())
-    share = ROWS_PER_INPUT * sum(part.fan_in + 1 for part in together) / sum(counts)
+    unknowns = sum(part.fan_in + 1 for part in together)
+    share = min(ROWS_PER_INPUT * unknowns, MAX_ENTRIES / (unknowns * together[0].groups)) / sum(counts)
     device = together[0].module.weight.device
     if generator is None or share >= 1:
         return [torch.arange(count, device=device) for count in counts]
@@ -104,18 +109,27 @@ def _refit(
     targets: Sequence[Tensor],
     chosen: Sequence[Tensor],
     ridge: float,
-    minus_shortcut: bool,
+    on_top_of_shortcut: bool,
 ) -> None:
     """Ridge regression of one layer, or of the layer that closes a branch jointly with the projection shortcut."""
-    extra = (layer.pre, together[0].output) if minus_shortcut else ()
-    sums: NormalEquations | None = None
+    extra = (layer.pre, together[0].output) if on_top_of_shortcut else ()
+    inputs, offsets, sums = [], [], None
     for (x, outputs), indices, target in zip(_design(fused, together, chosen, extra), chosen, targets, strict=True):
-        if minus_shortcut:
-            target = target - rows(outputs[layer.pre] - outputs[together[0].output])[indices]
-        part = NormalEquations.of(x, target)
+        offset = x.new_zeros(1, 1)
+        if on_top_of_shortcut:
+            offset = rows(outputs[layer.pre] - outputs[together[0].output])[indices]
+        part = NormalEquations.of(x, target - offset)
         sums = part if sums is None else sums + part
+        inputs.append(x)
+        offsets.append(offset)
     assert sums is not None
-    solved = sums.solve(_prior(together), ridge, together[0].has_bias)
+    prior, intercept = _prior(together), together[0].has_bias
+    if layer.activation in RECTIFIERS and len(prior) == 1:
+        x, target = torch.cat(inputs)[:, 0], torch.cat(list(targets)).to(inputs[0].dtype)
+        offset = torch.cat(offsets) if on_top_of_shortcut else offsets[0]
+        solved = rectified_regression(x, target, offset, sums, prior[0], ridge, intercept)[None]
+    else:
+        solved = sums.solve(prior, ridge, intercept)
     _write(together, solved, sums)
 
 

@@ -48,6 +48,11 @@ def _padding(module: nn.Conv2d) -> tuple[int, int, int, int]:
     return horizontal, horizontal, vertical, vertical
 
 
+#: Iterations of the regressions that have no closed form; each solves one factorised system.
+RECTIFIED_STEPS = 10
+SOFT_LABEL_STEPS = 100
+
+
 @dataclass(frozen=True)
 class NormalEquations:
     """Sums over observations of a regression of t on x, per group, in float64.
@@ -101,9 +106,41 @@ class NormalEquations:
         return prior + step.transpose(1, 2)
 
 
-def soft_label_regression(
-    x: Tensor, probabilities: Tensor, prior: Tensor, ridge: float, intercept: bool, steps: int = 100
+def rectified_regression(
+    x: Tensor, target: Tensor, offset: Tensor, sums: NormalEquations, prior: Tensor, ridge: float, intercept: bool
 ) -> Tensor:
+    r"""Ridge regression of what a ReLU lets through: a negative target asks for no more than a negative output.
+
+    Minimises :math:`\sum r^2 + \lambda \lVert W - W_0 \rVert^2`, where with :math:`y = x W^\top + \text{offset}` the
+    error r is :math:`t - y` where the target is positive and :math:`\max(y, 0)` elsewhere. The objective is convex and
+    its curvature is at most that of plain regression, so that each step solves the same factorised system and none
+    increases the objective.
+
+    Args:
+        x: inputs, [observations, inputs].
+        target: pre-activations to reach, [observations, outputs].
+        offset: what is added to the layer's output before the ReLU, [observations or 1, outputs or 1].
+        sums: normal equations of the same observations, of `target - offset` on x.
+        prior: weights to be pulled towards, [outputs, inputs].
+        ridge: as in `NormalEquations.solve`.
+        intercept: whether the last input is the constant one.
+
+    Returns:
+        [outputs, inputs], float64.
+    """
+    penalty = sums.penalty(ridge, intercept)[0]
+    factor = torch.linalg.cholesky(sums.xx[0] + penalty.diag())
+    active = target > 0
+    weight = sums.solve(prior[None], ridge, intercept)[0].T
+    for _ in range(RECTIFIED_STEPS):
+        output = x @ weight.to(x.dtype) + offset
+        residual = torch.where(active, target - output, -output.clamp_min(0))
+        step = (x.T @ residual).double() - penalty[:, None] * (weight - prior.double().T)
+        weight = weight + torch.cholesky_solve(step, factor)
+    return weight.T
+
+
+def soft_label_regression(x: Tensor, probabilities: Tensor, prior: Tensor, ridge: float, intercept: bool) -> Tensor:
     r"""Softmax regression on soft labels, by majorisation with a fixed curvature (Boehning 1992).
 
     Minimises the cross entropy of `softmax(x W^T)` to the given probabilities plus the ridge. The Hessian is bounded by
@@ -115,7 +152,6 @@ def soft_label_regression(
         prior: weights to start from and to be pulled towards, [classes, inputs].
         ridge: as in `NormalEquations.solve`.
         intercept: whether the last input is the constant one.
-        steps: iterations.
 
     Returns:
         [classes, inputs], float64.
@@ -126,7 +162,7 @@ def soft_label_regression(
     factor = torch.linalg.cholesky(sums.xx[0] / 2 + penalty.diag())
     start = prior.double().T
     weight = start
-    for _ in range(steps):
+    for _ in range(SOFT_LABEL_STEPS):
         error = probabilities - (x @ weight).softmax(-1)
         weight = weight + torch.cholesky_solve(x.T @ error - penalty[:, None] * (weight - start), factor)
     return weight.T
