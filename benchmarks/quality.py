@@ -1,0 +1,289 @@
+"""How good is a fused network, before and after a short finetune? Trains its own parents on Fashion-MNIST and says.
+
+    python benchmarks/quality.py --seeds '[0, 1, 2]' --output runs/quality
+
+Two tables, mean and standard deviation over the seeds of the test accuracy in per cent. Before: the parents, their
+prediction ensemble, the published settings, and the default settings under every correction, all at equal weights, on
+unlabelled training images and without a gradient. After an equal short finetune: the fused networks, each parent, and
+the shallow parent balanced to the fused depth. Parents and results are kept in the output folder; a repeated command
+goes on where the last one stopped.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from clafusion import Ensemble, FusionOptions, fuse, load_network, networks, save_network
+from datamodules import MNISTDataModule
+
+CORRECTIONS = ("none", "rescale", "repair", "refit")
+VGG = {
+    "vgg11": [[64], [128], [256, 256], [512, 512], [512, 512]],
+    "vgg13": [[64, 64], [128, 128], [256, 256], [512, 512], [512, 512]],
+    "vgg11_half": [[64], [64], [128, 128], [256, 256], [256, 512]],
+    "vgg13_doub": [[64, 128], [256, 256], [512, 512], [1024, 1024], [1024, 512]],
+}
+
+
+def vgg(name: str, **kwargs: Any) -> dict[str, Any]:
+    """A published VGG at an eighth of its width."""
+    return {"name": "VGG", "channels": [[width // 8 for width in stage] for stage in VGG[name]], **kwargs}
+
+
+def resnet(blocks: Sequence[int], **kwargs: Any) -> dict[str, Any]:
+    """A published ResNet at an eighth of its width."""
+    return {"name": "ResNet", "blocks": list(blocks), "width": 8, **kwargs}
+
+
+def mlp(hidden: Sequence[int]) -> dict[str, Any]:
+    """A published multilayer perceptron, at full width."""
+    return {"name": "MLP", "in_features": 784, "hidden": list(hidden), "num_classes": 10}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How networks are trained: SGD, momentum 0.9, a one-cycle or constant learning rate."""
+
+    epochs: int
+    learning_rate: float
+    momentum: float = 0.9
+    batch_size: int = 128
+    one_cycle: bool = True
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Networks to train and fuse.
+
+    Attributes:
+        parents: architectures.
+        recipe: how they are trained.
+        fusion: what differs from the default options.
+        flat: 1x28x28 images instead of 3x32x32.
+        skills: parent 0 sees all of class 4 and a tenth of the rest, parent 1 the remainder.
+        finetune: whether the table after finetuning has a row for it.
+    """
+
+    parents: tuple[dict[str, Any], ...]
+    recipe: Recipe
+    fusion: Mapping[str, Any] = field(default_factory=dict)
+    flat: bool = False
+    skills: bool = False
+    finetune: bool = True
+
+
+PLAIN, NORMED, SHALLOW = Recipe(2, 0.05), Recipe(2, 0.1), Recipe(10, 0.01, 0.5, 64, one_cycle=False)
+R34, R18 = (3, 4, 6, 3), (2, 2, 2, 2)
+EXPERIMENTS = {
+    "mlp": Experiment((mlp([400, 200, 100, 50, 25]), mlp([400, 200, 100])), SHALLOW, flat=True),
+    "skill_transfer": Experiment(
+        (mlp([400, 200, 100]), mlp([400, 200, 100, 50])), SHALLOW, {"anchor": 1}, flat=True, skills=True, finetune=False
+    ),
+    "vgg13_vgg11": Experiment((vgg("vgg13"), vgg("vgg11")), PLAIN),
+    "vgg13_vgg11_bn": Experiment(
+        (vgg("vgg13", bias=True, batch_norm=True), vgg("vgg11", bias=True, batch_norm=True)), NORMED
+    ),
+    "vgg13_doub_vgg11_half": Experiment((vgg("vgg13_doub"), vgg("vgg11_half")), PLAIN, {"anchor": 1}, finetune=False),
+    "resnet34_resnet18": Experiment((resnet(R34), resnet(R18)), PLAIN),
+    "resnet34_resnet18_bn": Experiment((resnet(R34, batch_norm=True), resnet(R18, batch_norm=True)), NORMED),
+    "resnet_x4": Experiment((resnet(R34), resnet(R18), resnet(R34), resnet(R18)), PLAIN, finetune=False),
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of one experiment, normalised, with labels."""
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+
+
+def load_images(flat: bool, num_train: int) -> Images:
+    """Fashion-MNIST; a seeded choice of `num_train` training images."""
+    shape: dict[str, Any] = {} if flat else {"pad_to": 32, "channels": 3}
+    data = MNISTDataModule(variant="fashion", val_fraction=0.0, limit_train=num_train, **shape)
+    data.setup()
+    train, test = (loader.dataset for loader in (data.train_dataloader(), data.test_dataloader()))
+    return Images(data.preprocess(train.images), train.labels, data.preprocess(test.images), test.labels)
+
+
+def train(network: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, seed: int) -> nn.Module:
+    """Plain training; gradients are clipped, without which networks that have no BatchNorm may diverge."""
+    generator = torch.Generator().manual_seed(seed)
+    network = network.train()
+    optimizer = torch.optim.SGD(network.parameters(), recipe.learning_rate, momentum=recipe.momentum, weight_decay=5e-4)
+    steps = recipe.epochs * (len(images) // recipe.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps)
+    for _ in range(recipe.epochs):
+        order = torch.randperm(len(images), generator=generator)
+        for chosen in order.split(recipe.batch_size)[: len(images) // recipe.batch_size]:
+            optimizer.zero_grad()
+            cross_entropy(network(images[chosen]), labels[chosen]).backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+            optimizer.step()
+            if recipe.one_cycle:
+                schedule.step()
+    return network.eval()
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, images: Images) -> float:
+    """Test accuracy in per cent."""
+    network.eval()
+    hits = [
+        (network(x).argmax(1) == y).sum()
+        for x, y in zip(images.test.split(500), images.test_labels.split(500), strict=True)
+    ]
+    return 100 * float(torch.stack(hits).sum()) / len(images.test_labels)
+
+
+def parents_of(experiment: Experiment, images: Images, seed: int, folder: Path) -> list[nn.Module]:
+    """The trained parents, from the folder where they are there already."""
+    found = []
+    for number, architecture in enumerate(experiment.parents):
+        key = json.dumps([architecture, number if experiment.skills else number // 2], sort_keys=True)
+        digest = torch.tensor([ord(letter) for letter in key]).mul(torch.arange(1, len(key) + 1)).sum().item()
+        path = folder / f"{architecture['name'].lower()}_{digest}_{seed}_{len(images.train)}.safetensors"
+        if not path.exists():
+            torch.manual_seed(1000 * seed + number)
+            chosen = _skill(images.train_labels, number, seed) if experiment.skills else slice(None)
+            network = networks.build(architecture)
+            save_network(
+                train(network, images.train[chosen], images.train_labels[chosen], experiment.recipe, seed), path
+            )
+        found.append(load_network(path))
+    return found
+
+
+def _skill(labels: Tensor, number: int, seed: int) -> Tensor:
+    """The images of the specialist (0) or the generalist (1)."""
+    own, rest = (labels == 4).nonzero()[:, 0], (labels != 4).nonzero()[:, 0]
+    rest = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))]
+    tenth = len(rest) // 10
+    return torch.cat([own, rest[:tenth]]) if number == 0 else rest[tenth:]
+
+
+def before_finetuning(
+    experiment: Experiment, parents: list[nn.Module], images: Images, seed: int, num_samples: int
+) -> tuple[dict[str, float], dict[str, nn.Module]]:
+    """Accuracies by name, and the networks that the second table finetunes."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = images.train[torch.randperm(len(images.train), generator=generator)[:num_samples]]
+    found = {f"parent {k}": accuracy(parent, images) for k, parent in enumerate(parents, 1)}
+    found["ensemble"] = accuracy(Ensemble(parents), images)
+    anchor = experiment.fusion.get("anchor", 0)
+    found["published"] = accuracy(fuse(parents, [samples], FusionOptions.paper(anchor=anchor)).model, images)
+    kept = {f"parent {k}": parent for k, parent in enumerate(parents, 1)}
+    for correction in CORRECTIONS:
+        options = FusionOptions(correction=correction, num_samples=num_samples, **experiment.fusion)
+        result = fuse(parents, [samples], options)
+        found[correction] = accuracy(result.model, images)
+        kept[f"fused, {correction}"] = result.model
+        kept["balanced"] = result.balanced[1]
+    return found, {name: kept[name] for name in kept if name not in ("fused, rescale", "fused, repair")}
+
+
+def after_finetuning(kept: Mapping[str, nn.Module], images: Images, seed: int, epochs: int) -> dict[str, float]:
+    """Test accuracy of every network after the same short training."""
+    recipe = Recipe(epochs, 0.01)
+    return {
+        name: accuracy(train(network, images.train, images.train_labels, recipe, 100 + seed), images)
+        for name, network in kept.items()
+    }
+
+
+def table(results: Iterable[Mapping[str, Any]], part: str) -> str:
+    """A Markdown table, one row per experiment: mean and standard deviation over the seeds."""
+    rows: dict[str, dict[str, list[float]]] = {}
+    for result in results:
+        for name, value in result.get(part, {}).items():
+            rows.setdefault(result["experiment"], {}).setdefault(name, []).append(value)
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+
+    def cell(values: Sequence[float] | None) -> str:
+        if not values:
+            return ""
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.2f}{spread}"
+
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    lines += [[name, *(cell(row.get(column)) for column in columns)] for name, row in rows.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def once(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `compute` returns, from the file if it was computed before."""
+    if not path.exists():
+        result = compute()
+        temporary = path.with_suffix(".part")
+        temporary.write_text(json.dumps(result, indent=1))
+        temporary.replace(path)
+    return dict(json.loads(path.read_text()))
+
+
+def measure(
+    name: str, seed: int, folder: Path, num_train: int, num_samples: int, finetune_epochs: int
+) -> dict[str, Any]:
+    """One experiment with one seed."""
+    experiment = EXPERIMENTS[name]
+    images = load_images(experiment.flat, 60_000 if experiment.flat else num_train)
+    parents = parents_of(experiment, images, seed, folder)
+    start = time.perf_counter()
+    before, kept = before_finetuning(experiment, parents, images, seed, num_samples)
+    seconds = time.perf_counter() - start
+    result = {"experiment": name, "seed": seed, "before": before, "seconds": seconds}
+    if experiment.finetune and finetune_epochs:
+        short = Images(images.train[:10_000], images.train_labels[:10_000], images.test, images.test_labels)
+        result["after"] = after_finetuning(kept, short, seed, finetune_epochs)
+    return result
+
+
+def main(
+    experiments: list[str] | None = None,
+    seeds: list[int] | None = None,
+    output: str = "runs/quality",
+    num_train: int = 10_000,
+    num_samples: int = 2_000,
+    finetune_epochs: int = 1,
+    threads: int = 1,
+) -> None:
+    """Runs the experiments and prints both tables.
+
+    Args:
+        experiments: Names; none given: all.
+        seeds: Seeds; none given: 0, 1 and 2.
+        output: Folder of parents and results.
+        num_train: Training images of the convolutional parents.
+        num_samples: Unlabelled images to fuse on.
+        finetune_epochs: Epochs over 10,000 images of the short finetune; 0 leaves the second table out.
+        threads: CPU threads.
+    """
+    torch.set_num_threads(threads)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = []
+    for seed in [0, 1, 2] if seeds is None else seeds:
+        for name in experiments or EXPERIMENTS:
+            result = once(
+                folder / f"{name}_{seed}.json",
+                lambda name=name, seed=seed: measure(name, seed, folder, num_train, num_samples, finetune_epochs),
+            )
+            print(json.dumps(result), flush=True)
+            results.append(result)
+    for part in ("before", "after"):
+        print(f"\n{part} finetuning\n\n{table(results, part)}")
+
+
+if __name__ == "__main__":
+    auto_cli(main)
