@@ -9,6 +9,7 @@ the shallow parent balanced to the fused depth. Parents and results are kept in 
 goes on where the last one stopped.
 """
 
+import hashlib
 import json
 import statistics
 import time
@@ -57,6 +58,7 @@ class Recipe:
     learning_rate: float
     momentum: float = 0.9
     batch_size: int = 128
+    weight_decay: float = 5e-4
     one_cycle: bool = True
 
 
@@ -81,7 +83,7 @@ class Experiment:
     finetune: bool = True
 
 
-PLAIN, NORMED, SHALLOW = Recipe(2, 0.05), Recipe(2, 0.1), Recipe(10, 0.01, 0.5, 64, one_cycle=False)
+PLAIN, NORMED, SHALLOW = Recipe(2, 0.05), Recipe(2, 0.1), Recipe(10, 0.01, 0.5, 64, weight_decay=0.0, one_cycle=False)
 R34, R18 = (3, 4, 6, 3), (2, 2, 2, 2)
 EXPERIMENTS = {
     "mlp": Experiment((mlp([400, 200, 100, 50, 25]), mlp([400, 200, 100])), SHALLOW, flat=True),
@@ -122,9 +124,15 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, se
     """Plain training; gradients are clipped, without which networks that have no BatchNorm may diverge."""
     generator = torch.Generator().manual_seed(seed)
     network = network.train()
-    optimizer = torch.optim.SGD(network.parameters(), recipe.learning_rate, momentum=recipe.momentum, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        network.parameters(), recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay
+    )
     steps = recipe.epochs * (len(images) // recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps)
+    schedule: torch.optim.lr_scheduler.LRScheduler = (
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps)
+        if recipe.one_cycle
+        else torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    )
     for _ in range(recipe.epochs):
         order = torch.randperm(len(images), generator=generator)
         for chosen in order.split(recipe.batch_size)[: len(images) // recipe.batch_size]:
@@ -132,8 +140,7 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, se
             cross_entropy(network(images[chosen]), labels[chosen]).backward()
             nn.utils.clip_grad_norm_(network.parameters(), 5.0)
             optimizer.step()
-            if recipe.one_cycle:
-                schedule.step()
+            schedule.step()
     return network.eval()
 
 
@@ -152,9 +159,10 @@ def parents_of(experiment: Experiment, images: Images, seed: int, folder: Path) 
     """The trained parents, from the folder where they are there already."""
     found = []
     for number, architecture in enumerate(experiment.parents):
-        key = json.dumps([architecture, number if experiment.skills else number // 2], sort_keys=True)
-        digest = torch.tensor([ord(letter) for letter in key]).mul(torch.arange(1, len(key) + 1)).sum().item()
-        path = folder / f"{architecture['name'].lower()}_{digest}_{seed}_{len(images.train)}.safetensors"
+        # The same network serves every experiment that has it in the same place.
+        key = [architecture, number if experiment.skills else number // 2, experiment.skills, len(images.train), seed]
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        path = folder / f"{architecture['name'].lower()}_{digest[:16]}.safetensors"
         if not path.exists():
             torch.manual_seed(1000 * seed + number)
             chosen = _skill(images.train_labels, number, seed) if experiment.skills else slice(None)
