@@ -11,15 +11,19 @@ the corrected layers before it give:
   mean probability. Errors of earlier layers are thereby made up for by later ones.
 """
 
+import warnings
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from clafusion.affine import affine_layer
 from clafusion.cursor import Cursor
 from clafusion.options import FusionOptions
 from clafusion.refit import refit_unit
 from clafusion.rescaling import add_missing_biases, match_moments
 from clafusion.statistics import as_input, chunks
-from clafusion.structure import trace
+from clafusion.structure import Structure, trace
 from clafusion.targets import Parents
 
 
@@ -31,6 +35,9 @@ def correct(model: nn.Module, parents: Parents, samples: Tensor, options: Fusion
         parents: what it was fused from.
         samples: unlabelled inputs. Of every network one activation per sample is held at a time.
         options: `correction`, `ridge` and `seed` are read.
+
+    Warns:
+        UserWarning: if a layer is refit from fewer observations than it has unknowns, or if a norm is left as it is.
     """
     if options.correction == "none":
         return
@@ -41,10 +48,36 @@ def correct(model: nn.Module, parents: Parents, samples: Tensor, options: Fusion
     fused = Cursor(structure, parts)
     cursors = [Cursor(parent, parts) for parent in parents.balanced.structures]
     generator = torch.Generator().manual_seed(options.seed)
+    scarce: list[str] = []
     for unit in structure.units:
         for cursor in (fused, *cursors):
             cursor.advance(unit.input)
         if options.correction == "refit":
-            refit_unit(structure, unit, fused, cursors, parents, generator, options.ridge)
+            scarce += refit_unit(structure, unit, fused, cursors, parents, generator, options.ridge)
         else:
             match_moments(structure, unit, fused, cursors, parents, shift=options.correction == "repair")
+    _warn(
+        scarce,
+        "Expected at least as many observations as inputs to refit every layer from, got {}; the ridge decides the "
+        "rest, pass more samples",
+    )
+    _warn(
+        _lone_norms(structure),
+        "Expected every norm directly behind a Linear or Conv2d, got {} elsewhere; it stays averaged, everything else "
+        "is corrected",
+    )
+
+
+def _lone_norms(structure: Structure) -> list[str]:
+    """The norms that no layer takes along when it is corrected."""
+    modules = dict(structure.module.named_modules())
+    taken = [affine_layer(structure, layer).norm for layer in structure.layers if layer.weighted]
+    norms = [layer.name for layer in structure.layers if layer.kind == "norm"]
+    return [repr(name) for name in norms if not any(modules[name] is norm for norm in taken)]
+
+
+def _warn(found: Sequence[str], message: str) -> None:
+    """One warning that names the first of what was found and counts the others."""
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        warnings.warn(message.format(found[0] + more), UserWarning, stacklevel=3)

@@ -28,7 +28,7 @@ def refit_unit(
     parents: Parents,
     generator: torch.Generator,
     ridge: float,
-) -> None:
+) -> list[str]:
     """Refit the layers of one unit in forward order, in place.
 
     Args:
@@ -39,18 +39,36 @@ def refit_unit(
         parents: how their features make targets.
         generator: chooses the observations where there are more than needed.
         ridge: weight of the pull towards the averaged weights.
+
+    Returns:
+        A line on every layer that had fewer observations than unknowns, which left the ridge to decide.
     """
+    scarce = []
     for layer in unit.branch:
         shortcuts = [other for other in unit.layers if other.weighted and other.shortcut]
         closes = layer == unit.branch[-1] and unit.kind == "residual"
         together = [affine_layer(structure, one) for one in (layer, *(shortcuts if closes else ()))]
         is_head = layer.space == structure.output
         chosen = _choose(fused, layer, together, None if is_head else generator)
+        count, unknowns = sum(map(len, chosen)), _unknowns(together)
+        if count < unknowns:
+            scarce.append(f"{count} for the {unknowns} of {layer.name!r}")
         targets = _targets(cursors, layer, unit, parents, chosen)
         if is_head and len(parents.shares(layer, unit)) > 1:
             _refit_head(fused, together[0], targets, _mean_probability(cursors, layer, parents), ridge)
         else:
             _refit(fused, layer, together, targets, chosen, ridge, on_top_of_shortcut=closes and not shortcuts)
+    return scarce
+
+
+def _has_bias(together: Sequence[AffineLayer]) -> bool:
+    """Whether any of the layers whose outputs are added can hold a bias."""
+    return any(part.has_bias for part in together)
+
+
+def _unknowns(together: Sequence[AffineLayer]) -> int:
+    """Weights of one neuron of the layers side by side, and its bias if there is one."""
+    return sum(part.fan_in for part in together) + _has_bias(together)
 
 
 def _choose(
@@ -61,7 +79,7 @@ def _choose(
     for state in fused.look_ahead([layer.pre]):
         shape = state[layer.pre].shape
         counts.append(shape[0] * shape[2:].numel())
-    unknowns = sum(part.fan_in + 1 for part in together)
+    unknowns = _unknowns(together)
     share = min(ROWS_PER_INPUT * unknowns, MAX_ENTRIES / (unknowns * together[0].groups)) / sum(counts)
     device = together[0].module.weight.device
     if generator is None or share >= 1:
@@ -90,7 +108,7 @@ def _design(
     nodes = {part.input for part in together} | set(extra)
     for indices, outputs in zip(chosen, fused.look_ahead(nodes), strict=True):
         x = torch.cat([design_rows(part.module, outputs[part.input], indices) for part in together], 2)
-        if together[0].has_bias:
+        if _has_bias(together):
             x = torch.cat([x, torch.ones_like(x[:, :, :1])], 2)
         yield x, outputs
 
@@ -98,7 +116,7 @@ def _design(
 def _prior(together: Sequence[AffineLayer]) -> Tensor:
     """The present weights of the layers side by side, [groups, neurons per group, inputs]."""
     weights, biases = zip(*(part.read() for part in together), strict=True)
-    parts = [*weights, torch.stack(biases).sum(0)[:, None]] if together[0].has_bias else weights
+    parts = [*weights, torch.stack(biases).sum(0)[:, None]] if _has_bias(together) else weights
     return torch.cat(parts, 1).unflatten(0, (together[0].groups, -1))
 
 
@@ -123,7 +141,7 @@ def _refit(
         inputs.append(x)
         offsets.append(offset)
     assert sums is not None
-    prior, intercept = _prior(together), together[0].has_bias
+    prior, intercept = _prior(together), _has_bias(together)
     if layer.activation in RECTIFIERS and len(prior) == 1:
         x, target = torch.cat(inputs)[:, 0], torch.cat(list(targets)).to(inputs[0].dtype)
         offset = torch.cat(offsets) if on_top_of_shortcut else offsets[0]
@@ -146,19 +164,20 @@ def _refit_head(
 
 
 def _write(together: Sequence[AffineLayer], solved: Tensor, sums: NormalEquations) -> None:
-    """Split jointly fitted weights and write them to their layers; the first one takes the bias."""
-    intercept = together[0].has_bias
+    """Split jointly fitted weights and write them to their layers; the first one that can hold the bias takes it."""
+    intercept = _has_bias(together)
+    holder = next((part for part in together if part.has_bias), None)
     bias = solved[..., -1].flatten() if intercept else solved.new_zeros(solved.shape[0] * solved.shape[1])
     inputs = sums.xx.shape[-1] - intercept
     mean_x = sums.xx[:, -1, :inputs] / sums.count if intercept else solved.new_zeros(len(solved), inputs)
     covariance = sums.xx[:, :inputs, :inputs] / sums.count - mean_x[:, :, None] * mean_x[:, None, :]
     start = 0
-    for number, part in enumerate(together):
+    for part in together:
         span = slice(start, start + part.fan_in)
         weight = solved[..., span]
         mean = torch.einsum("goi,gi->go", weight, mean_x[:, span]).flatten()
         variance = torch.einsum("goi,gij,goj->go", weight, covariance[:, span, span], weight).flatten()
-        part.write(weight.flatten(0, 1), bias if number == 0 else torch.zeros_like(bias), mean, variance)
+        part.write(weight.flatten(0, 1), bias if part is holder else torch.zeros_like(bias), mean, variance)
         start += part.fan_in
 
 

@@ -12,7 +12,7 @@ from clafusion.graph import observe
 from clafusion.structure import Structure
 
 #: Samples that are run at once: activations of one such chunk are all that is ever held.
-CHUNK = 64
+CHUNK = 32
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ FAMILIES = {
     "vgg bias norm": (lambda seed: vgg([[5], [6, 7]], seed, **BIASED), images(24, 8)),
     "basic": (lambda seed: resnet([1, 2], seed), images(24, 8)),
     "basic bias norm": (lambda seed: resnet([2, 1], seed, **BIASED), images(24, 8)),
-    "bottleneck": (lambda seed: resnet([1, 2], seed + 1, width=3, block="bottleneck", **BIASED), images(24, 8)),
+    "bottleneck": (lambda seed: resnet([1, 2], seed + 1, width=3, block="bottleneck", **BIASED), images(32, 8)),
 }
 FEATURES = ["activations", "preactivations", "weights"]
 COSTS = ["correlation", "euclidean", "cosine"]

@@ -298,7 +298,7 @@ def test_a_refusal_is_one_line():
 
 def test_a_random_map_that_inserts_where_nothing_can_be_is_not_drawn():
     for seed in range(10):
-        options = FusionOptions(mapping="random", pin_first=0, pin_last=0, seed=seed)
+        options = plain(mapping="random", pin_first=0, pin_last=0, seed=seed)
         fusion = fuse([resnet([1, 3]), resnet([1, 2], 1)], [images(6, 8)], options)
         assert fusion.alignments[1][2][0] == 0
         assert trace(fusion.model, images(2, 8)).stages
