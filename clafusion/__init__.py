@@ -10,6 +10,7 @@ from clafusion import networks
 from clafusion.alignment import align
 from clafusion.balance import insert_identities
 from clafusion.combination import average
+from clafusion.distillation import distillation_loss
 from clafusion.ensemble import Ensemble
 from clafusion.errors import FusionError
 from clafusion.fusion import Fusion, fuse
@@ -31,6 +32,7 @@ __all__ = [
     "average",
     "cca",
     "describe",
+    "distillation_loss",
     "fuse",
     "insert_identities",
     "layer_costs",

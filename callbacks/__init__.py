@@ -1,0 +1,5 @@
+"""Lightning callbacks: what happens between the phases of a training."""
+
+from callbacks.fusion import FusionCallback
+
+__all__ = ["FusionCallback"]

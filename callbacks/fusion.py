@@ -1,0 +1,185 @@
+"""The callback that joins training phases: it fuses trained parents into the network that is trained next."""
+
+import signal
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.strategies import Strategy
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from callbacks.signals import Held
+from clafusion import FusionOptions, describe, restore
+from clafusion.errors import FusionError
+from lightning_modules import ImageClassifier
+from lightning_modules.checks import ImageData, resumes_from
+from lightning_modules.fusing import fuse_checkpoints
+
+T = TypeVar("T")
+
+
+class FusionData(ImageData, Protocol):
+    """What the callback needs of a data module: images to fuse on, and labelled ones to see what came of it."""
+
+    def validation_batches(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """All validation images and labels, the same on every rank."""
+        ...
+
+
+class FusionCallback(Callback):
+    """Fuses trained parents into the network of an `ImageClassifier` or `Distiller`, just before it is trained.
+
+    `fit` begins with a module without a network; this callback gives it one. On several processes rank 0 fuses, on its
+    device, and the others receive the result: it is the same everywhere, and the same as on one process. A training
+    that is resumed has its network in its checkpoint: nothing is fused again, and the parents are not needed. SIGUSR1,
+    by which a cluster announces the end of a job, is held while fusing.
+
+    How it was done (the parents' checksums, options, alignment, costs, accuracies on the validation images) goes to the
+    loggers and into every checkpoint, as `fusion` and as this callback's state.
+
+    Args:
+        parents: Two or more checkpoints of fit or fuse, or files of save_network.
+        options: The options of the method.
+
+    Raises:
+        FusionError: At the beginning of `fit`: a parent, the data or an option cannot be used, or the module has a
+            network already.
+
+    Example:
+        >>> callback = FusionCallback(["deep.ckpt", "shallow.ckpt"], FusionOptions(num_samples=500))
+        >>> trainer = Trainer(max_epochs=5, callbacks=[callback], logger=False, enable_checkpointing=False)
+        >>> # trainer.fit(ImageClassifier(lr=0.01), DigitsDataModule())
+    """
+
+    def __init__(self, parents: list[str], options: FusionOptions = FusionOptions()) -> None:  # noqa: B008 (frozen)
+        self.parents = [str(path) for path in parents]
+        self.options = options
+        #: How the network was fused, as plain containers; None before.
+        self.record: dict[str, Any] | None = None
+        self._signal = Held(signal.SIGUSR1)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Fuses, before the strategy wraps the module."""
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, ImageClassifier):
+            raise FusionError(
+                f"Expected an ImageClassifier or a Distiller to fuse into, got {type(pl_module).__name__}; "
+                "leave out FusionCallback"
+            )
+        if pl_module.network is not None or resumes_from(trainer) is not None:
+            return
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        if not hasattr(datamodule, "alignment_batches") or not hasattr(datamodule, "validation_batches"):
+            raise FusionError(
+                f"Expected a data module with images to fuse on, got {type(datamodule).__name__}; "
+                "pass one of datamodules to fit"
+            )
+        strategy = trainer.strategy
+        # Random numbers that only rank 0 draws, and only when nothing is resumed, must not change what comes after.
+        with self._signal, isolate_rng():
+            architecture, weights, self.record = _on_rank_zero(
+                strategy, lambda: self._fuse(datamodule, strategy.root_device)
+            )
+            network = restore(architecture)
+            network.load_state_dict(weights)
+        pl_module.set_network(network)
+        pl_module.fusion = self.record
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuses to resume a training that began otherwise."""
+        if trainer.state.fn != "fit":
+            return
+        saved = checkpoint.get("callbacks", {}).get(self.state_key)
+        if saved is None:
+            raise FusionError(
+                "Expected a checkpoint of a training that began with FusionCallback, got another; leave out "
+                "FusionCallback to go on from it"
+            )
+        options = self.options.to_dict()
+        changed = [f"options.{name}" for name in options if saved["options"].get(name) != options[name]]
+        if [parent["path"] for parent in saved["parents"]] != self.parents:
+            changed.insert(0, "parents")
+        if changed:
+            raise FusionError(
+                f"Expected FusionCallback as this training began with it, got other {', '.join(changed)}; begin anew, "
+                "or leave out FusionCallback to go on with the network as it was fused"
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses a module that had a network already; logs what a fusion gave."""
+        if resumes_from(trainer) is not None:
+            return
+        if self.record is None or getattr(pl_module, "fusion", None) != self.record:
+            raise FusionError(
+                "Expected a module without a network for FusionCallback to fuse into, got one with; leave out "
+                "--model.architecture"
+            )
+        names = ("parents", "options", "weights", "alignments", "num_samples")
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"fusion": {name: self.record[name] for name in names}})
+            logger.log_metrics(_figures(self.record), step=0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Delivers a signal that arrived while fusing: now there are handlers."""
+        self._signal.deliver()
+
+    def state_dict(self) -> dict[str, Any]:
+        """How the network was fused, as plain containers."""
+        return self.record or {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over how the network was fused."""
+        self.record = state_dict
+
+    def _fuse(self, data: FusionData, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+        """The architecture and the weights of the fused network, and the record."""
+        parents, result, record = fuse_checkpoints(self.parents, data, self.options, device)
+        networks = {**{f"parent {number}": network for number, network in enumerate(parents, 1)}, "fused": result.model}
+        record["networks"] = [
+            {
+                "name": name,
+                "parameters": sum(parameter.numel() for parameter in network.parameters()),
+                "val_acc": _accuracy(network, data, device),
+            }
+            for name, network in networks.items()
+        ]
+        # What is trained is in single precision, whatever the parents are saved in.
+        weights = {name: tensor.cpu() for name, tensor in result.model.float().state_dict().items()}
+        return describe(result.model), weights, record
+
+
+@torch.no_grad()
+def _accuracy(network: nn.Module, data: FusionData, device: torch.device) -> float | None:
+    """Share of the validation images that a network gets right; None without any."""
+    like = next(network.parameters())
+    right = [
+        network(images.to(device, like.dtype)).argmax(1).cpu() == labels for images, labels in data.validation_batches()
+    ]
+    return torch.cat(right).double().mean().item() if right else None
+
+
+def _figures(record: dict[str, Any]) -> dict[str, float]:
+    """The record's numbers under the names that loggers know them by."""
+    accuracies = {f"{row['name'].replace(' ', '_')}_val_acc": row["val_acc"] for row in record["networks"]}
+    found = {"fusion_seconds": record["seconds"], **accuracies}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _on_rank_zero(strategy: Strategy, compute: Callable[[], T]) -> T:
+    """Computes on rank 0 and gives every rank the result, or the reason why there is none."""
+    result, failure = None, None
+    if strategy.is_global_zero:
+        try:
+            result = compute()
+        except Exception as error:
+            failure = error
+    # Without it the other ranks would wait for ever.
+    result, reason = strategy.broadcast((result, None if failure is None else str(failure)))
+    if failure is not None:
+        raise failure
+    if reason is not None:
+        raise FusionError(reason)
+    return cast(T, result)

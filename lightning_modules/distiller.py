@@ -1,0 +1,122 @@
+"""The classifier that learns from the labels and from a frozen teacher."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clafusion.distillation import Reduction, check_distillation, distillation_loss
+from clafusion.ensemble import Ensemble
+from clafusion.errors import FusionError
+from clafusion.storage import describe
+from lightning_modules.checkpoints import load_fusion, load_parent
+from lightning_modules.checks import check_images, resumes_from
+from lightning_modules.classifier import Batch, ImageClassifier
+from lightning_modules.fusing import load_alike
+
+
+class Distiller(ImageClassifier):
+    """An `ImageClassifier`, the student, that is trained with `clafusion.distillation_loss`.
+
+    The student is built from `architecture`, read from the file `student`, or fused by `FusionCallback`. The teachers
+    are read when training begins, and only then: they are frozen, in eval mode, and no part of the module or of its
+    checkpoints, so that those are ordinary checkpoints of `ImageClassifier` that can be tested without them.
+
+    Args:
+        teachers: Checkpoints of fit or fuse, or files of save_network; several teach with their mean probability.
+        student: Such a file, whose network the student starts from. A resumed training does not read it again.
+        temperature: Softens what teachers and student say, see `distillation_loss`.
+        alpha: Share of the teachers in the loss, in `[0, 1]`.
+        reduction: `batchmean`, or `mean` as in the published runs, see `distillation_loss`.
+        **recipe: The arguments of `ImageClassifier`.
+
+    Raises:
+        FusionError: There is no teacher, or a setting is out of its domain.
+
+    Example:
+        >>> student = {"name": "MLP", "in_features": 64, "hidden": [16], "num_classes": 10}
+        >>> distiller = Distiller(["teacher.ckpt"], architecture=student, temperature=4.0)
+        >>> distiller(torch.zeros(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
+    """
+
+    def __init__(
+        self,
+        teachers: list[str],
+        student: str | None = None,
+        temperature: float = 4.0,
+        alpha: float = 0.9,
+        reduction: Reduction = "batchmean",
+        **recipe: Any,
+    ) -> None:
+        if isinstance(teachers, str) or not teachers:
+            raise FusionError(f"Expected a list of teachers, got {teachers!r}; give --model.teachers '[a.ckpt]'")
+        check_distillation(temperature, alpha, reduction)
+        super().__init__(**recipe)
+        self.teachers = [str(path) for path in teachers]
+        self.student = student
+        self.temperature = temperature
+        self.alpha = alpha
+        self.reduction: Reduction = reduction
+        # In a tuple, where no module looks for children: not to be trained, saved, switched to training or counted.
+        self._teacher: tuple[nn.Module, ...] = ()
+        # Lightning has collected the arguments as they were given; what is saved is plain and canonical.
+        architecture = None if self.network is None else describe(self.network)
+        self.hparams.update(architecture=architecture, milestones=self.milestones, teachers=self.teachers)
+
+    def setup(self, stage: str) -> None:
+        """Reads the student, if it comes from a file, and the teachers, and checks that all fits the data."""
+        if stage == "fit":
+            self._load_student()
+        super().setup(stage)
+        if stage == "fit":
+            self._teacher = (self._load_teacher(),)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The distillation loss of a batch."""
+        images, labels = batch
+        [teacher] = self._teacher
+        with torch.no_grad():
+            target = teacher(images)
+        loss = distillation_loss(self(images), target, labels, self.temperature, self.alpha, self.reduction)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    def teardown(self, stage: str) -> None:
+        """Lets the teachers go."""
+        self._teacher = ()
+
+    def _load_student(self) -> None:
+        """Starts from the student's file; a training that is resumed has its network from its checkpoint."""
+        if self.student is None or resumes_from(self.trainer) is not None:
+            return
+        if self.network is not None:
+            raise FusionError(
+                f"Expected one origin of the student, got a network besides the file {self.student}; leave out "
+                "--model.student, or --model.architecture and FusionCallback"
+            )
+        self.set_network(load_parent(self.student).float().train())
+        self.fusion = load_fusion(self.student)
+
+    def _load_teacher(self) -> nn.Module:
+        """The teacher, or the teachers as one, on the device and in the precision of the training."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(datamodule, "image_shape"):
+            teachers = load_alike(self.teachers, datamodule, "teachers")
+            self._check_classes(teachers[0], datamodule)
+        else:
+            teachers = [load_parent(path) for path in self.teachers]
+        teacher = teachers[0] if len(teachers) == 1 else Ensemble(teachers)
+        teacher = self.trainer.precision_plugin.convert_module(teacher.float().requires_grad_(False).eval())
+        return teacher.to(self.trainer.strategy.root_device)
+
+    def _check_classes(self, teacher: nn.Module, datamodule: Any) -> None:
+        if self.network is None:
+            return
+        taught = check_images(teacher, datamodule, self.teachers[0])
+        learnt = check_images(self.network, datamodule, "the student")
+        if taught != learnt:
+            raise FusionError(
+                f"Expected a teacher with the student's {learnt} classes, got {taught} from {self.teachers[0]}; "
+                "choose another"
+            )

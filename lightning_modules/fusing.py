@@ -1,0 +1,69 @@
+"""From checkpoints to one fused network, with the record of how it came about."""
+
+import os
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from clafusion import Fusion, FusionOptions, fuse
+from clafusion.errors import FusionError
+from lightning_modules.checkpoints import load_parent, sha256
+from lightning_modules.checks import ImageData, check_images
+from lightning_modules.results import peak_memory, versions
+
+
+def fuse_checkpoints(
+    paths: list[str], data: ImageData, options: FusionOptions, device: torch.device
+) -> tuple[list[nn.Module], Fusion, dict[str, Any]]:
+    """Fuses the networks of checkpoints.
+
+    Args:
+        paths: Two or more checkpoints of fit or fuse, or files of save_network.
+        data: Unlabelled training images.
+        options: How to fuse.
+        device: Where to compute.
+
+    Returns:
+        The parents and what `fuse` made of them, on the device; and as plain containers the parents' checksums, the
+        options, alignment, costs, seconds, memory, seeds and versions.
+
+    Raises:
+        FusionError: The parents, the data and the options do not fit together.
+    """
+    if len(paths) < 2:
+        raise FusionError(f"Expected two or more parents, got {len(paths)}; give --parents '[a.ckpt, b.ckpt]'")
+    networks = load_alike(paths, data, "parents")
+    batches = list(data.alignment_batches(options.num_samples, options.seed))
+
+    started = time.perf_counter()
+    result = fuse([network.to(device) for network in networks], [batch.to(device) for batch in batches], options)
+    record = {
+        "parents": [{"path": path, "sha256": sha256(path)} for path in paths],
+        **result.summary(),
+        "seconds": time.perf_counter() - started,
+        "peak_memory_bytes": peak_memory(device),
+        "seeds": {"fusion": options.seed, "global": int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))},
+        "versions": versions(),
+    }
+    return networks, result, record
+
+
+def load_alike(paths: list[str], data: ImageData, role: str) -> list[nn.Module]:
+    """Loads networks, all of which take the data's images and tell the same number of classes apart.
+
+    Args:
+        paths: Checkpoints of fit or fuse, or files of save_network.
+        data: What the networks will be run on.
+        role: What to call them in the message, in the plural.
+
+    Raises:
+        FusionError: A file cannot be used, or a network does not fit the data or the others.
+    """
+    networks = [load_parent(path) for path in paths]
+    classes = [check_images(network, data, path) for path, network in zip(paths, networks, strict=True)]
+    if len(set(classes)) > 1:
+        found = ", ".join(f"{path}: {count}" for path, count in zip(paths, classes, strict=True))
+        raise FusionError(f"Expected {role} with the same number of classes, got {found}; choose others")
+    return networks
