@@ -1,11 +1,11 @@
-# make demo | make test | make lint | make format          VENV and PYTHON may be given: make test VENV=~/venvs/clafusion
+# make demo | make test | make test-slurm | make lint | make format          VENV and PYTHON may be given: make test VENV=~/venvs/clafusion
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 # Newer than setup.cfg: what is installed is what setup.cfg asks for.
 STAMP := $(VENV)/.clafusion-installed
 
-.PHONY: demo test lint format
+.PHONY: demo test test-slurm lint format
 
 # Trains a deep and a shallow parent on real digits, fuses them and shows how the result compares (about a minute).
 demo: $(STAMP)
@@ -17,6 +17,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# As root, on a Debian or Ubuntu without SLURM: installs it, trains with two tasks, requeues the job, removes SLURM.
+test-slurm: $(STAMP)
+	scripts/slurm/test.sh $(BIN)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

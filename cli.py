@@ -1,10 +1,11 @@
 """The command line: `clafusion fit | validate | test | predict | fuse`, each with `--help` and `--config`."""
 
 import logging
+import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+import callbacks  # noqa: F401 (FusionCallback is known by its short name once it is imported)
 import datamodules
 from clafusion.errors import FusionError
 from lightning_modules import FusionTrainer, ImageClassifier, read_checkpoint
@@ -38,11 +40,25 @@ _NEEDLESS_WARNINGS = (
 )
 
 
+# What a command gets that names no module or no data.
+_DEFAULTS = {
+    "model": {"class_path": "lightning_modules.ImageClassifier"},
+    "data": {"class_path": "datamodules.DigitsDataModule"},
+}
+
+
 class FusionParser(LightningArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, and whose classes have defaults."""
+
+    def add_subclass_arguments(self, baseclass: Any, nested_key: str, *args: Any, **kwargs: Any) -> None:
+        """Adds the choice of a class, with the class that a command gets that names none."""
+        # Given here, not set later: else the type would admit None, too, and its errors would say so at length.
+        super().add_subclass_arguments(baseclass, nested_key, *args, default=_DEFAULTS[nested_key], **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends the program with one line and exit code 2."""
+        # "model": "lr": ... and "model": Option 'lr' ... are both about --model.lr.
+        message = re.sub(r'Parser key "(model|data)":\s+(Parser key "|Option \')', r"\2\1.", message)
         raise FusionError(message) from ex
 
 
@@ -66,13 +82,10 @@ class FusionCLI(LightningCLI):
         given = {name: arguments | {"weights_only"} for name, arguments in LightningCLI.subcommands().items()}
         return {**given, "fuse": {"model", "datamodule"}}
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Makes the embedded digits the data of a command that names none."""
-        parser.set_defaults({"data": {"class_path": "datamodules.DigitsDataModule"}})
-
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the arguments; a configuration of ours is found in the installed package as well."""
-        self._arguments = [_find_config(argument) for argument in args]
+        arguments = [_find_config(argument) for argument in args]
+        self._arguments = [*arguments[:1], *_from_environment(*arguments[:1]), *arguments[1:]]
         self.config = parser.parse_args(self._arguments)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -85,18 +98,36 @@ class FusionCLI(LightningCLI):
         return parser
 
     def _parse_ckpt_path(self) -> None:
-        """Takes what the user did not give from the hyperparameters of `--ckpt_path`.
+        """Takes what the user did not give from `--ckpt_path`: the network's recipe and, to go on, data and seed.
 
-        Lightning would put the checkpoint over the command line; here it only replaces the defaults.
+        Lightning would put the checkpoint over the command line; here it only replaces the defaults. `last` is the
+        `last.ckpt` in `default_root_dir`; where there is none yet, training begins at its beginning.
         """
         subcommand = self.config["subcommand"]
         path = self.config[subcommand].get("ckpt_path")
-        if path is None or path in ("best", "last", "hpc"):
+        if path == "last":
+            last = Path(self.config[subcommand]["trainer.default_root_dir"] or "runs") / "last.ckpt"
+            path = str(last) if last.is_file() else None
+            self.config[subcommand]["ckpt_path"] = path
+        if path is None or path in ("best", "hpc"):
             return
-        saved = read_checkpoint(path)["hyper_parameters"]
-        known = {key for key in saved if f"model.{key}" in self.config[subcommand]}
-        self._parser(subcommand).set_defaults({f"model.{key}": saved[key] for key in known})
+        checkpoint = read_checkpoint(path)
+        if subcommand == "fit":
+            self._parser(subcommand).set_defaults(_interrupted_run(checkpoint))
+        saved = checkpoint["hyper_parameters"]
+        # A distillation goes on as one, unless the user names another class.
+        distilled = {"class_path": "lightning_modules.Distiller", "init_args": {"teachers": saved.get("teachers")}}
+        chosen = self._parse_with(distilled if "teachers" in saved else _DEFAULTS["model"])
+        known = {name: saved[name] for name in vars(chosen["init_args"]) if name in saved}
+        self._parse_with({"class_path": chosen["class_path"], "init_args": known})
+        self.config[subcommand]["ckpt_path"] = path
+
+    def _parse_with(self, model: dict[str, Any]) -> Any:
+        """Parses the arguments once more, with other defaults of the module; returns what they say about it."""
+        subcommand = self.config["subcommand"]
+        self._parser(subcommand).set_defaults({"model": model})
         self.config = self.parser.parse_args(self._arguments)
+        return self.config[subcommand]["model"]
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -116,7 +147,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         with _quiet():
             FusionCLI(
-                model_class=ImageClassifier,
+                model_class=ImageClassifier,  # or a subclass of it, such as Distiller
                 datamodule_class=datamodules.ImageDataModule,
                 trainer_class=FusionTrainer,
                 parser_class=FusionParser,
@@ -127,6 +158,7 @@ def main(args: Sequence[str] | None = None) -> None:
                     "version": version("clafusion"),
                     **{name: dict(common) for name in FusionCLI.subcommands()},
                 },
+                subclass_mode_model=True,
                 subclass_mode_data=True,
                 seed_everything_default=0,
                 save_config_callback=SaveConfig,
@@ -144,11 +176,34 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
+def _interrupted_run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Data and seed of the training that a checkpoint interrupted; nothing for a checkpoint of `fuse`."""
+    for name in datamodules.__all__:
+        state = checkpoint.get(name)
+        if isinstance(state, dict) and "seed" in state:
+            arguments = checkpoint.get("datamodule_hyper_parameters", {})
+            data = {"class_path": f"datamodules.{name}", "init_args": arguments}
+            # PyTorch seeds itself with more bits than a seed on the command line may have.
+            return {"data": data, **({"seed_everything": state["seed"]} if state["seed"] < 2**32 else {})}
+    return {}
+
+
 def _reason(error: BaseException | None) -> BaseException | None:
     """What the user can put right about an error: it, or the error of that kind that caused it; None for a bug."""
     while error is not None and not isinstance(error, (FusionError, MisconfigurationException)):
         error = error.__cause__
     return error
+
+
+def _from_environment(subcommand: str = "") -> list[str]:
+    """The options of the module and of the data that the environment names, such as `CLAFUSION_FIT__MODEL__LR=0.5`.
+
+    The parser itself does not look for those: which there are depends on the class.
+    """
+    prefix = f"CLAFUSION_{subcommand.upper()}__"
+    found = {name.removeprefix(prefix): value for name, value in os.environ.items() if name.startswith(prefix)}
+    nested = {name: value for name, value in sorted(found.items()) if re.match("(MODEL|DATA)__", name)}
+    return [f"--{name.lower().replace('__', '.')}={value}" for name, value in nested.items()]
 
 
 def _find_config(argument: str) -> str:

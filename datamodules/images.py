@@ -1,17 +1,17 @@
 """What all image data modules share: one uint8 tensor in memory, three disjoint parts, preprocessing on the device."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from clafusion.errors import FusionError
 from datamodules.checks import check_flag, check_whole
-from datamodules.sampling import EpochSampler, ImageSet, seeded, stratified_split
+from datamodules.loading import EpochSampler, ResumableLoader, ShardSampler
+from datamodules.resuming import ResumableDataModule
+from datamodules.sampling import ImageSet, seeded, stratified_split
 from datamodules.transforms import augment as crop_and_flip
 from datamodules.transforms import normalize, pad_to_size
 
@@ -21,7 +21,7 @@ def _whole_batch(batch: Any) -> Any:
     return batch
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(ResumableDataModule):
     """Base of the image data modules; a subclass says what the images are (`read`) and where they come from.
 
     Training, validation and test are three disjoint parts: the validation part is a seeded, stratified share of the
@@ -41,6 +41,7 @@ class ImageDataModule(LightningDataModule):
         pad_to: Zero-pad the images on all sides to this height and width.
         channels: 3 repeats grey images as RGB; None keeps the channels as they are.
         limit_train: Keep this many training images, chosen at random; the validation and test parts stay whole.
+        allow_changes: Whether an interrupted training may go on with other data, seed or number of processes.
 
     Raises:
         FusionError: An argument is of the wrong type or out of range.
@@ -62,13 +63,15 @@ class ImageDataModule(LightningDataModule):
         pad_to: int | None = None,
         channels: int | None = None,
         limit_train: int | None = None,
+        allow_changes: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(allow_changes)
         check_whole("batch_size", batch_size, 1)
         check_whole("eval_batch_size", eval_batch_size, 1)
         check_whole("num_workers", num_workers, 0)
         check_whole("split_seed", split_seed, 0)
         check_flag("augment", augment)
+        check_flag("allow_changes", allow_changes)
         if type(val_fraction) not in (int, float) or not 0 <= val_fraction < 1:
             raise FusionError(f"Expected val_fraction in [0, 1), got {val_fraction!r}; 0.1 holds out a tenth")
         if limit_train is not None:
@@ -82,8 +85,8 @@ class ImageDataModule(LightningDataModule):
         self.augment = augment
         self.limit_train = limit_train
         self._parts: dict[str, ImageSet] = {}
-        self._seed = torch.initial_seed()
-        self.save_hyperparameters()
+        # allow_changes is about one command, not about the run.
+        self.save_hyperparameters(ignore=["allow_changes"])
 
     def _shape(self, pad_to: int | None, channels: int | None) -> tuple[int, int, int]:
         """The shape (C, H, W) of a preprocessed image."""
@@ -145,6 +148,11 @@ class ImageDataModule(LightningDataModule):
         return self._parts[name]
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Number of images in each part, by name; known after `setup`."""
+        return {name: len(part) for name, part in self._parts.items()}
+
+    @property
     def train_size(self) -> int:
         """Number of training images; known after `setup`."""
         return len(self._part("train"))
@@ -159,8 +167,8 @@ class ImageDataModule(LightningDataModule):
         """Number of test images; known after `setup`."""
         return len(self._part("test"))
 
-    def _loader(self, part: str, batch_size: int, sampler: Sampler[int] | None = None) -> DataLoader:
-        return DataLoader(
+    def _loader(self, part: str, batch_size: int | None, sampler: Sampler | None = None) -> DataLoader:
+        return ResumableLoader(
             self._part(part),
             batch_size=batch_size,
             sampler=sampler,
@@ -170,23 +178,37 @@ class ImageDataModule(LightningDataModule):
             persistent_workers=self.num_workers > 0,
         )
 
+    def _fixed_loader(self, part: str) -> DataLoader:
+        """All images of a part in fixed order; on several processes each rank has its own, none twice."""
+        size = len(self._part(part))
+        rank, processes = self._rank
+        if processes == 1 or size == 0:
+            return self._loader(part, self.eval_batch_size)
+        return self._loader(part, None, ShardSampler(size, self.eval_batch_size, rank, processes, part))
+
     def train_dataloader(self) -> DataLoader:
         """Batches of the training part, in an order that is a pure function of the run's seed and the epoch.
 
-        The seed is that of `torch.manual_seed` (`seed_everything`); without one each run has its own order.
+        The seed is that of `torch.manual_seed` (`seed_everything`); without one each run has its own order, and a
+        resumed run that of its checkpoint. On several processes each rank has a share of the same order.
+
+        Raises:
+            FusionError: A training goes on from a checkpoint that has no state of this kind of data.
         """
-        # Ranks that were not seeded differ in their initial seed, and would then overlap in what they visit.
-        seed = torch.initial_seed()
-        self._seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
-        return self._loader("train", self.batch_size, EpochSampler(self.train_size, self._seed))
+        epoch, batches = self._begin()
+        sampler = EpochSampler(self.train_size, self._seed, *self._rank, epoch, batches * self.batch_size)
+        if self.allow_changes:
+            # An epoch that is shorter than it was ends with its last batch, not with none.
+            sampler.skip = min(sampler.skip, (len(sampler) - 1) // self.batch_size * self.batch_size)
+        return self._loader("train", self.batch_size, sampler)
 
     def val_dataloader(self) -> DataLoader:
         """Batches of the validation part in fixed order; none when `val_fraction` is 0, and then Lightning warns."""
-        return self._loader("val", self.eval_batch_size)
+        return self._fixed_loader("val")
 
     def test_dataloader(self) -> DataLoader:
         """Batches of the test part in fixed order."""
-        return self._loader("test", self.eval_batch_size)
+        return self._fixed_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
         """Batches `(images, labels)` of the test part in fixed order."""
@@ -205,16 +227,13 @@ class ImageDataModule(LightningDataModule):
         images, labels = batch
         if self.trainer is None:
             return self.preprocess(images), labels
-        generator = self._augmentation_generator() if self.augment and self.trainer.training else None
+        generator = None
+        if self.trainer.training:
+            # Dropout draws from the global generators: they, too, become a function of where the training is.
+            torch.manual_seed(self._batch_seed("global"))
+            generator = torch.Generator().manual_seed(self._batch_seed("augment")) if self.augment else None
         prepared = self.preprocess(images, generator)
         return self.trainer.precision_plugin.convert_input(prepared), labels
-
-    def _augmentation_generator(self) -> torch.Generator:
-        """Randomness of the batch being fetched: a pure function of seed, rank, epoch and batch index."""
-        trainer: Any = self.trainer
-        # The loop counts a batch only after it is on the device: here batch_idx is still that of the one before.
-        batch_idx = trainer.fit_loop.epoch_loop.batch_idx + 1
-        return seeded("augment", self._seed, trainer.global_rank, trainer.current_epoch, batch_idx)
 
     def preprocess(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Pads, augments (with a generator), scales and normalises: `(x / 255 - mean) / std`.
@@ -238,7 +257,7 @@ class ImageDataModule(LightningDataModule):
         (where `download` asks for it) and set up first.
 
         Args:
-            num_samples: How many images, chosen at random without replacement from the training part.
+            num_samples: How many images at most, chosen at random without replacement from the training part.
             seed: Selects them.
             batch_size: Images per batch; None means `eval_batch_size`.
 
@@ -246,7 +265,7 @@ class ImageDataModule(LightningDataModule):
             An iterator over float32 `[B, *image_shape]`; the last batch may be smaller.
 
         Raises:
-            FusionError: Fewer than 2 samples, or more than there are, were asked for.
+            FusionError: Fewer than 2 samples were asked for, or there are fewer.
         """
         if not self._parts:
             self.prepare_data()
@@ -254,12 +273,23 @@ class ImageDataModule(LightningDataModule):
         check_whole("seed", seed, 0)
         size = self.eval_batch_size if batch_size is None else batch_size
         check_whole("batch_size", size, 1)
-        if type(num_samples) is not int or not 2 <= num_samples <= self.train_size:
-            raise FusionError(
-                f"Expected num_samples between 2 and the {self.train_size} training images, got {num_samples!r}; "
-                "change num_samples"
-            )
+        check_whole("num_samples", num_samples, 2)
+        if self.train_size < 2:
+            raise FusionError(f"Expected at least 2 training images, got {self.train_size}; raise limit_train")
         chosen = torch.randperm(self.train_size, generator=seeded("alignment", seed))[:num_samples]
         images = self._part("train").images
-        starts = range(0, math.ceil(num_samples / size) * size, size)
+        starts = range(0, len(chosen), size)
         return (self.preprocess(images[chosen[start : start + size]]) for start in starts)
+
+    def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All validation images, normalised, with their labels, on the CPU; the same on every rank.
+
+        Returns:
+            An iterator over float32 `[B, *image_shape]` and int64 `[B]`; empty when `val_fraction` is 0.
+
+        Raises:
+            FusionError: The data module was not set up.
+        """
+        images, labels = self._part("val").images, self._part("val").labels
+        parts = zip(images.split(self.eval_batch_size), labels.split(self.eval_batch_size), strict=True)
+        return ((self.preprocess(batch), classes) for batch, classes in parts if len(classes))

@@ -1,34 +1,36 @@
 """Seeded choices over an in-memory set of images: every one a pure function of its key."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from clafusion.errors import FusionError
 
 
-def seeded(*key: int | str) -> torch.Generator:
-    """A CPU random generator that depends on the key alone.
+def derived_seed(*key: int | str) -> int:
+    """A seed in `[0, 2^64)` that depends on the key alone.
 
     The key is hashed, so that neighbouring keys such as `(seed, epoch)` and `(seed + 1, epoch - 1)` share nothing: with
     sums of seeds they would be the same.
 
     Args:
         key: What the randomness is for, and the numbers that select it.
+    """
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big")
 
-    Returns:
-        A freshly seeded generator.
+
+def seeded(*key: int | str) -> torch.Generator:
+    """A freshly seeded CPU random generator that depends on the key alone, see `derived_seed`.
 
     Example:
         >>> torch.equal(torch.rand(3, generator=seeded("a", 1)), torch.rand(3, generator=seeded("a", 1)))
         True
     """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    return torch.Generator().manual_seed(derived_seed(*key))
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +49,11 @@ class ImageSet(Dataset):
         """Number of images."""
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """One image `[C, H, W]` and its label `[]`."""
+    def __getitem__(self, index: int | list[int]) -> tuple[Tensor, Tensor]:
+        """One image `[C, H, W]` and its label `[]`, or several."""
         return self.images[index], self.labels[index]
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """A batch `[B, C, H, W]` with its labels `[B]`: one indexing instead of B of them and a collation."""
         chosen = torch.tensor(indices)
         return self.images.index_select(0, chosen), self.labels[chosen]
@@ -82,35 +84,6 @@ class ImageSet(Dataset):
                 f"Expected {name} labels in 0..{num_classes - 1}, "
                 f"got {int(labels.min())}..{int(labels.max())}; check the data files"
             )
-
-
-class EpochSampler(Sampler[int]):
-    """Visits `range(size)` in an order that is a pure function of `(seed, epoch)`.
-
-    Lightning calls `set_epoch` before every epoch, so a resumed run sees the order that it would have seen.
-
-    Args:
-        size: Number of samples.
-        seed: Selects the sequence of orders.
-    """
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size = size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Selects the order of the next iteration."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        """Number of samples in an epoch."""
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        """The indices in the order of the current epoch."""
-        order: list[int] = torch.randperm(self.size, generator=seeded("epoch", self.seed, self.epoch)).tolist()
-        return iter(order)
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -33,10 +33,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         FusionError: The file is missing, remote, damaged, holds pickled objects or is no such checkpoint.
     """
-    path = _local_file(path)
+    path = local_file(path)
     if _is_safetensors(path):
         raise _foreign(path, "the content of save_network, which only fuse reads")
-    checkpoint = _load(path)
+    checkpoint = load_plain(path)
     hyper_parameters = checkpoint.get("hyper_parameters")
     if not _is_state(checkpoint.get("state_dict")) or not isinstance(hyper_parameters, dict):
         raise _foreign(path, "no state_dict with hyper_parameters")
@@ -61,7 +61,7 @@ def load_parent(path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         FusionError: As `read_checkpoint`; or the weights do not fit the stored architecture, or are not finite.
     """
-    path = _local_file(path)
+    path = local_file(path)
     if _is_safetensors(path):
         network = load_network(path)
     else:
@@ -72,6 +72,19 @@ def load_parent(path: str | os.PathLike[str]) -> nn.Module:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise FusionError(f"Expected finite weights in {path}, got NaN or infinity in {name}; train it again")
     return network.eval()
+
+
+def load_fusion(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """How the network of a file was fused, as its checkpoint tells; None if it does not.
+
+    Args:
+        path: As for `load_parent`.
+
+    Raises:
+        FusionError: As `read_checkpoint`.
+    """
+    path = local_file(path)
+    return None if _is_safetensors(path) else read_checkpoint(path).get("fusion")
 
 
 def save_checkpoint(classifier: LightningModule, path: str | os.PathLike[str]) -> None:
@@ -129,7 +142,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _local_file(path: str | os.PathLike[str]) -> Path:
+def local_file(path: str | os.PathLike[str]) -> Path:
     """The path of an existing local file; URLs are refused because their content is not under the user's control."""
     if "://" in str(path):
         raise FusionError(f"Expected a local file, got the address {path}; download it first")
@@ -138,7 +151,7 @@ def _local_file(path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_plain(path: Path) -> dict[str, Any]:
     """The content of a checkpoint file: only tensors and plain containers."""
     try:
         # weights_only is always given: an environment variable can turn the default off.

@@ -1,10 +1,11 @@
-"""Does the data fit the network? Asked before anything is computed, answered in one line."""
+"""Does the data fit the network, is there a checkpoint to resume? Asked before anything is computed."""
 
 import copy
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from pytorch_lightning import Trainer
 from torch import Tensor, nn
 
 from clafusion.errors import FusionError
@@ -53,6 +54,14 @@ def check_images(network: nn.Module, data: ImageData, owner: str) -> int:
             f"from {owner}; choose the data it was trained on"
         )
     return output.shape[1]
+
+
+def resumes_from(trainer: Trainer) -> Any:
+    """The checkpoint that a trainer is going to restore, or has restored; None if it begins anew.
+
+    Lightning's own trainers do not know it before `on_fit_start`; a `FusionTrainer` does.
+    """
+    return getattr(trainer, "restores", None) or trainer.ckpt_path
 
 
 def _input_of(network: nn.Module) -> str:

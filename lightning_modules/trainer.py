@@ -1,31 +1,35 @@
 """The trainer that can also fuse: it checks first, then computes, and writes last."""
 
 import os
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from pytorch_lightning import Callback, LightningDataModule, Trainer
+from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger
 from torch import nn
 
-from clafusion import Ensemble, Fusion, FusionOptions, average, fuse
+from clafusion import Ensemble, Fusion, FusionOptions, average
 from clafusion.errors import FusionError
 from clafusion.storage import describe
-from lightning_modules.checkpoints import load_parent, save_checkpoint, sha256
-from lightning_modules.checks import ImageData, check_images
+from lightning_modules.atomic_io import AtomicCheckpointIO
+from lightning_modules.checkpoints import save_checkpoint
+from lightning_modules.checks import ImageData
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.results import peak_memory, print_results, versions, write_results
+from lightning_modules.fusing import fuse_checkpoints
+from lightning_modules.last_checkpoint import LastCheckpoint
+from lightning_modules.results import print_results, write_results
 
 
 class FusionTrainer(Trainer):
     """A Lightning `Trainer` with `fuse`, whose results lie where one expects them.
 
     `fit` writes `best.ckpt` (of the highest `val_acc`) and `last.ckpt` into `default_root_dir`, replacing those of an
-    earlier run, and `logs/version_N/metrics.csv` below it. A logger or `ModelCheckpoint` of yours takes their place.
+    earlier run, and `logs/version_N/metrics.csv` below it. A logger of yours takes the place of the latter, a
+    `ModelCheckpoint` of yours that of `best.ckpt`. From `last.ckpt` an interrupted run goes on exactly where it was.
+    Checkpoints are replaced whole or not at all, and nothing in them is ever run.
 
     Args:
         logger: Logger, several, false for none; none given: a CSV logger.
@@ -33,6 +37,7 @@ class FusionTrainer(Trainer):
         default_root_dir: Folder of the results.
         enable_checkpointing: False keeps `fit` from writing checkpoints.
         barebones: Lightning's mode for timing; nothing is logged or saved.
+        save_every_n_steps: Write `last.ckpt` after every n-th optimizer step, besides after every epoch.
         **kwargs: As for `pytorch_lightning.Trainer`.
     """
 
@@ -44,13 +49,18 @@ class FusionTrainer(Trainer):
         default_root_dir: str = "runs",
         enable_checkpointing: bool | None = None,
         barebones: bool = False,
+        save_every_n_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks] if callbacks else []
         if not barebones and logger in (None, True):
             logger = CSVLogger(default_root_dir, name="logs")
+        if save_every_n_steps is not None and save_every_n_steps < 1:
+            raise FusionError(f"Expected save_every_n_steps of at least 1, got {save_every_n_steps}; change it")
+        last = None
         if not barebones and enable_checkpointing is not False:
-            callbacks += _best_and_last(default_root_dir, callbacks)
+            last = LastCheckpoint(default_root_dir, save_every_n_steps)
+            callbacks += [*_best(default_root_dir, callbacks), last]
         super().__init__(
             logger=logger,
             callbacks=callbacks,
@@ -59,6 +69,16 @@ class FusionTrainer(Trainer):
             barebones=barebones,
             **kwargs,
         )
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.strategy.checkpoint_io = AtomicCheckpointIO()
+        if last is not None:
+            last.listen(self)
+
+    def _run(self, model: LightningModule, ckpt_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # Lightning has decided by now, whether the user, `last` or a cluster's requeue names the checkpoint, but tells
+        # no one before it has read it; in setup it is known here.
+        self.restores = ckpt_path
+        return super()._run(model, ckpt_path, *args, **kwargs)
 
     def fuse(
         self,
@@ -92,18 +112,9 @@ class FusionTrainer(Trainer):
         record = _check_output(output, overwrite)
         if model.network is not None:
             raise FusionError("Expected no model architecture to fuse into, got one; leave out --model.architecture")
-        networks = _load_parents(parents, datamodule)
-        batches = list(datamodule.alignment_batches(fusion.num_samples, fusion.seed))
-
-        device = self.strategy.root_device
-        started = time.perf_counter()
-        result = fuse([network.to(device) for network in networks], [batch.to(device) for batch in batches], fusion)
-        seconds = time.perf_counter() - started
-        memory = peak_memory(device)
-
+        networks, result, figures = fuse_checkpoints(parents, datamodule, fusion, self.strategy.root_device)
         results = {
             "output": output,
-            "parents": [{"path": path, "sha256": sha256(path)} for path in parents],
             "networks": [
                 {
                     "name": name,
@@ -112,11 +123,7 @@ class FusionTrainer(Trainer):
                 }
                 for name, network in _contestants(networks, result).items()
             ],
-            **result.summary(),
-            "seconds": seconds,
-            "peak_memory_bytes": memory,
-            "seeds": {"fusion": fusion.seed, "global": int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))},
-            "versions": versions(),
+            **figures,
         }
         if self.is_global_zero:
             model.set_network(result.model.cpu())
@@ -133,14 +140,12 @@ class FusionTrainer(Trainer):
         return self.test(classifier, datamodule=cast(LightningDataModule, datamodule), verbose=False)[0]["test_acc"]
 
 
-def _best_and_last(folder: str, callbacks: list[Callback]) -> list[Callback]:
-    """The checkpoints that `fit` writes, unless the user has a `ModelCheckpoint` of their own."""
+def _best(folder: str, callbacks: list[Callback]) -> list[Callback]:
+    """What keeps the best checkpoint, unless the user has a `ModelCheckpoint` of their own."""
     if any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
         return []
     return [
-        ModelCheckpoint(
-            dirpath=folder, filename="best", monitor="val_acc", mode="max", save_last=True, enable_version_counter=False
-        )
+        ModelCheckpoint(dirpath=folder, filename="best", monitor="val_acc", mode="max", enable_version_counter=False)
     ]
 
 
@@ -156,18 +161,6 @@ def _check_output(output: str, overwrite: bool) -> Path:
         if file.is_dir() or (file.exists() and not overwrite):
             raise FusionError(f"Expected to write a new file, got {file}, which exists; give --overwrite true")
     return record
-
-
-def _load_parents(paths: list[str], datamodule: ImageData) -> list[nn.Module]:
-    """The parents' networks, all of which take the data's images and tell the same number of classes apart."""
-    if len(paths) < 2:
-        raise FusionError(f"Expected two or more parents, got {len(paths)}; give --parents '[a.ckpt, b.ckpt]'")
-    networks = [load_parent(path) for path in paths]
-    classes = [check_images(network, datamodule, path) for path, network in zip(paths, networks, strict=True)]
-    if len(set(classes)) > 1:
-        found = ", ".join(f"{path}: {count}" for path, count in zip(paths, classes, strict=True))
-        raise FusionError(f"Expected parents with the same number of classes, got {found}; choose others")
-    return networks
 
 
 def _contestants(parents: list[nn.Module], result: Fusion) -> dict[str, nn.Module]:

@@ -13,7 +13,14 @@ from torch.nn.functional import cross_entropy
 from clafusion import networks, save_network
 from clafusion.errors import FusionError
 from datamodules import DigitsDataModule
-from lightning_modules import FusionTrainer, ImageClassifier, load_parent, read_checkpoint, save_checkpoint
+from lightning_modules import (
+    FusionTrainer,
+    ImageClassifier,
+    LastCheckpoint,
+    load_parent,
+    read_checkpoint,
+    save_checkpoint,
+)
 from lightning_modules.checks import check_images
 
 MLP = {"name": "MLP", "in_features": 64, "hidden": [12, 8], "num_classes": 10}
@@ -383,7 +390,8 @@ def test_a_checkpoint_callback_of_the_user_takes_the_place_of_ours(tmp_path):
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     mine = ModelCheckpoint(tmp_path)
-    assert make_trainer(tmp_path, callbacks=mine).checkpoint_callbacks == [mine]
+    best, last = make_trainer(tmp_path, callbacks=mine).checkpoint_callbacks
+    assert best is mine and isinstance(last, LastCheckpoint)
     assert make_trainer(tmp_path, enable_checkpointing=False).checkpoint_callbacks == []
     assert make_trainer(tmp_path).checkpoint_callback.monitor == "val_acc"
 
@@ -393,3 +401,36 @@ def test_the_trainer_is_a_lightning_trainer(tmp_path):
         make_trainer(tmp_path, barebones=True, logger=None, enable_progress_bar=None, enable_model_summary=None),
         Trainer,
     )
+
+
+# --- how fast ---
+
+
+@pytest.mark.parametrize("options", [{"channels_last": True}, {"compile": True}], ids=str)
+def test_a_faster_network_is_the_same_network_in_its_checkpoints(tmp_path, options, monkeypatch):
+    # "eager" compiles as far as it can be done without a C++ compiler.
+    compiled = torch.compile
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda f, *a, **k: calls.append(1) or compiled(f, backend="eager"))
+    resnet = {"name": "ResNet", "blocks": [1, 1], "width": 4, "num_classes": 10, "in_channels": 1}
+    results = []
+    for name, more in (("plain", {}), ("fast", options)):
+        torch.manual_seed(0)
+        classifier = ImageClassifier(resnet, lr=0.01, **more)
+        torch.manual_seed(0)
+        make_trainer(tmp_path / name, max_epochs=1, limit_train_batches=4).fit(classifier, data())
+        results.append(read_checkpoint(tmp_path / name / "last.ckpt"))
+    plain, fast = results
+    assert plain["hyper_parameters"] == fast["hyper_parameters"] and bool(calls) == ("compile" in options)
+    assert list(plain["state_dict"]) == list(fast["state_dict"])
+    for name, tensor in plain["state_dict"].items():
+        assert torch.allclose(tensor, fast["state_dict"][name], atol=1e-4), name
+    resumed = ImageClassifier(**options)
+    trainer = make_trainer(tmp_path / "fast", max_epochs=1)
+    trainer.test(resumed, data(), ckpt_path=str(tmp_path / "fast" / "last.ckpt"), verbose=False, weights_only=True)
+    if "channels_last" in options:
+        assert any(
+            parameter.is_contiguous(memory_format=torch.channels_last) and not parameter.is_contiguous()
+            for parameter in resumed.parameters()
+            if parameter.ndim == 4
+        )

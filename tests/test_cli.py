@@ -18,7 +18,7 @@ from lightning_modules import Distiller, FusionTrainer, ImageClassifier, load_pa
 ROOT = Path(__file__).parent.parent
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 SHORT = [*QUIET, "--trainer.enable_model_summary", "false", "--trainer.max_epochs", "1"]
-FEW = ["--fusion.num_samples", "60"]
+FEW = ["--fusion.num_samples", "70"]
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def test_fuse_writes_an_ordinary_checkpoint_and_its_record(mlp_checkpoints, caps
     assert "naive average" not in names and "balanced 2" in names
     assert all(0 <= row["test_acc"] <= 1 and row["parameters"] > 0 for row in record["networks"])
     assert len(record["alignments"]) == len(record["transport_costs"]) == 2
-    assert record["options"]["num_samples"] == 60 and record["seconds"] > 0 and record["peak_memory_bytes"] > 0
+    assert record["options"]["num_samples"] == 70 and record["seconds"] > 0 and record["peak_memory_bytes"] > 0
     assert [len(parent["sha256"]) for parent in record["parents"]] == [64, 64]
     assert read_checkpoint("fused.ckpt")["fusion"] == record
     table = capsys.readouterr().out
@@ -275,6 +275,8 @@ def test_the_commands_of_the_readme_work_as_typed():
         assert load_parent(name).architecture["num_classes"] == 10
 
 
+# So short an example has too few samples; with enough of them it would take minutes.
+@pytest.mark.filterwarnings("ignore:Expected at least as many observations:UserWarning")
 @pytest.mark.slow
 def test_the_example_of_the_readme_works_as_typed(capsys):
     [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

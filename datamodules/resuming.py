@@ -1,0 +1,142 @@
+"""What a data module saves of a run in its checkpoints, and how the run goes on from there."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningDataModule
+from pytorch_lightning.loops import _Loop
+
+from clafusion.errors import FusionError
+from datamodules.sampling import derived_seed
+
+#: Arguments of data modules that do not change what a network learns.
+_INDIFFERENT = frozenset({"eval_batch_size", "num_workers", "data_dir", "download"})
+#: Settings of the trainer that do.
+_TRAINER = ("world_size", "accumulate_grad_batches", "precision", "gradient_clip_val")
+
+
+class ResumableDataModule(LightningDataModule):
+    """Base of data modules whose trainings can be interrupted after any batch.
+
+    Checkpoints hold the epoch and the batches seen, the seed, and how the run was configured. All randomness of a
+    batch is a function of seed, rank, epoch and batch, so that the resumed run equals the uninterrupted one.
+
+    Args:
+        allow_changes: Whether an interrupted training may go on with other data, seed or number of processes.
+    """
+
+    def __init__(self, allow_changes: bool = False) -> None:
+        super().__init__()
+        self.allow_changes = allow_changes
+        #: Seed of the run.
+        self._seed = torch.initial_seed()
+        #: Epoch and batches of the checkpoint that a training goes on from, and its seed unless another was named.
+        self._start: tuple[int, int] | None = None
+        self._saved_seed: int | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of images in each part, by name; subclasses implement it."""
+        raise NotImplementedError
+
+    @property
+    def _rank(self) -> tuple[int, int]:
+        """This process's rank and the number of processes."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where a training is and how it was configured, as plain values; empty outside of a training."""
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return {}
+        epoch, batches = self._position()
+        return {"epoch": epoch, "batches": batches, "seed": self._seed, "recipe": self._recipe()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Makes the next training go on where the checkpoint's ended.
+
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Raises:
+            FusionError: The training is configured differently now, and `allow_changes` is false.
+        """
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        seed = _named_seed()
+        if not self.allow_changes:
+            now = {**self._recipe(), "seed": state_dict["seed"] if seed is None else seed}
+            _check_unchanged({**state_dict["recipe"], "seed": state_dict["seed"]}, now)
+        self._start = state_dict["epoch"], state_dict["batches"]
+        self._saved_seed = state_dict["seed"] if seed is None else None
+
+    def teardown(self, stage: str) -> None:
+        """Ends a run: the next one begins at its beginning, and PyTorch's seed is again that of the run."""
+        if stage == "fit":
+            torch.manual_seed(self._seed)
+        self._start = self._saved_seed = None
+
+    def _begin(self) -> tuple[int, int]:
+        """Settles the run's seed; returns the epoch and the number of its batches that need not be seen again.
+
+        Raises:
+            FusionError: A training goes on from a checkpoint that has no state of this kind of data.
+        """
+        if self._start is None:
+            self._refuse_foreign_run()
+        elif self._start[1] == 0 and self.trainer is not None:
+            # With max_steps, Lightning takes a finished epoch for an interrupted one: it would end it once more, and
+            # number the following ones wrongly.
+            _Loop.restarting.fset(self.trainer.fit_loop, False)  # type: ignore[attr-defined]
+        seed = torch.initial_seed() if self._saved_seed is None else self._saved_seed
+        # Ranks that were not seeded differ in their initial seed, and would then overlap in what they visit.
+        self._seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
+        return self._start or (0, 0)
+
+    def _batch_seed(self, purpose: str) -> int:
+        """Seed of the training batch being fetched: a pure function of seed, rank, epoch and batch index."""
+        trainer: Any = self.trainer
+        # The loop counts a batch only after it is on the device: here batch_idx is still that of the one before.
+        batch_idx = trainer.fit_loop.epoch_loop.batch_idx + 1
+        return derived_seed(purpose, self._seed, trainer.global_rank, trainer.current_epoch, batch_idx)
+
+    def _position(self) -> tuple[int, int]:
+        """The epoch that the training is in or about to begin, and how many of its batches have been trained on."""
+        loop: Any = self.trainer.fit_loop  # type: ignore[union-attr]
+        epochs = loop.epoch_progress.current
+        over = epochs.processed == epochs.ready
+        return epochs.processed, 0 if over else loop.epoch_loop.batch_progress.current.processed
+
+    def _recipe(self) -> dict[str, Any]:
+        """What must stay the same for a resumed run to equal an uninterrupted one, as plain values by name."""
+        data = {name: value for name, value in self.hparams.items() if name not in _INDIFFERENT}
+        sizes = {f"{part}_size": size for part, size in self.sizes.items()}
+        return {**data, **sizes, **{name: getattr(self.trainer, name) for name in _TRAINER}}
+
+    def _refuse_foreign_run(self) -> None:
+        trainer: Any = self.trainer
+        if trainer is None or not trainer.ckpt_path or self.allow_changes:
+            return
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready:
+            raise FusionError(
+                f"Expected {trainer.ckpt_path} to hold the state of an interrupted training on {type(self).__name__}, "
+                "got that of other data; choose its data, "
+                "or accept another result by allow_changes=true (--data.allow_changes true)"
+            )
+
+
+def _named_seed() -> int | None:
+    """The seed of `seed_everything`, if that is what PyTorch was seeded with; None if nobody named a seed."""
+    seed = torch.initial_seed()
+    return seed if os.environ.get("PL_GLOBAL_SEED") == str(seed) else None
+
+
+def _check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if changed:
+        old, new = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
+        raise FusionError(
+            f"Expected the interrupted run to go on with {old}, got {new}; change it back, "
+            "or accept another result by allow_changes=true (--data.allow_changes true)"
+        )

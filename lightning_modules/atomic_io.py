@@ -1,0 +1,69 @@
+"""How a trainer writes and reads its checkpoints: whole or not at all, and never running what is in them."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+
+from clafusion.errors import FusionError
+from lightning_modules.checkpoints import load_plain, local_file
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that survive a kill and a full disk, and that are read as plain data.
+
+    A checkpoint is written under a hidden name next to its own, forced onto the disk and then renamed. (Lightning
+    writes to the system's temporary folder; from there a file gets into another file system by copying, which can be
+    interrupted.) At no moment is the previous checkpoint of that name damaged; there must be room for both.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Writes or replaces a local file.
+
+        Args:
+            checkpoint: Tensors and plain containers.
+            path: The file.
+            storage_options: Must be None.
+
+        Raises:
+            FusionError: The file cannot be written, for example because the disk is full; an earlier file of that name
+                is as it was.
+        """
+        if storage_options is not None or "://" in str(path):
+            raise FusionError(f"Expected a local file for a checkpoint, got {path}; choose a folder of this machine")
+        path = Path(path)
+        # Always the same name: what a kill has left there is overwritten by the next attempt.
+        temporary = path.with_name(f".{path.name}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        # PyTorch's writer answers an error of the file with a RuntimeError of its own.
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):
+                raise
+            reason = error if isinstance(error, OSError) else error.__context__
+            kept = "the previous one is kept" if path.exists() else "there is none yet"
+            raise FusionError(
+                f"Expected to write the checkpoint {path}, got {getattr(reason, 'strerror', None) or reason}; {kept}: "
+                "make room and resume"
+            ) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a local file onto the CPU as tensors and plain containers.
+
+        Args:
+            path: The file.
+            map_location: Ignored.
+            weights_only: Ignored: no file is read in another way.
+
+        Raises:
+            FusionError: The file is missing, remote, damaged or holds pickled objects.
+        """
+        return load_plain(local_file(path))
