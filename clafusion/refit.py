@@ -7,7 +7,7 @@ from torch import Tensor
 
 from clafusion.affine import AffineLayer, affine_layer
 from clafusion.cursor import Cursor
-from clafusion.regression import NormalEquations, design_rows, rectified_regression, soft_label_regression
+from clafusion.regression import RidgeSystem, design_rows, rectified_regression, soft_label_regression
 from clafusion.statistics import rows
 from clafusion.structure import Layer, Structure, Unit
 from clafusion.targets import Parents
@@ -131,24 +131,20 @@ def _refit(
 ) -> None:
     """Ridge regression of one layer, or of the layer that closes a branch jointly with the projection shortcut."""
     extra = (layer.pre, together[0].output) if on_top_of_shortcut else ()
-    inputs, offsets, sums = [], [], None
-    for (x, outputs), indices, target in zip(_design(fused, together, chosen, extra), chosen, targets, strict=True):
-        offset = x.new_zeros(1, 1)
-        if on_top_of_shortcut:
-            offset = rows(outputs[layer.pre] - outputs[together[0].output])[indices]
-        part = NormalEquations.of(x, target - offset)
-        sums = part if sums is None else sums + part
+    inputs, offsets = [], []
+    for (x, outputs), indices in zip(_design(fused, together, chosen, extra), chosen, strict=True):
         inputs.append(x)
-        offsets.append(offset)
-    assert sums is not None
-    prior, intercept = _prior(together), _has_bias(together)
+        if on_top_of_shortcut:
+            offsets.append(rows(outputs[layer.pre] - outputs[together[0].output])[indices])
+    target = torch.cat(list(targets))
+    offset = torch.cat(offsets) if on_top_of_shortcut else inputs[0].new_zeros(1, 1)
+    prior, system = _prior(together), RidgeSystem.of(torch.cat(inputs), ridge, _has_bias(together))
+    del inputs
     if layer.activation in RECTIFIERS and len(prior) == 1:
-        x, target = torch.cat(inputs)[:, 0], torch.cat(list(targets)).to(inputs[0].dtype)
-        offset = torch.cat(offsets) if on_top_of_shortcut else offsets[0]
-        solved = rectified_regression(x, target, offset, sums, prior[0], ridge, intercept)[None]
+        solved = rectified_regression(system, target, offset, prior[0])[None]
     else:
-        solved = sums.solve(prior, ridge, intercept)
-    _write(together, solved, sums)
+        solved = system.regress(target - offset, prior)
+    _write(together, solved, system)
 
 
 def _refit_head(
@@ -157,26 +153,21 @@ def _refit_head(
     """The head is fitted to the parents' mean logits, and from there to their mean probability."""
     everything = [torch.arange(len(target), device=target.device) for target in targets]
     x = torch.cat([part for part, _ in _design(fused, [head], everything)])
-    sums = NormalEquations.of(x, torch.cat(list(targets)))
-    start = sums.solve(_prior([head]), ridge, head.has_bias)
+    system = RidgeSystem.of(x, ridge, head.has_bias)
+    start = system.regress(torch.cat(list(targets)), _prior([head]))
     solved = soft_label_regression(x[:, 0], probabilities, start[0], ridge, head.has_bias)
-    _write([head], solved[None], sums)
+    _write([head], solved[None], system)
 
 
-def _write(together: Sequence[AffineLayer], solved: Tensor, sums: NormalEquations) -> None:
+def _write(together: Sequence[AffineLayer], solved: Tensor, system: RidgeSystem) -> None:
     """Split jointly fitted weights and write them to their layers; the first one that can hold the bias takes it."""
-    intercept = _has_bias(together)
     holder = next((part for part in together if part.has_bias), None)
-    bias = solved[..., -1].flatten() if intercept else solved.new_zeros(solved.shape[0] * solved.shape[1])
-    inputs = sums.xx.shape[-1] - intercept
-    mean_x = sums.xx[:, -1, :inputs] / sums.count if intercept else solved.new_zeros(len(solved), inputs)
-    covariance = sums.xx[:, :inputs, :inputs] / sums.count - mean_x[:, :, None] * mean_x[:, None, :]
+    bias = solved[..., -1].flatten() if system.intercept else solved.new_zeros(solved.shape[0] * solved.shape[1])
     start = 0
     for part in together:
         span = slice(start, start + part.fan_in)
         weight = solved[..., span]
-        mean = torch.einsum("goi,gi->go", weight, mean_x[:, span]).flatten()
-        variance = torch.einsum("goi,gij,goj->go", weight, covariance[:, span, span], weight).flatten()
+        mean, variance = system.moments(weight, span)
         part.write(weight.flatten(0, 1), bias if part is holder else torch.zeros_like(bias), mean, variance)
         start += part.fan_in
 

@@ -1,6 +1,7 @@
-"""Regression of a layer's weights on its input: ridge from sums of products, and softmax regression on soft labels."""
+"""Regression of a layer's weights on its input: ridge, ridge through a ReLU, and softmax regression on soft labels."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -51,92 +52,145 @@ def _padding(module: nn.Conv2d) -> tuple[int, int, int, int]:
 #: Iterations of the regressions that have no closed form; each solves one factorised system.
 RECTIFIED_STEPS = 10
 SOFT_LABEL_STEPS = 100
+#: Numbers that are converted to float64 at a time.
+BLOCK = 2**23
 
 
 @dataclass(frozen=True)
-class NormalEquations:
-    """Sums over observations of a regression of t on x, per group, in float64.
+class RidgeSystem:
+    r"""The normal equations :math:`(X^\top X + \lambda I) W = R` of ridge regressions on one design, factorised.
+
+    Per group, in float64. With as many observations as inputs or more, the Gram matrix of the inputs is factorised,
+    with fewer that of the observations: :math:`(X^\top X + \lambda I)^{-1} = (I - X^\top (X X^\top + \lambda
+    I)^{-1} X) / \lambda`. The constant input, if there is one, is eliminated by centring the others; it is not
+    penalised.
 
     Attributes:
-        count: observations.
-        xx: [groups, inputs, inputs].
-        xt: [groups, inputs, outputs per group].
+        x: the design, [observations, groups, inputs].
+        intercept: whether the last input is the constant one.
+        penalty: :math:`\lambda` of each group, [groups].
+        mean: of the inputs that are penalised, [groups, inputs]; zero without an intercept.
+        factor: Cholesky factor of the smaller Gram matrix, [groups, n, n].
+        centred: the centred design, [groups, observations, inputs], where there are fewer observations than inputs.
     """
 
-    count: int
-    xx: Tensor
-    xt: Tensor
+    x: Tensor
+    intercept: bool
+    penalty: Tensor
+    mean: Tensor
+    factor: Tensor
+    centred: Tensor | None
 
     @classmethod
-    def of(cls, x: Tensor, t: Tensor) -> "NormalEquations":
-        """The sums of one batch: x [observations, groups, inputs], t [observations, groups x outputs per group]."""
-        x = x.double().transpose(0, 1)
-        t = t.double().reshape(t.shape[0], x.shape[0], -1).transpose(0, 1)
-        return cls(x.shape[1], x.transpose(1, 2) @ x, x.transpose(1, 2) @ t)
+    def of(cls, x: Tensor, ridge: float, intercept: bool) -> "RidgeSystem":
+        """Factorises the system of a design.
 
-    def __add__(self, other: "NormalEquations") -> "NormalEquations":
-        return replace(self, count=self.count + other.count, xx=self.xx + other.xx, xt=self.xt + other.xt)
-
-    def penalty(self, ridge: float, intercept: bool) -> Tensor:
-        """The diagonal of the ridge, [groups, inputs]: `ridge` times an average input's sum of squares."""
-        squares = self.xx.diagonal(dim1=1, dim2=2)
-        inputs = squares[:, :-1] if intercept else squares
-        scale = (ridge * inputs.mean(1, keepdim=True)).expand_as(squares).clone()
-        if intercept:
-            scale[:, -1] = 0.0
+        Args:
+            x: [observations, groups, inputs].
+            ridge: the penalty in units of the sum of squares of an average input.
+            intercept: whether the last input is the constant one.
+        """
+        count, groups, inputs = x.shape[0], x.shape[1], x.shape[2] - intercept
+        mean = squares = x.new_zeros(groups, inputs, dtype=torch.float64)
+        for block in _blocks(x, inputs):
+            mean = mean + block.sum(1) / count if intercept else mean
+            squares = squares + block.square().sum(1)
         # A layer whose input is dead keeps its weights.
-        return scale.clamp_min(torch.finfo(torch.float64).eps * max(self.count, 1))
+        penalty = (ridge * squares.mean(1)).clamp_min(torch.finfo(torch.float64).eps * max(count, 1))
+        centred = None
+        if count < inputs:
+            centred = x[:, :, :inputs].transpose(0, 1).double() - mean[:, None, :]
+            gram = centred @ centred.transpose(1, 2)
+        else:
+            gram = -count * mean[:, :, None] * mean[:, None, :]
+            for block in _blocks(x, inputs):
+                gram += block.transpose(1, 2) @ block
+        gram.diagonal(dim1=1, dim2=2).add_(penalty[:, None])
+        return cls(x, intercept, penalty, mean, torch.linalg.cholesky(gram), centred)
 
-    def solve(self, prior: Tensor, ridge: float, intercept: bool) -> Tensor:
+    def solve(self, right: Tensor) -> Tensor:
+        """The W of a right-hand side R, both [groups, inputs, outputs]."""
+        if not self.intercept:
+            return self._solve_centred(right)
+        mean, total = self.mean[:, :, None], right[:, -1:]
+        weight = self._solve_centred(right[:, :-1] - mean * total)
+        constant = total / len(self.x) - (mean * weight).sum(1, keepdim=True)
+        return torch.cat([weight, constant], 1)
+
+    def _solve_centred(self, right: Tensor) -> Tensor:
+        if self.centred is None:
+            return torch.cholesky_solve(right, self.factor)
+        inner = torch.cholesky_solve(self.centred @ right, self.factor)
+        return (right - self.centred.transpose(1, 2) @ inner) / self.penalty[:, None, None]
+
+    def regress(self, target: Tensor, prior: Tensor) -> Tensor:
         r"""The weights :math:`\arg\min_W \lVert X W^\top - T \rVert^2 + \lambda \lVert W - W_0 \rVert^2`.
 
         The ridge makes the system definite however few or dependent the observations are.
 
         Args:
+            target: T, [observations, groups x outputs per group].
             prior: :math:`W_0`, [groups, outputs per group, inputs].
-            ridge: :math:`\lambda` in units of the sum of squares of an average input.
-            intercept: whether the last input is the constant one, which is not penalised.
 
         Returns:
             [groups, outputs per group, inputs], float64.
         """
-        matrix = self.xx + torch.diag_embed(self.penalty(ridge, intercept))
-        residual = self.xt - self.xx @ prior.transpose(1, 2)
-        step = torch.cholesky_solve(residual, torch.linalg.cholesky(matrix))
-        return prior + step.transpose(1, 2)
+        prior = prior.double()
+        targets = target.unflatten(1, (prior.shape[0], -1)).transpose(0, 1)
+        right = torch.zeros_like(prior.transpose(1, 2))
+        for block, wanted in zip(_blocks(self.x), targets.split(_block_rows(self.x), 1), strict=True):
+            right += block.transpose(1, 2) @ (wanted.double() - block @ prior.transpose(1, 2))
+        return prior + self.solve(right).transpose(1, 2)
+
+    def moments(self, weight: Tensor, span: slice) -> tuple[Tensor, Tensor]:
+        """Mean and variance of what weights on some of the inputs give.
+
+        Args:
+            weight: [groups, outputs per group, inputs of the span].
+            span: the inputs.
+
+        Returns:
+            Both [groups x outputs per group], float64.
+        """
+        outputs = torch.cat([block[:, :, span] @ weight.transpose(1, 2) for block in _blocks(self.x)], 1)
+        return outputs.mean(1).flatten(), outputs.var(1, correction=0).flatten()
 
 
-def rectified_regression(
-    x: Tensor, target: Tensor, offset: Tensor, sums: NormalEquations, prior: Tensor, ridge: float, intercept: bool
-) -> Tensor:
+def _blocks(x: Tensor, inputs: int | None = None) -> Iterator[Tensor]:
+    """Blocks of the rows of a design, [groups, rows, inputs], float64."""
+    for block in x[:, :, :inputs].split(_block_rows(x)):
+        yield block.transpose(0, 1).double()
+
+
+def _block_rows(x: Tensor) -> int:
+    return max(1, BLOCK // max(1, x[0].numel()))
+
+
+def rectified_regression(system: RidgeSystem, target: Tensor, offset: Tensor, prior: Tensor) -> Tensor:
     r"""Ridge regression of what a ReLU lets through: a negative target asks for no more than a negative output.
 
     Minimises :math:`\sum r^2 + \lambda \lVert W - W_0 \rVert^2`, where with :math:`y = x W^\top + \text{offset}` the
     error r is :math:`t - y` where the target is positive and :math:`\max(y, 0)` elsewhere. The objective is convex and
     its curvature is at most that of plain regression, so that each step solves the same factorised system and none
-    increases the objective.
+    increases the objective. It begins with the weights of plain regression.
 
     Args:
-        x: inputs, [observations, inputs].
+        system: of the inputs, in one group.
         target: pre-activations to reach, [observations, outputs].
         offset: what is added to the layer's output before the ReLU, [observations or 1, outputs or 1].
-        sums: normal equations of the same observations, of `target - offset` on x.
         prior: weights to be pulled towards, [outputs, inputs].
-        ridge: as in `NormalEquations.solve`.
-        intercept: whether the last input is the constant one.
 
     Returns:
         [outputs, inputs], float64.
     """
-    penalty = sums.penalty(ridge, intercept)[0]
-    factor = torch.linalg.cholesky(sums.xx[0] + penalty.diag())
-    active = target > 0
-    weight = sums.solve(prior[None], ridge, intercept)[0].T
+    x, active, penalty = system.x[:, 0], target > 0, _penalties(system)
+    weight = system.regress(target - offset, prior[None])[0].T
+    target, pull = target.to(x.dtype), prior.double().T
     for _ in range(RECTIFIED_STEPS):
         output = x @ weight.to(x.dtype) + offset
         residual = torch.where(active, target - output, -output.clamp_min(0))
-        step = (x.T @ residual).double() - penalty[:, None] * (weight - prior.double().T)
-        weight = weight + torch.cholesky_solve(step, factor)
+        step = (x.T @ residual).double() - penalty * (weight - pull)
+        weight = weight + system.solve(step[None])[0]
     return weight.T
 
 
@@ -150,19 +204,27 @@ def soft_label_regression(x: Tensor, probabilities: Tensor, prior: Tensor, ridge
         x: inputs, [observations, inputs].
         probabilities: [observations, classes], rows sum to one.
         prior: weights to start from and to be pulled towards, [classes, inputs].
-        ridge: as in `NormalEquations.solve`.
+        ridge: as in `RidgeSystem.of`.
         intercept: whether the last input is the constant one.
 
     Returns:
         [classes, inputs], float64.
     """
     x, probabilities = x.double(), probabilities.double()
-    sums = NormalEquations.of(x[:, None, :], probabilities)
-    penalty = sums.penalty(ridge, intercept)[0]
-    factor = torch.linalg.cholesky(sums.xx[0] / 2 + penalty.diag())
+    # Half the Gram matrix plus the penalty is half of this system.
+    system = RidgeSystem.of(x[:, None, :], 2 * ridge, intercept)
+    penalty = _penalties(system) / 2
     start = prior.double().T
     weight = start
     for _ in range(SOFT_LABEL_STEPS):
         error = probabilities - (x @ weight).softmax(-1)
-        weight = weight + torch.cholesky_solve(x.T @ error - penalty[:, None] * (weight - start), factor)
+        weight = weight + 2 * system.solve((x.T @ error - penalty * (weight - start))[None])[0]
     return weight.T
+
+
+def _penalties(system: RidgeSystem) -> Tensor:
+    """The penalty of each input of the only group, [inputs, 1]."""
+    free = torch.ones(system.x.shape[2], 1, dtype=torch.float64, device=system.x.device)
+    if system.intercept:
+        free[-1] = 0.0
+    return system.penalty[0] * free

@@ -42,23 +42,27 @@ def match_moments(
 
 
 def _moments(cursor: Cursor, node: str) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every neuron at a node, float64."""
-    count, total, squares = 0, None, None
+    """Mean and standard deviation of every neuron at a node, float64; a spread within rounding errors is none."""
+    count, total, squares, precision = 0, None, None, 0.0
     for outputs in cursor.look_ahead([node]):
-        x = rows(outputs[node]).double()
+        x = rows(outputs[node])
+        precision = torch.finfo(x.dtype).eps
+        x = x.double()
         count += len(x)
         total = x.sum(0) if total is None else total + x.sum(0)
         squares = x.square().sum(0) if squares is None else squares + x.square().sum(0)
     assert total is not None and squares is not None
     mean = total / count
-    return mean, (squares / count - mean.square()).clamp_min(0).sqrt()
+    variance = squares / count - mean.square()
+    return mean, torch.where(variance > 16 * precision * squares / count, variance, 0.0).sqrt()
 
 
-def add_missing_biases(model: nn.Module) -> None:
+def add_missing_biases(model: nn.Module) -> nn.Module:
     """Give every Linear and Conv2d of a network that has neither biases nor norms a zero bias, in place."""
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     norms = any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules())
     if norms or any(layer.bias is not None for layer in layers):
-        return
+        return model
     for layer in layers:
         layer.bias = nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0]))
+    return model

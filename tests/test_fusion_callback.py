@@ -24,7 +24,7 @@ from lightning_modules import Distiller, FusionTrainer, ImageClassifier, load_pa
 
 ROOT = Path(__file__).parent.parent
 MLP = {"name": "MLP", "in_features": 64, "hidden": [12, 8], "num_classes": 10}
-OPTIONS = FusionOptions(num_samples=60)
+OPTIONS = FusionOptions(num_samples=80)
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False}
 # The tests put parents and results into one folder, and resume in another one.
 pytestmark = [
@@ -56,7 +56,7 @@ def data(**arguments) -> DigitsDataModule:
 
 def fused(parents, digits=None) -> torch.nn.Module:
     """What the library makes of the parents."""
-    return fuse([load_parent(path) for path in parents], (digits or data()).alignment_batches(60, 0), OPTIONS).model
+    return fuse([load_parent(path) for path in parents], (digits or data()).alignment_batches(80, 0), OPTIONS).model
 
 
 def same(one, other) -> bool:
@@ -156,7 +156,7 @@ def test_the_figures_are_logged(mlp_checkpoints, tmp_path):
     trainer = fit(tmp_path, mlp_checkpoints, logger=True)
     folder = Path(trainer.logger.log_dir)
     logged = yaml.safe_load((folder / "hparams.yaml").read_text())["fusion"]
-    assert logged["options"]["num_samples"] == 60 and len(logged["parents"]) == 2
+    assert logged["options"]["num_samples"] == 80 and len(logged["parents"]) == 2
     header, first, *_ = ((folder / "metrics.csv").read_text()).splitlines()
     row = dict(zip(header.split(","), first.split(","), strict=True))
     rows = trainer.lightning_module.fusion["networks"]
@@ -226,7 +226,7 @@ def test_a_resumed_training_with_other_settings_is_refused(mlp_checkpoints, tmp_
     for parents, options, changed in (
         (mlp_checkpoints[::-1], OPTIONS, "parents"),
         (mlp_checkpoints, FusionOptions(num_samples=70), "options.num_samples"),
-        (mlp_checkpoints[::-1], FusionOptions(num_samples=60, ridge=1.0), "parents, options.ridge"),
+        (mlp_checkpoints[::-1], FusionOptions(num_samples=80, ridge=1.0), "parents, options.ridge"),
     ):
         with pytest.raises(FusionError, match=f"got other {changed}; begin anew"):
             fit(tmp_path / "run", parents, options=options, **resume)
@@ -353,7 +353,7 @@ SHORT = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false
 
 def arguments(parents, folder, epochs=1, *more) -> list[str]:
     fused = ["--trainer.callbacks+=FusionCallback", "--trainer.callbacks.parents", f"[{', '.join(map(str, parents))}]"]
-    few = ["--trainer.callbacks.options.num_samples", "60", "--trainer.default_root_dir", str(folder)]
+    few = ["--trainer.callbacks.options.num_samples", "80", "--trainer.default_root_dir", str(folder)]
     quiet = ["--trainer.enable_model_summary", "false"]
     return ["fit", *fused, *few, *SHORT, str(epochs), *quiet, "--model.lr", "0.05", *map(str, more)]
 

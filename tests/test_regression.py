@@ -7,7 +7,7 @@ from scipy.optimize import minimize
 from torch import nn
 
 from clafusion import regression
-from clafusion.regression import NormalEquations, design_rows, rectified_regression, soft_label_regression
+from clafusion.regression import RidgeSystem, design_rows, rectified_regression, soft_label_regression
 from clafusion.statistics import rows
 
 
@@ -116,20 +116,33 @@ def least_squares(x, t, prior, ridge: float, intercept: bool) -> torch.Tensor:
 @pytest.mark.parametrize("ridge", [1e-4, 0.3])
 def test_solve_is_least_squares_with_ridge_rows(count, groups, intercept, ridge):
     x, t, prior = problem(count, groups=groups, intercept=intercept)
-    solved = NormalEquations.of(x, t).solve(prior, ridge, intercept)
+    solved = RidgeSystem.of(x, ridge, intercept).regress(t, prior)
     assert torch.allclose(solved, least_squares(x, t, prior, ridge, intercept), atol=1e-9)
 
 
+@pytest.mark.parametrize("count", [5, 50])
+def test_the_size_of_the_blocks_changes_nothing(count, monkeypatch):
+    x, t, prior = problem(count, groups=2, intercept=True)
+    whole = RidgeSystem.of(x, 1e-2, True)
+    monkeypatch.setattr(regression, "BLOCK", 30)
+    parts = RidgeSystem.of(x, 1e-2, True)
+    assert torch.allclose(parts.factor, whole.factor, atol=1e-12)
+    assert torch.allclose(parts.regress(t, prior), whole.regress(t, prior), atol=1e-12)
+
+
+def test_the_smaller_gram_matrix_is_factorised():
+    wide, tall = (RidgeSystem.of(problem(count, intercept=True)[0], 1e-2, True) for count in (5, 6))
+    assert wide.factor.shape == (1, 5, 5) and tall.factor.shape == (1, 6, 6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_sums_of_parts_are_the_sums_of_the_whole(dtype):
-    x, t, _ = problem(50, groups=2, intercept=True)
-    x, t = x.to(dtype), t.to(dtype)
-    whole = NormalEquations.of(x, t)
-    parts = [NormalEquations.of(a, b) for a, b in zip(x.split(17), t.split(17), strict=True)]
-    total = parts[0] + parts[1] + parts[2]
-    assert total.count == whole.count == 50
-    assert total.xx.dtype == torch.float64
-    assert torch.allclose(total.xx, whole.xx, atol=1e-12) and torch.allclose(total.xt, whole.xt, atol=1e-12)
+@pytest.mark.parametrize("count", [4, 50])
+def test_moments_are_those_of_what_the_weights_give(dtype, count):
+    x, _, weight = problem(count, groups=2, intercept=True)
+    mean, variance = RidgeSystem.of(x.to(dtype), 1e-2, True).moments(weight[..., 2:5], slice(2, 5))
+    outputs = torch.einsum("ngi,goi->ngo", x[..., 2:5].to(dtype).double(), weight[..., 2:5]).flatten(1)
+    assert mean.dtype == torch.float64
+    assert torch.allclose(mean, outputs.mean(0)) and torch.allclose(variance, outputs.var(0, correction=0))
 
 
 @pytest.mark.parametrize("intercept", [False, True])
@@ -137,13 +150,13 @@ def test_sums_of_parts_are_the_sums_of_the_whole(dtype):
 def test_a_prior_that_fits_comes_back(count, intercept):
     x, _, prior = problem(count, groups=2, intercept=intercept)
     t = torch.einsum("ngi,goi->ngo", x, prior).flatten(1)
-    assert torch.allclose(NormalEquations.of(x, t).solve(prior, 1e-4, intercept), prior, atol=1e-12)
+    assert torch.allclose(RidgeSystem.of(x, 1e-4, intercept).regress(t, prior), prior, atol=1e-12)
 
 
 def test_an_input_without_signal_keeps_its_weights():
     x, t, prior = problem(50, intercept=True)
     x[:, :, 2] = 0
-    solved = NormalEquations.of(x, t).solve(prior, 1e-4, True)
+    solved = RidgeSystem.of(x, 1e-4, True).regress(t, prior)
     assert torch.allclose(solved[..., 2], prior[..., 2], atol=1e-14)
     assert not torch.allclose(solved[..., 1], prior[..., 1], atol=1e-2)
 
@@ -152,7 +165,7 @@ def test_an_input_without_signal_keeps_its_weights():
 def test_a_dead_layer_keeps_its_weights_and_the_bias_takes_the_mean(intercept):
     x, t, prior = problem(50, intercept=intercept)
     x[:, :, :6] = 0
-    solved = NormalEquations.of(x, t).solve(prior, 1e-4, intercept)
+    solved = RidgeSystem.of(x, 1e-4, intercept).regress(t, prior)
     assert torch.allclose(solved[..., :6], prior[..., :6], atol=1e-14)
     assert not intercept or torch.allclose(solved[0, :, 6], t.mean(0), atol=1e-9)
 
@@ -160,14 +173,14 @@ def test_a_dead_layer_keeps_its_weights_and_the_bias_takes_the_mean(intercept):
 def test_constant_and_equal_inputs_are_no_obstacle():
     x, t, prior = problem(50, intercept=True)
     x[:, :, 1], x[:, :, 3] = 2.5, x[:, :, 4]
-    solved = NormalEquations.of(x, t).solve(prior, 1e-6, True)
+    solved = RidgeSystem.of(x, 1e-6, True).regress(t, prior)
     assert torch.allclose(solved, least_squares(x, t, prior, 1e-6, True), atol=1e-6)
 
 
 @pytest.mark.parametrize("intercept", [True, False])
 def test_a_heavy_ridge_leaves_the_intercept_free(intercept):
     x, t, prior = problem(50, intercept=intercept)
-    solved = NormalEquations.of(x, t).solve(prior, 1e9, intercept)
+    solved = RidgeSystem.of(x, 1e9, intercept).regress(t, prior)
     assert torch.allclose(solved[..., :6], prior[..., :6], atol=1e-6)
     if intercept:
         rest = (t - x[:, 0, :6] @ prior[0, :, :6].T).mean(0)
@@ -177,8 +190,8 @@ def test_a_heavy_ridge_leaves_the_intercept_free(intercept):
 def test_the_ridge_has_the_unit_of_its_inputs():
     """Inputs a thousand times larger ask for weights a thousand times smaller, whatever the ridge."""
     x, t, prior = problem(50)
-    one = NormalEquations.of(x, t).solve(prior, 0.1, False)
-    other = NormalEquations.of(x * 1000, t).solve(prior / 1000, 0.1, False)
+    one = RidgeSystem.of(x, 0.1, False).regress(t, prior)
+    other = RidgeSystem.of(x * 1000, 0.1, False).regress(t, prior / 1000)
     assert torch.allclose(other * 1000, one, atol=1e-10)
 
 
@@ -188,7 +201,11 @@ def test_the_ridge_has_the_unit_of_its_inputs():
 def rectified_problem(count=200, offset=None, shift=0.0, intercept=True, seed=0):
     x, t, prior = problem(count, intercept=intercept, seed=seed)
     offset = torch.zeros(1, 1).double() if offset is None else offset
-    return x[:, 0], t + shift, offset, NormalEquations.of(x, t + shift - offset), prior[0]
+    return x[:, 0], t + shift, offset, prior[0]
+
+
+def rectify(x, target, offset, prior, ridge, intercept=True) -> torch.Tensor:
+    return rectified_regression(RidgeSystem.of(x[:, None], ridge, intercept), target, offset, prior)
 
 
 def rectified_error(weight, x, target, offset) -> torch.Tensor:
@@ -196,7 +213,7 @@ def rectified_error(weight, x, target, offset) -> torch.Tensor:
     return torch.where(target > 0, target - y, y.clamp_min(0)).square().sum()
 
 
-def rectified_objective(weight, x, target, offset, sums, prior, ridge, intercept=True) -> torch.Tensor:
+def rectified_objective(weight, x, target, offset, prior, ridge, intercept=True) -> torch.Tensor:
     pull = ridge * x[:, : x.shape[1] - intercept].square().sum(0).mean()
     distance = (weight - prior)[:, : x.shape[1] - intercept].square().sum()
     return rectified_error(weight, x, target, offset) + pull * distance
@@ -210,12 +227,13 @@ def test_rectified_regression_descends_to_the_minimum(offset, ridge, seed, monke
     objectives = []
     for steps in (*range(11), 400):
         monkeypatch.setattr(regression, "RECTIFIED_STEPS", steps)
-        weight = rectified_regression(*arguments, ridge, True)
+        weight = rectify(*arguments, ridge)
         objectives.append(float(rectified_objective(weight, *arguments, ridge)))
-    ridge_only = arguments[3].solve(arguments[4][None], ridge, True)[0]
+    x, target, offset, prior = arguments
+    ridge_only = RidgeSystem.of(x[:, None], ridge, True).regress(target - offset, prior[None])[0]
     assert objectives[0] == pytest.approx(float(rectified_objective(ridge_only, *arguments, ridge)))
     assert all(later <= earlier + 1e-9 for earlier, later in zip(objectives, objectives[1:], strict=False))
-    least = minimum(lambda w: rectified_objective(w, *arguments, ridge), arguments[4])
+    least = minimum(lambda w: rectified_objective(w, *arguments, ridge), prior)
     assert objectives[-1] == pytest.approx(least, rel=1e-8)
     # The steps taken in practice go most of the way.
     assert objectives[10] - least < 0.02 * (objectives[0] - least)
@@ -236,9 +254,9 @@ def minimum(objective, start: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_rectified_regression_is_better_at_what_passes_the_relu(seed):
-    x, target, offset, sums, prior = rectified_problem(seed=seed)
-    plain = sums.solve(prior[None], 1e-4, True)[0]
-    rectified = rectified_regression(x, target, offset, sums, prior, 1e-4, True)
+    x, target, offset, prior = rectified_problem(seed=seed)
+    plain = RidgeSystem.of(x[:, None], 1e-4, True).regress(target - offset, prior[None])[0]
+    rectified = rectify(x, target, offset, prior, 1e-4)
     assert rectified_error(rectified, x, target, offset) < 0.98 * rectified_error(plain, x, target, offset)
 
 
@@ -246,18 +264,17 @@ def test_rectified_regression_is_better_at_what_passes_the_relu(seed):
 @pytest.mark.parametrize("intercept", [True, False])
 def test_where_every_target_passes_it_is_plain_ridge(offset, intercept):
     arguments = rectified_problem(offset=offset, shift=50.0, intercept=intercept)
-    x, target, offset, sums, prior = arguments
+    x, target, offset, prior = arguments
     assert (target > 0).all()
     expected = least_squares(x[:, None], target - offset, prior[None], 1e-2, intercept)[0]
-    assert torch.allclose(rectified_regression(*arguments, 1e-2, intercept), expected, atol=1e-9)
+    assert torch.allclose(rectify(*arguments, 1e-2, intercept), expected, atol=1e-9)
 
 
 def test_a_fit_that_is_right_stays_whatever_passes():
-    x, _, offset, _, prior = rectified_problem(offset=normal(200, 3, seed=9))
+    x, _, offset, prior = rectified_problem(offset=normal(200, 3, seed=9))
     target = x @ prior.T + offset
     assert 0.2 < (target > 0).double().mean() < 0.8
-    sums = NormalEquations.of(x[:, None], target - offset)
-    assert torch.allclose(rectified_regression(x, target, offset, sums, prior, 1e-3, True), prior, atol=1e-12)
+    assert torch.allclose(rectify(x, target, offset, prior, 1e-3), prior, atol=1e-12)
 
 
 # --- soft labels -----------------------------------------------------------------------------------------------------
@@ -310,7 +327,7 @@ def test_a_start_that_is_right_stays(count):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_iterations_return_float64(dtype):
-    x, target, offset, sums, prior = rectified_problem()
+    x, target, offset, prior = rectified_problem()
     x, target, offset = (tensor.to(dtype) for tensor in (x, target, offset))
-    assert rectified_regression(x, target, offset, sums, prior, 1e-4, True).dtype == torch.float64
+    assert rectify(x, target, offset, prior, 1e-4).dtype == torch.float64
     assert soft_label_regression(x, target.softmax(1), prior, 1e-4, True).dtype == torch.float64
