@@ -12,11 +12,12 @@ demo: $(STAMP)
 	$(BIN)/clafusion fit --config configs/train/digits_deep.yaml
 	$(BIN)/clafusion fit --config configs/train/digits_shallow.yaml
 	$(BIN)/clafusion fuse --parents '[runs/digits_deep/best.ckpt, runs/digits_shallow/best.ckpt]' \
-		--output runs/fused.ckpt --overwrite true --data DigitsDataModule
+		--output runs/fused.ckpt --overwrite --data DigitsDataModule
 	$(BIN)/clafusion test --ckpt_path runs/fused.ckpt --data DigitsDataModule
 
+# Two processes of one thread each; a file's tests stay together, because they share what is trained for them.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # As root, on a Debian or Ubuntu without SLURM: installs it, trains with two tasks, requeues the job, removes SLURM.
 test-slurm: $(STAMP)

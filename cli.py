@@ -1,4 +1,7 @@
-"""The command line: `clafusion fit | validate | test | predict | fuse`, each with `--help` and `--config`."""
+"""The command line: `clafusion fit | validate | test | predict | fuse | transfer | pipeline | convert`.
+
+Each has `--help` and `--config`.
+"""
 
 import logging
 import os
@@ -19,6 +22,8 @@ import callbacks  # noqa: F401 (FusionCallback is known by its short name once i
 import datamodules
 from clafusion.errors import FusionError
 from lightning_modules import FusionTrainer, ImageClassifier, read_checkpoint
+from lightning_modules.converting import convert_file
+from lightning_modules.pipeline import ExperimentFailed
 
 # Lightning's advertising and remarks on hardware that nobody asked for.
 _CHATTER = re.compile(
@@ -45,6 +50,18 @@ _DEFAULTS = {
     "model": {"class_path": "lightning_modules.ImageClassifier"},
     "data": {"class_path": "datamodules.DigitsDataModule"},
 }
+
+
+# The arguments that may stand without a value, which is then true.
+_FLAGS = frozenset(f"--{name}" for name in ("overwrite", "align_only", "classifier", "shortcuts", "reinitialize"))
+
+# What all parsers have in common.
+_COMMON: dict[str, Any] = {"allow_abbrev": False, "default_env": True, "env_prefix": "CLAFUSION"}
+
+# The subcommands that need no trainer: a function each.
+_FUNCTIONS = {"convert": convert_file}
+# The subcommands that Lightning does not have.
+_OURS = ("fuse", "transfer", "pipeline")
 
 
 class FusionParser(LightningArgumentParser):
@@ -80,11 +97,11 @@ class FusionCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """The subcommands and those arguments of their methods that the command line fills in itself."""
         given = {name: arguments | {"weights_only"} for name, arguments in LightningCLI.subcommands().items()}
-        return {**given, "fuse": {"model", "datamodule"}}
+        return {**given, **{name: {"model", "datamodule"} for name in _OURS}}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the arguments; a configuration of ours is found in the installed package as well."""
-        arguments = [_find_config(argument) for argument in args]
+        arguments = _spell_out([_find_config(argument) for argument in args])
         self._arguments = [*arguments[:1], *_from_environment(*arguments[:1]), *arguments[1:]]
         self.config = parser.parse_args(self._arguments)
 
@@ -93,9 +110,39 @@ class FusionCLI(LightningCLI):
         if subcommand != "fit":
             # Only training has a course to log; the others say on the console what they found.
             parser.set_defaults({"trainer.logger": False, "trainer.enable_checkpointing": False})
-        if subcommand == "fuse":
+        if subcommand in _OURS:
             parser.set_defaults({"trainer.enable_progress_bar": False})
+        if subcommand == "pipeline":
+            parser.set_defaults({"trainer.logger": True, "trainer.enable_model_summary": False})
         return parser
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        commands = parser._subcommands_action
+        assert commands is not None
+        for name, function in _FUNCTIONS.items():
+            summary = (function.__doc__ or "").partition("\n")[0]
+            self._subcommand_parsers[name] = self.init_parser(**_COMMON, description=summary)
+            self._subcommand_method_arguments[name] = self._subcommand_parsers[name].add_function_arguments(function)
+            commands.add_subcommand(name, self._subcommand_parsers[name], help=summary)
+
+    def _set_seed(self) -> None:
+        if self.subcommand not in _FUNCTIONS:
+            super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        """Makes the module, the data and the trainer, for the subcommands that need them."""
+        if self.subcommand == "pipeline":
+            # Every stage records what it depends on.
+            self.save_config_callback = None
+        if self.subcommand not in _FUNCTIONS:
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand not in _FUNCTIONS:
+            return super()._run_subcommand(subcommand)
+        names = self._subcommand_method_arguments[subcommand]
+        _FUNCTIONS[subcommand](**{name: self.config[subcommand][name] for name in names})
 
     def _parse_ckpt_path(self) -> None:
         """Takes what the user did not give from `--ckpt_path`: the network's recipe and, to go on, data and seed.
@@ -131,7 +178,7 @@ class FusionCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        return kwargs if subcommand == "fuse" else {**kwargs, "weights_only": True}
+        return kwargs if subcommand in _OURS else {**kwargs, "weights_only": True}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -141,9 +188,9 @@ def main(args: Sequence[str] | None = None) -> None:
         args: The arguments; None takes those of the process.
 
     Raises:
-        SystemExit: With code 2, after one line on standard error, if the input cannot be used.
+        SystemExit: With code 2, after one line on standard error, if the input cannot be used; with code 1 if stages of
+            an experiment have failed.
     """
-    common = {"allow_abbrev": False, "default_env": True, "env_prefix": "CLAFUSION"}
     try:
         with _quiet():
             FusionCLI(
@@ -152,11 +199,11 @@ def main(args: Sequence[str] | None = None) -> None:
                 trainer_class=FusionTrainer,
                 parser_class=FusionParser,
                 parser_kwargs={
-                    **common,
+                    **_COMMON,
                     "prog": "clafusion",
                     "description": "Trains classifiers and fuses them, of whatever depth and width, into one.",
                     "version": version("clafusion"),
-                    **{name: dict(common) for name in FusionCLI.subcommands()},
+                    **{name: dict(_COMMON) for name in FusionCLI.subcommands()},
                 },
                 subclass_mode_model=True,
                 subclass_mode_data=True,
@@ -168,6 +215,9 @@ def main(args: Sequence[str] | None = None) -> None:
                 load_from_checkpoint_support=False,
                 args=sys.argv[1:] if args is None else list(args),
             )
+    except ExperimentFailed as failure:
+        print("clafusion: failed:", failure, file=sys.stderr)
+        sys.exit(1)
     except (ValueError, MisconfigurationException) as error:
         reason = _reason(error)
         if reason is None:
@@ -204,6 +254,15 @@ def _from_environment(subcommand: str = "") -> list[str]:
     found = {name.removeprefix(prefix): value for name, value in os.environ.items() if name.startswith(prefix)}
     nested = {name: value for name, value in sorted(found.items()) if re.match("(MODEL|DATA)__", name)}
     return [f"--{name.lower().replace('__', '.')}={value}" for name, value in nested.items()]
+
+
+def _spell_out(arguments: Sequence[str]) -> list[str]:
+    """Gives a lone flag its value: it reads as one, while the parser wants true or false after it."""
+    followers = [*arguments[1:], "--"]
+    return [
+        f"{argument}=true" if argument in _FLAGS and follower.startswith("--") else argument
+        for argument, follower in zip(arguments, followers, strict=False)
+    ]
 
 
 def _find_config(argument: str) -> str:

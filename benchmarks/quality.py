@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -48,6 +49,13 @@ def resnet(blocks: Sequence[int], **kwargs: Any) -> dict[str, Any]:
 def mlp(hidden: Sequence[int]) -> dict[str, Any]:
     """A published multilayer perceptron, at full width."""
     return {"name": "MLP", "in_features": 784, "hidden": list(hidden), "num_classes": 10}
+
+
+def build(architecture: Mapping[str, Any]) -> nn.Module:
+    """A network with random weights, one of ours or, by the name `torchvision.NAME`, one of torchvision's."""
+    if architecture["name"].startswith("torchvision."):
+        return torchvision.models.get_model(architecture["name"].removeprefix("torchvision."), num_classes=10)
+    return networks.build(architecture)
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,12 @@ EXPERIMENTS = {
     "resnet34_resnet18": Experiment((resnet(R34), resnet(R18)), PLAIN),
     "resnet34_resnet18_bn": Experiment((resnet(R34, batch_norm=True), resnet(R18, batch_norm=True)), NORMED),
     "resnet_x4": Experiment((resnet(R34), resnet(R18), resnet(R34), resnet(R18)), PLAIN, finetune=False),
+    "torchvision_resnets": Experiment(
+        ({"name": "torchvision.resnet34"}, {"name": "torchvision.resnet18"}), NORMED, finetune=False
+    ),
+    "torchvision_vggs": Experiment(
+        ({"name": "torchvision.vgg13_bn"}, {"name": "torchvision.vgg11_bn"}), Recipe(2, 0.02), finetune=False
+    ),
 }
 
 
@@ -166,7 +180,7 @@ def parents_of(experiment: Experiment, images: Images, seed: int, folder: Path) 
         if not path.exists():
             torch.manual_seed(1000 * seed + number)
             chosen = _skill(images.train_labels, number, seed) if experiment.skills else slice(None)
-            network = networks.build(architecture)
+            network = build(architecture)
             save_network(
                 train(network, images.train[chosen], images.train_labels[chosen], experiment.recipe, seed), path
             )

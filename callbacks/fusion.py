@@ -1,12 +1,11 @@
 """The callback that joins training phases: it fuses trained parents into the network that is trained next."""
 
 import signal
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TypeVar, cast
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
@@ -16,8 +15,7 @@ from clafusion.errors import FusionError
 from lightning_modules import ImageClassifier
 from lightning_modules.checks import ImageData, resumes_from
 from lightning_modules.fusing import fuse_checkpoints
-
-T = TypeVar("T")
+from lightning_modules.ranks import on_rank_zero
 
 
 class FusionData(ImageData, Protocol):
@@ -80,7 +78,7 @@ class FusionCallback(Callback):
         strategy = trainer.strategy
         # Random numbers that only rank 0 draws, and only when nothing is resumed, must not change what comes after.
         with self._signal, isolate_rng():
-            architecture, weights, self.record = _on_rank_zero(
+            architecture, weights, self.record = on_rank_zero(
                 strategy, lambda: self._fuse(datamodule, strategy.root_device)
             )
             network = restore(architecture)
@@ -166,20 +164,3 @@ def _figures(record: dict[str, Any]) -> dict[str, float]:
     accuracies = {f"{row['name'].replace(' ', '_')}_val_acc": row["val_acc"] for row in record["networks"]}
     found = {"fusion_seconds": record["seconds"], **accuracies}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _on_rank_zero(strategy: Strategy, compute: Callable[[], T]) -> T:
-    """Computes on rank 0 and gives every rank the result, or the reason why there is none."""
-    result, failure = None, None
-    if strategy.is_global_zero:
-        try:
-            result = compute()
-        except Exception as error:
-            failure = error
-    # Without it the other ranks would wait for ever.
-    result, reason = strategy.broadcast((result, None if failure is None else str(failure)))
-    if failure is not None:
-        raise failure
-    if reason is not None:
-        raise FusionError(reason)
-    return cast(T, result)

@@ -15,11 +15,13 @@ from clafusion.ensemble import Ensemble
 from clafusion.errors import FusionError
 from clafusion.fusion import Fusion, fuse
 from clafusion.layer_costs import layer_costs
+from clafusion.layer_maps import align_layers
 from clafusion.merging import merge_layers
 from clafusion.options import FusionOptions
 from clafusion.similarity import cca, linear_cka
 from clafusion.storage import describe, load_network, restore, save_network
 from clafusion.structure import Structure, trace
+from clafusion.transfer import map_units, transfer
 from clafusion.transport import transport_map
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "FusionOptions",
     "Structure",
     "align",
+    "align_layers",
     "average",
     "cca",
     "describe",
@@ -38,10 +41,12 @@ __all__ = [
     "layer_costs",
     "linear_cka",
     "load_network",
+    "map_units",
     "merge_layers",
     "networks",
     "restore",
     "save_network",
     "trace",
+    "transfer",
     "transport_map",
 ]

@@ -77,16 +77,18 @@ def _shares(
     those parents' weights: averaging both with zeros would leave the square of the weight.
     """
     everybody = range(len(balanced.structures))
-    owners = balanced.owners[unit.name]
+    inside = balanced.inner_weights(unit, weights)
     if options.head == "anchor" and layer.space == balanced.structure.output:
         return [float(k == balanced.anchor) for k in everybody]
-    if options.streams == "per_layer" or unit.kind == "plain" or len(owners) == len(everybody):
+    whole = inside == dict(enumerate(weights))
+    if options.streams == "per_layer" or unit.kind == "plain" or whole:
         return list(weights)
-    scaled = layer.name == unit.closing and name.endswith((".weight", ".bias"))
-    total = 1.0 if scaled else sum(weights[k] for k in owners)
+    if layer.name == unit.closing and name.endswith((".weight", ".bias")):
+        return [weights[k] if k in inside else 0.0 for k in everybody]
+    total = sum(inside.values())
     if total == 0:
-        return [float(k == min(owners)) for k in everybody]
-    return [weights[k] / total if k in owners else 0.0 for k in everybody]
+        return [float(k == min(inside)) for k in everybody]
+    return [inside.get(k, 0.0) / total for k in everybody]
 
 
 def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None) -> nn.Module:

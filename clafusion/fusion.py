@@ -10,22 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clafusion.alignment import align, chain, clamp_pins, is_forced, random_map
 from clafusion.balance import check_same_function, inserted
 from clafusion.combination import combine, normalized
 from clafusion.correction import correct
 from clafusion.errors import FusionError
 from clafusion.graph import independent_copy
-from clafusion.layer_costs import check_stages, stage_costs
+from clafusion.layer_maps import Alignment, deep_and_shallow, map_stages, open_costs
 from clafusion.maps import Balanced, Maps, neuron_maps
 from clafusion.merging import merged
 from clafusion.options import FusionOptions
-from clafusion.parameters import state_of
+from clafusion.parents import check_parents, template_of, trace_all
+from clafusion.rescaling import add_missing_biases
 from clafusion.statistics import as_input, collect
 from clafusion.structure import Structure, trace
 from clafusion.targets import Parents
 
-Alignment = tuple[tuple[int, ...], ...]
+#: Per stage and unit of a network, which share of its weight comes from parents that have the unit.
+Held = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def fuse(models: Sequence[nn.Module], batches: Iterable[Any], options: FusionOpt
     """
     options = FusionOptions() if options is None else options
     models = list(models)
-    _check_models(models, options)
+    check_parents(models, options)
     samples = collect(batches, options.num_samples)
     if len(samples) < 2:
         raise FusionError(f"Expected at least 2 samples to measure on, got {len(samples)}; pass more")
@@ -107,38 +108,23 @@ def fuse(models: Sequence[nn.Module], batches: Iterable[Any], options: FusionOpt
     return _fuse_at_once(models, samples, weights, options)
 
 
-def _check_models(models: Sequence[nn.Module], options: FusionOptions) -> None:
-    if len(models) < 2:
-        raise FusionError(f"Expected at least 2 networks to fuse, got {len(models)}")
-    if options.anchor >= len(models):
-        raise FusionError(f"Expected anchor to be below {len(models)}, the number of networks, got {options.anchor}")
-    kinds = set()
-    for number, model in enumerate(models):
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if not tensor.isfinite().all():
-                raise FusionError(f"Expected finite weights, got NaN or infinity in {name!r} of parent {number}")
-        first = next(model.parameters(), None)
-        if first is None:
-            raise FusionError(f"Expected networks with parameters, got none in parent {number}")
-        kinds.add((first.device, first.dtype))
-    if len(kinds) > 1:
-        raise FusionError(f"Expected parents on one device and of one dtype, got {sorted(map(str, kinds))}")
-
-
 def _fuse_at_once(
-    models: Sequence[nn.Module], samples: Tensor, weights: Sequence[float], options: FusionOptions
+    models: Sequence[nn.Module],
+    samples: Tensor,
+    weights: Sequence[float],
+    options: FusionOptions,
+    held: Held | None = None,
 ) -> Fusion:
-    """Every parent onto the anchor, one average."""
-    structures = _trace_all(models, samples)
-    template = _template(structures, options)
-    costs = [_layer_costs(structures, template, k, samples, options) for k in range(len(models))]
-    alignments = tuple(_alignment(structures, template, k, costs[k], options) for k in range(len(models)))
-    parents = tuple(
-        _balance(models, structures, template, k, alignments[k], samples, options) for k in range(len(models))
-    )
+    """Every parent onto the anchor, one average; `held`: of the first parent, None: it has all its units wholly."""
+    structures = trace_all(models, samples)
+    template = template_of(structures, options)
+    sides = [deep_and_shallow(structures, template, k, options) for k in range(len(models))]
+    costs = [open_costs(*side, samples, options) for side in sides]
+    alignments = tuple(map_stages(*side, cost, options) for side, cost in zip(sides, costs, strict=True))
+    parents = tuple(_balance(models, k, template, sides[k], alignments[k], samples, options) for k in range(len(sides)))
     balanced = Balanced(
         structures=tuple(trace(parent, as_input(samples[:2], parent)) for parent in parents),
-        owners=_owners(structures, template, alignments, options),
+        owners=_owners(structures[template], template, alignments, held, options),
         anchor=options.anchor,
         template=template,
     )
@@ -153,15 +139,18 @@ def _fuse_at_once(
 
 def _fold(models: Sequence[nn.Module], samples: Tensor, weights: Sequence[float], options: FusionOptions) -> Fusion:
     """One parent after another onto the result so far, which keeps the share that its parents ask for."""
+    if options.correction == "repair":
+        # Repairing one step gives its result biases, which the next parent must have as well.
+        models = [add_missing_biases(independent_copy(model)) for model in models]
     order = [options.anchor, *(k for k in range(len(models)) if k != options.anchor)]
     pairwise = replace(options, anchor=0, weights=None)
-    current, share = models[order[0]], weights[order[0]]
+    current, share, held = models[order[0]], weights[order[0]], None
     steps: dict[int, Fusion] = {}
     for k in order[1:]:
         total = share + weights[k]
         pair = [share / total, weights[k] / total] if total else [0.5, 0.5]
-        steps[k] = _fuse_at_once([current, models[k]], samples, pair, pairwise)
-        current, share = steps[k].model, total
+        steps[k] = _fuse_at_once([current, models[k]], samples, pair, pairwise, held)
+        current, share, held = steps[k].model, total, _held(steps[k], held)
     first, last = steps[order[1]], steps[order[-1]]
 
     def gathered(name: str) -> tuple[Any, ...]:
@@ -172,128 +161,56 @@ def _fold(models: Sequence[nn.Module], samples: Tensor, weights: Sequence[float]
     return replace(
         last, balanced=gathered("balanced"), alignments=gathered("alignments"), layer_costs=gathered("layer_costs"),
         maps=gathered("maps"), costs=gathered("costs"), weights=tuple(weights), options=options,
-        template=_template(_trace_all(models, samples), options),
+        template=template_of(trace_all(models, samples), options),
     )  # fmt: skip
 
 
-def _trace_all(models: Sequence[nn.Module], samples: Tensor) -> list[Structure]:
-    structures = []
-    for number, model in enumerate(models):
-        try:
-            structures.append(trace(model, as_input(samples[:2], model)))
-        except FusionError as error:
-            raise FusionError(f"parent {number}: {error}") from error
-    classes = [structure.sizes[structure.output] for structure in structures]
-    if len(set(classes)) > 1:
-        raise FusionError(f"Expected parents with the same number of classes, got {classes}")
-    return structures
-
-
-def _template(structures: Sequence[Structure], options: FusionOptions) -> int:
-    """The parent whose depth the result has: the deepest (`insert`) or the shallowest (`merge`) in every stage."""
-    for k, structure in enumerate(structures[1:], 1):
-        check_stages(structures[0], structure, ("parent 0", f"parent {k}"))
-    depths = [tuple(len(stage) for stage in structure.stages) for structure in structures]
-    extreme = tuple(map(max if options.balance == "insert" else min, zip(*depths, strict=True)))
-    if depths[options.anchor] == extreme:
-        return options.anchor
-    if extreme not in depths:
-        word = "deepest" if options.balance == "insert" else "shallowest"
-        raise FusionError(
-            f"Expected one parent to be {word} in every stage, got stages of {[list(d) for d in depths]} units"
-        )
-    candidates = [k for k, depth in enumerate(depths) if depth == extreme]
-    return max(candidates, key=lambda k: _fingerprint(structures[k]))
-
-
-def _fingerprint(structure: Structure) -> tuple[int, float]:
-    """Ranks networks by what they are and not by where they stand, so that the order of the parents does not matter."""
-    tensors = list(state_of(structure.module).values())
-    return sum(tensor.numel() for tensor in tensors), sum(float(tensor.double().sum()) for tensor in tensors)
-
-
-def _sides(
-    structures: Sequence[Structure], template: int, k: int, options: FusionOptions
-) -> tuple[Structure, Structure]:
-    """The deep and the shallow structure of a parent and the template."""
-    pair = structures[template], structures[k]
-    return pair if options.balance == "insert" else (pair[1], pair[0])
-
-
-def _pins(deep: Structure, shallow: Structure, stage: int, options: FusionOptions) -> tuple[int, int]:
-    """The pins of a stage; where units are inserted, those that cannot be identities must be matched."""
-    fixed = 0
-    if options.balance == "insert":
-        flags = [unit.insertable for unit in deep.stages[stage]]
-        fixed = flags.index(True) if True in flags else len(flags)
-    return clamp_pins(len(shallow.stages[stage]), max(options.pin_first, fixed), options.pin_last)
-
-
-def _layer_costs(
-    structures: Sequence[Structure], template: int, k: int, samples: Tensor, options: FusionOptions
-) -> tuple[Tensor | None, ...]:
-    """The cost matrix of every stage whose map is not forced."""
-    deep, shallow = _sides(structures, template, k, options)
-    depths = [(len(a), len(b)) for a, b in zip(deep.stages, shallow.stages, strict=True)]
-    open_stages = [
-        number
-        for number, depth in enumerate(depths)
-        if options.mapping == "optimal" and not is_forced(*depth, *_pins(deep, shallow, number, options))
-    ]
-    measured: dict[int, Tensor] = {}
-    if open_stages:
-        measured = stage_costs(deep, shallow, samples, open_stages, options.layer_measure, options.debiased)
-    return tuple(measured.get(number) for number in range(len(depths)))
-
-
-def _alignment(
-    structures: Sequence[Structure], template: int, k: int, costs: Sequence[Tensor | None], options: FusionOptions
-) -> Alignment:
-    deep, shallow = _sides(structures, template, k, options)
-    found = []
-    for number, (ours, theirs) in enumerate(zip(deep.stages, shallow.stages, strict=True)):
-        m, n = len(ours), len(theirs)
-        pins = _pins(deep, shallow, number, options)
-        cost = costs[number]
-        if options.mapping == "chain":
-            found.append(chain(m, n))
-        elif options.mapping == "random":
-            found.append(random_map(m, n, pins[0] if options.balance == "insert" else 0, options.seed + number))
-        else:
-            found.append(align(torch.zeros(m, n) if cost is None else cost, *pins))
-    return tuple(found)
+def _held(step: Fusion, before: Held | None) -> Held | None:
+    """What the result of a step holds of each unit, given what its first parent held."""
+    if step.options.balance == "merge":
+        return None
+    held = []
+    for number, stages in enumerate(zip(*step.alignments, strict=True)):
+        depth = len(stages[step.template])
+        found = [0.0] * depth
+        for k, (places, weight) in enumerate(zip(stages, step.weights, strict=True)):
+            for unit, place in enumerate(places):
+                found[place] += weight * (before[number][unit] if before is not None and k == 0 else 1.0)
+        held.append(tuple(found))
+    return tuple(held)
 
 
 def _balance(
     models: Sequence[nn.Module],
-    structures: Sequence[Structure],
-    template: int,
     k: int,
+    template: int,
+    side: tuple[Structure, Structure],
     alignment: Alignment,
     samples: Tensor,
     options: FusionOptions,
 ) -> nn.Module:
-    """One parent at the template's depth."""
+    """One parent at the template's depth, from its and the template's structure, the deeper first."""
     if k == template:
         return independent_copy(models[k])
-    deep, shallow = _sides(structures, template, k, options)
     if options.balance == "merge":
-        return merged(models[template], deep, shallow, alignment, samples, options.relu).requires_grad_(True)
-    network = inserted(models[template], deep, shallow, alignment, zero_branches=options.streams == "per_layer")
+        return merged(models[template], *side, alignment, samples, options.relu).requires_grad_(True)
+    network = inserted(models[template], *side, alignment, zero_branches=options.streams == "per_layer")
     check_same_function(network, models[k], samples[:8])
     return network.requires_grad_(True)
 
 
 def _owners(
-    structures: Sequence[Structure], template: int, alignments: Sequence[Alignment], options: FusionOptions
-) -> dict[str, frozenset[int]]:
-    """Which parents really have each unit of the template."""
-    everybody = frozenset(range(len(structures)))
+    template: Structure, number: int, alignments: Sequence[Alignment], held: Held | None, options: FusionOptions
+) -> dict[str, dict[int, float]]:
+    """For each unit of the template (parent `number`) the parents that really have it, and how much of it."""
+    everybody = dict.fromkeys(range(len(alignments)), 1.0)
     owners = {}
-    for number, stage in enumerate(structures[template].stages):
-        for place, unit in enumerate(stage):
-            having = frozenset(k for k in everybody if place in alignments[k][number])
-            owners[unit.name] = everybody if options.balance == "merge" else having | {template}
+    for stage, units in enumerate(template.stages):
+        for place, unit in enumerate(units):
+            having = {k: 1.0 for k in everybody if place in alignments[k][stage] or k == number}
+            if held is not None and 0 in having:
+                having[0] = held[stage][alignments[0][stage].index(place)]
+            owners[unit.name] = everybody if options.balance == "merge" else having
     return owners
 
 

@@ -21,13 +21,14 @@ class Balanced:
 
     Attributes:
         structures: one per parent; node, layer and space names are the same in all.
-        owners: for every unit, the parents that really have it (in the others it is an inserted identity).
+        owners: for every unit, the parents that really have it (in the others it is an inserted identity), and which
+            share of it: 1, or less in an average of networks of which only some had it.
         anchor: index of the parent whose neurons the others are carried onto.
         template: index of the parent that owns every unit.
     """
 
     structures: tuple[Structure, ...]
-    owners: Mapping[str, frozenset[int]]
+    owners: Mapping[str, Mapping[int, float]]
     anchor: int
     template: int
 
@@ -43,12 +44,24 @@ class Balanced:
         the identity inserted into a plain chain passes real neurons on.
         """
         everybody = frozenset(range(len(self.structures)))
-        inner = unit.kind == "residual" and layer.space != unit.output.space
-        return self.owners[unit.name] if shared and inner else everybody
+        return frozenset(self.owners[unit.name]) if shared and _is_inside(layer, unit) else everybody
+
+    def target_weights(self, layer: Layer, unit: Unit, weights: Sequence[float]) -> dict[int, float]:
+        """The weight of each owner in what a layer writes, where residual streams are shared."""
+        return self.inner_weights(unit, weights) if _is_inside(layer, unit) else dict(enumerate(weights))
+
+    def inner_weights(self, unit: Unit, weights: Sequence[float]) -> dict[int, float]:
+        """The weight that each owner of a unit brings to what is inside it."""
+        return {k: weights[k] * share for k, share in sorted(self.owners[unit.name].items())}
 
     def reference(self, owners: frozenset[int]) -> int:
         """The parent whose neurons a space of the result has: the anchor, or where it has none the template."""
         return self.anchor if self.anchor in owners else self.template
+
+
+def _is_inside(layer: Layer, unit: Unit) -> bool:
+    """Whether a layer writes neurons that only its own residual unit has."""
+    return unit.kind == "residual" and layer.space != unit.output.space
 
 
 @dataclass(frozen=True)
@@ -128,7 +141,7 @@ def _nodes(balanced: Balanced, site: Site, one: int, options: FusionOptions) -> 
     """Where the neurons of a site are observed: after each layer that both parents really have."""
     both = {one, balanced.reference(site.owners)}
     layers = [(layer, unit) for layer, unit in site.layers if options.streams == "per_layer" or not layer.shortcut]
-    common = [layer for layer, unit in layers if both <= balanced.owners[unit.name]]
+    common = [layer for layer, unit in layers if both <= balanced.owners[unit.name].keys()]
     chosen = common or [layer for layer, _ in layers]
     names = [layer.post if options.features == "activations" else layer.pre for layer in chosen]
     return list(dict.fromkeys(names))

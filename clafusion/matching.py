@@ -34,12 +34,21 @@ def matched_units(deep: Structure, shallow: Structure, alignment: Alignment) -> 
     return partners
 
 
-def match_layers(ours: Unit, theirs: Unit) -> list[tuple[Layer, Layer]]:
-    """Pair the layers of two units; an inserted residual unit has no shortcut, whatever its model has."""
+def match_layers(ours: Unit, theirs: Unit, shortcuts: bool = True) -> list[tuple[Layer, Layer]]:
+    """Pair the layers of two units; an inserted residual unit has no shortcut, whatever its model has.
+
+    Args:
+        ours: a unit of one network.
+        theirs: a unit of the other.
+        shortcuts: whether to pair the layers of our projection shortcut, too.
+
+    Raises:
+        FusionError: if the units have other layers.
+    """
     sides = [[layer for layer in unit.layers if not layer.shortcut] for unit in (ours, theirs)]
-    shortcuts = [[layer for layer in unit.layers if layer.shortcut] for unit in (ours, theirs)]
-    if shortcuts[0]:
-        sides = [side + shortcut for side, shortcut in zip(sides, shortcuts, strict=True)]
+    projections = [[layer for layer in unit.layers if layer.shortcut] for unit in (ours, theirs)]
+    if shortcuts and projections[0]:
+        sides = [side + projection for side, projection in zip(sides, projections, strict=True)]
     kinds = [[layer.kind for layer in side] for side in sides]
     if kinds[0] != kinds[1]:
         raise FusionError(

@@ -29,9 +29,9 @@ class Parents:
         """The share of each parent in the target of a layer, summing to one; a parent without the layer has none."""
         if self.head == "anchor" and layer.space == self.balanced.structure.output:
             return {self.balanced.anchor: 1.0}
-        owners = sorted(self.balanced.owners_of(layer, unit, shared=True))
-        total = sum(self.weights[k] for k in owners)
-        return {k: self.weights[k] / total if total else 1 / len(owners) for k in owners}
+        owned = self.balanced.target_weights(layer, unit, self.weights)
+        total = sum(owned.values())
+        return {k: weight / total if total else 1 / len(owned) for k, weight in owned.items()}
 
     def moved(self, k: int, layer: Layer, features: Tensor) -> Tensor:
         """Rows of a parent's features carried onto the fused network's neurons, float64."""

@@ -4,5 +4,6 @@ from datamodules.cifar import CIFARDataModule
 from datamodules.digits import DigitsDataModule
 from datamodules.images import ImageDataModule
 from datamodules.mnist import MNISTDataModule
+from datamodules.split import Split
 
-__all__ = ["CIFARDataModule", "DigitsDataModule", "ImageDataModule", "MNISTDataModule"]
+__all__ = ["CIFARDataModule", "DigitsDataModule", "ImageDataModule", "MNISTDataModule", "Split"]

@@ -12,6 +12,7 @@ from datamodules.checks import check_flag, check_whole
 from datamodules.loading import EpochSampler, ResumableLoader, ShardSampler
 from datamodules.resuming import ResumableDataModule
 from datamodules.sampling import ImageSet, seeded, stratified_split
+from datamodules.split import Split, as_split
 from datamodules.transforms import augment as crop_and_flip
 from datamodules.transforms import normalize, pad_to_size
 
@@ -41,6 +42,7 @@ class ImageDataModule(ResumableDataModule):
         pad_to: Zero-pad the images on all sides to this height and width.
         channels: 3 repeats grey images as RGB; None keeps the channels as they are.
         limit_train: Keep this many training images, chosen at random; the validation and test parts stay whole.
+        split: Train on one of two parts of the training images that are left then; None: on all of them.
         allow_changes: Whether an interrupted training may go on with other data, seed or number of processes.
 
     Raises:
@@ -63,6 +65,7 @@ class ImageDataModule(ResumableDataModule):
         pad_to: int | None = None,
         channels: int | None = None,
         limit_train: int | None = None,
+        split: Split | None = None,
         allow_changes: bool = False,
     ) -> None:
         super().__init__(allow_changes)
@@ -84,9 +87,13 @@ class ImageDataModule(ResumableDataModule):
         self.split_seed = split_seed
         self.augment = augment
         self.limit_train = limit_train
+        self.split = as_split(split)
+        self._check_classes()
         self._parts: dict[str, ImageSet] = {}
         # allow_changes is about one command, not about the run.
         self.save_hyperparameters(ignore=["allow_changes"])
+        # A checkpoint holds plain containers only.
+        self.save_hyperparameters({"split": None if self.split is None else self.split.to_dict()})
 
     def _shape(self, pad_to: int | None, channels: int | None) -> tuple[int, int, int]:
         """The shape (C, H, W) of a preprocessed image."""
@@ -99,6 +106,13 @@ class ImageDataModule(ResumableDataModule):
         if pad_to is not None:
             check_whole("pad_to", pad_to, max(height, width))
         return channels or planes, pad_to or height, pad_to or width
+
+    def _check_classes(self) -> None:
+        unknown = [label for label in self.split.classes if label >= self.num_classes] if self.split else []
+        if unknown:
+            raise FusionError(
+                f"Expected labels of split in 0..{self.num_classes - 1}, got {unknown[0]}; choose classes of this data"
+            )
 
     def read(self) -> tuple[ImageSet, ImageSet]:
         """Reads the published training and test sets; subclasses implement it.
@@ -128,7 +142,8 @@ class ImageDataModule(ResumableDataModule):
                 f"Expected training and validation images, got {len(rest)} and {len(held_out)} with "
                 f"val_fraction {self.val_fraction} of {len(whole)}; change val_fraction"
             )
-        self._parts = {"train": whole.subset(self._limited(rest)), "val": whole.subset(held_out), "test": test}
+        train = self._own_part(whole.labels, self._limited(rest))
+        self._parts = {"train": whole.subset(train), "val": whole.subset(held_out), "test": test}
 
     def _limited(self, indices: Tensor) -> Tensor:
         """The training indices that `limit_train` keeps."""
@@ -141,6 +156,18 @@ class ImageDataModule(ResumableDataModule):
             )
         order = torch.randperm(len(indices), generator=seeded("limit", self.split_seed))
         return indices[order[: self.limit_train]]
+
+    def _own_part(self, labels: Tensor, indices: Tensor) -> Tensor:
+        """Those of the training indices that are in the part of `split`."""
+        if self.split is None:
+            return indices
+        chosen = indices[self.split.indices(labels[indices])]
+        if len(chosen) == 0:
+            raise FusionError(
+                f"Expected training images in part {self.split.part} of the split, got none of {len(indices)}; "
+                "change split"
+            )
+        return chosen
 
     def _part(self, name: str) -> ImageSet:
         if not self._parts:

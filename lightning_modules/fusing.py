@@ -32,22 +32,41 @@ def fuse_checkpoints(
     Raises:
         FusionError: The parents, the data and the options do not fit together.
     """
-    if len(paths) < 2:
-        raise FusionError(f"Expected two or more parents, got {len(paths)}; give --parents '[a.ckpt, b.ckpt]'")
+    check_number(paths)
     networks = load_alike(paths, data, "parents")
     batches = list(data.alignment_batches(options.num_samples, options.seed))
 
     started = time.perf_counter()
     result = fuse([network.to(device) for network in networks], [batch.to(device) for batch in batches], options)
     record = {
-        "parents": [{"path": path, "sha256": sha256(path)} for path in paths],
+        "parents": parents_of(paths),
         **result.summary(),
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory(device),
-        "seeds": {"fusion": options.seed, "global": int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))},
+        "seeds": seeds(options),
         "versions": versions(),
     }
     return networks, result, record
+
+
+def check_number(paths: list[str]) -> None:
+    """Refuses fewer than two parents.
+
+    Raises:
+        FusionError: There are fewer.
+    """
+    if len(paths) < 2:
+        raise FusionError(f"Expected two or more parents, got {len(paths)}; give --parents '[a.ckpt, b.ckpt]'")
+
+
+def parents_of(paths: list[str]) -> list[dict[str, str]]:
+    """The parents' files with their checksums."""
+    return [{"path": path, "sha256": sha256(path)} for path in paths]
+
+
+def seeds(options: FusionOptions) -> dict[str, int]:
+    """The seeds that a result depends on."""
+    return {"fusion": options.seed, "global": int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))}
 
 
 def load_alike(paths: list[str], data: ImageData, role: str) -> list[nn.Module]:

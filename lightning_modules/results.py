@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,24 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes this process has held so far: on the GPU if `device` is one, otherwise in main memory."""
+    """The most bytes this process has held so far, or since `reset_peak_memory`.
+
+    On the GPU if `device` is one, otherwise in main memory.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Lets `peak_memory` count from now on, where the system allows it (CUDA, Linux); else it goes on counting."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            # Linux: the high-water mark of this process becomes what it holds now.
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def write_results(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -39,18 +53,25 @@ def write_results(results: dict[str, Any], path: str | os.PathLike[str]) -> None
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
-def print_results(results: dict[str, Any]) -> None:
-    """Prints the results as a table on standard output."""
+def print_networks(networks: list[dict[str, Any]]) -> None:
+    """Prints name, test accuracy and parameters of networks as a table on standard output, the last one in bold."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("network", "test accuracy", "parameters")
     table.columns[1].justify = table.columns[2].justify = "right"
-    for row in results["networks"]:
-        style = "bold" if row["name"] == "fused" else None
+    for number, row in enumerate(networks, 1):
+        style = "bold" if number == len(networks) else None
         table.add_row(row["name"], f"{row['test_acc']:.2%}", f"{row['parameters']:,}", style=style)
+    Console().print(table)
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """Prints the results as a table on standard output."""
+    from rich.console import Console
+
+    print_networks(results["networks"])
     console = Console()
-    console.print(table)
     for number, parent in enumerate(results["parents"], 1):
         console.print(f"parent {number}: {parent['path']}", highlight=False, soft_wrap=True)
     memory = results["peak_memory_bytes"] / 2**20

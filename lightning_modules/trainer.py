@@ -1,9 +1,8 @@
 """The trainer that can also fuse: it checks first, then computes, and writes last."""
 
 import os
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
@@ -14,13 +13,20 @@ from torch import nn
 from clafusion import Ensemble, Fusion, FusionOptions, average
 from clafusion.errors import FusionError
 from clafusion.storage import describe
+from lightning_modules.aligning import align_checkpoints, print_alignment
 from lightning_modules.atomic_io import AtomicCheckpointIO
 from lightning_modules.checkpoints import save_checkpoint
 from lightning_modules.checks import ImageData
 from lightning_modules.classifier import ImageClassifier
+from lightning_modules.experiment import Scale
 from lightning_modules.fusing import fuse_checkpoints
 from lightning_modules.last_checkpoint import LastCheckpoint
+from lightning_modules.orders import prepare
+from lightning_modules.outputs import check_empty, check_output, compare
+from lightning_modules.pipeline import run_experiment
 from lightning_modules.results import print_results, write_results
+from lightning_modules.stage_trainers import check_arguments, influences, stage_arguments
+from lightning_modules.transferring import transfer_checkpoint
 
 
 class FusionTrainer(Trainer):
@@ -53,6 +59,14 @@ class FusionTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks] if callbacks else []
+        self._given: dict[str, Any] = {
+            "logger": logger,
+            "callbacks": list(callbacks),
+            "default_root_dir": default_root_dir,
+            "barebones": barebones,
+            "save_every_n_steps": save_every_n_steps,
+            **kwargs,
+        }
         if not barebones and logger in (None, True):
             logger = CSVLogger(default_root_dir, name="logs")
         if save_every_n_steps is not None and save_every_n_steps < 1:
@@ -87,6 +101,7 @@ class FusionTrainer(Trainer):
         parents: list[str],
         output: str,
         overwrite: bool = False,
+        align_only: bool = False,
         fusion: FusionOptions = FusionOptions(),  # noqa: B008 (it is frozen)
     ) -> dict[str, Any]:
         """Fuses trained networks into one and shows how well each of them does on the test images.
@@ -101,6 +116,7 @@ class FusionTrainer(Trainer):
             parents: Two or more checkpoints of fit or fuse, or files of save_network.
             output: The checkpoint to write, NAME.ckpt.
             overwrite: Whether output and fusion.json may replace existing files.
+            align_only: Only show and write to fusion.json which layers correspond, with the costs of every stage.
             fusion: The options of the method.
 
         Returns:
@@ -109,20 +125,18 @@ class FusionTrainer(Trainer):
         Raises:
             FusionError: A parent, the data, an option or the output cannot be used; nothing is written then.
         """
-        record = _check_output(output, overwrite)
-        if model.network is not None:
-            raise FusionError("Expected no model architecture to fuse into, got one; leave out --model.architecture")
+        record = check_output(output, "fusion.json", overwrite, record_only=align_only)
+        check_empty(model)
+        if align_only:
+            alignment = align_checkpoints(parents, datamodule, fusion, self.strategy.root_device)
+            if self.is_global_zero:
+                write_results(alignment, record)
+                print_alignment(alignment)
+            return alignment
         networks, result, figures = fuse_checkpoints(parents, datamodule, fusion, self.strategy.root_device)
         results = {
             "output": output,
-            "networks": [
-                {
-                    "name": name,
-                    "parameters": sum(parameter.numel() for parameter in network.parameters()),
-                    "test_acc": self._test_accuracy(network, datamodule),
-                }
-                for name, network in _contestants(networks, result).items()
-            ],
+            "networks": compare(self, _contestants(networks, result), datamodule),
             **figures,
         }
         if self.is_global_zero:
@@ -133,11 +147,58 @@ class FusionTrainer(Trainer):
             print_results(results)
         return results
 
-    def _test_accuracy(self, network: nn.Module, datamodule: ImageData) -> float:
-        classifier = ImageClassifier()
-        # Not set_network: an ensemble has no description, and this classifier is never saved.
-        classifier.network = network
-        return self.test(classifier, datamodule=cast(LightningDataModule, datamodule), verbose=False)[0]["test_acc"]
+    # Defined elsewhere to keep this file small; the command line reads its arguments there.
+    transfer = transfer_checkpoint
+
+    def pipeline(
+        self,
+        model: ImageClassifier,
+        datamodule: LightningDataModule,
+        experiment: dict[str, Any],
+        seeds: Sequence[int] = (0,),
+        scale: Scale = "full",
+        output: str | None = None,
+    ) -> dict[str, Any]:
+        """Carries out a whole experiment: trains parents, fuses, finetunes, distils, evaluates, compares.
+
+        Every stage has a folder of its own below the output. The same command goes on where it was interrupted, and
+        does nothing again that is finished. When a stage fails, those that do not need it go on. The table of all
+        networks is printed and lies in `results.json`, `results.csv` and `results.md`.
+
+        Args:
+            model: Its `channels_last` and `compile` apply to every stage; the rest is the experiment's.
+            datamodule: Images to train, validate and fuse on; the test images are for the evaluations.
+            experiment: name, parents, fusions, finetune, distill, published, small: see docs/experiments.md.
+            seeds: The experiment is carried out for each of them.
+            scale: full, or small: with the changes that the experiment has for that.
+            output: Folder of the experiment; none given: NAME below default_root_dir.
+
+        Returns:
+            The content of `results.json`.
+
+        Raises:
+            FusionError: The experiment, the data or the output cannot be used; nothing has been computed then.
+            ExperimentFailed: Stages have failed; the results of the others are there.
+        """
+        check_arguments(self._given)
+        root = self._given["default_root_dir"]
+        return run_experiment(prepare(self, model, datamodule, experiment, seeds, scale, output, root))
+
+    def another(
+        self, folder: str | os.PathLike[str], more: list[Callback] | None = None, **changes: Any
+    ) -> "FusionTrainer":
+        """A trainer like this one, for another folder.
+
+        Args:
+            folder: Its `default_root_dir`.
+            more: Callbacks besides copies of this trainer's; None: no callbacks at all.
+            **changes: Other arguments that differ.
+        """
+        return type(self)(**stage_arguments(self._given, folder, more, changes))
+
+    def influences(self) -> dict[str, Any]:
+        """The settings that change what is learnt, as plain values by name."""
+        return influences(self, self._given)
 
 
 def _best(folder: str, callbacks: list[Callback]) -> list[Callback]:
@@ -147,20 +208,6 @@ def _best(folder: str, callbacks: list[Callback]) -> list[Callback]:
     return [
         ModelCheckpoint(dirpath=folder, filename="best", monitor="val_acc", mode="max", enable_version_counter=False)
     ]
-
-
-def _check_output(output: str, overwrite: bool) -> Path:
-    """Refuses an output that could not be written at the end; returns the path of the record next to it."""
-    path = Path(output)
-    record = path.parent / "fusion.json"
-    if path.suffix != ".ckpt" or "://" in output:
-        raise FusionError(f"Expected a local output file named NAME.ckpt, got {output}; change --output")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise FusionError(f"Expected a folder that can be written, got {path.parent}; create it or change --output")
-    for file in (path, record):
-        if file.is_dir() or (file.exists() and not overwrite):
-            raise FusionError(f"Expected to write a new file, got {file}, which exists; give --overwrite true")
-    return record
 
 
 def _contestants(parents: list[nn.Module], result: Fusion) -> dict[str, nn.Module]:

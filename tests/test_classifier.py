@@ -412,7 +412,7 @@ def test_a_faster_network_is_the_same_network_in_its_checkpoints(tmp_path, optio
     compiled = torch.compile
     calls = []
     monkeypatch.setattr(torch, "compile", lambda f, *a, **k: calls.append(1) or compiled(f, backend="eager"))
-    # Eight channels: with fewer, PyTorch 2.15 crashes in the backward pass of a strided 1x1 convolution (channels_last).
+    # With fewer channels PyTorch 2.15 crashes in the backward pass of a strided 1x1 convolution in channels_last.
     resnet = {"name": "ResNet", "blocks": [1, 1], "width": 8, "num_classes": 10, "in_channels": 1}
     results = []
     for name, more in (("plain", {}), ("fast", options)):

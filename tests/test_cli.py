@@ -173,7 +173,8 @@ def test_the_configuration_of_the_published_settings_is_that_of_the_library(caps
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_is_understood(path, capsys):
-    command = ["fuse", "--parents", "[a, b]", "--output", "c.ckpt"] if path.parent.name == "fusion" else ["fit"]
+    commands = {"fusion": ["fuse", "--parents", "[a, b]", "--output", "c.ckpt"], "experiments": ["pipeline"]}
+    command = commands.get(path.parent.name, ["fit"])
     with pytest.raises(SystemExit) as end:
         run(*command, "--config", path, "--print_config")
     assert end.value.code == 0
@@ -249,7 +250,7 @@ def test_help_and_version(capsys):
             run(*args)
         assert end.value.code == 0
     out = capsys.readouterr().out
-    assert "clafusion 0.1.0" in out and "--fusion.num_samples" in out and "{fit,validate,test,predict,fuse}" in out
+    assert "clafusion 0.1.0" in out and "--fusion.num_samples" in out and "{fit,validate,test,predict,fuse," in out
     assert "weights_only" not in out
 
 
@@ -263,7 +264,7 @@ def test_the_installed_command_ends_with_one_line_and_code_2():
 @pytest.mark.slow
 def test_the_commands_of_the_readme_work_as_typed():
     commands = re.findall(r"^clafusion (.*?)(?:\s+#.*)?$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["fit", "fit", "fuse", "test", "fit"]
+    assert [command.split()[0] for command in commands] == ["fit", "fit", "fuse", "test", "fit", "fit", "fit"]
     for command in commands:
         run(*shlex.split(command), *QUIET)
     for name in (
@@ -271,6 +272,8 @@ def test_the_commands_of_the_readme_work_as_typed():
         "runs/digits_shallow/last.ckpt",
         "runs/fused.ckpt",
         "runs/finetuned/best.ckpt",
+        "runs/digits_finetune/best.ckpt",
+        "runs/digits_distill/best.ckpt",
     ):
         assert load_parent(name).architecture["num_classes"] == 10
 
@@ -357,12 +360,17 @@ def test_outputs_that_cannot_be_written_are_refused(mlp_checkpoints, capsys):
         assert message in refused(capsys, *fuse_arguments(mlp_checkpoints, output))
 
 
-@pytest.mark.parametrize("name", ["fused.ckpt", "fusion.json"])
-def test_existing_results_are_replaced_only_on_demand(mlp_checkpoints, capsys, name):
+@pytest.mark.parametrize(
+    ("name", "demand"),
+    [("fused.ckpt", ["--overwrite"]), ("fusion.json", ["--overwrite", "--seed_everything", "1"]),
+     ("fused.ckpt", ["--overwrite", "true"])],
+)  # fmt: skip
+def test_existing_results_are_replaced_only_on_demand(mlp_checkpoints, capsys, name, demand):
     Path(name).write_text("precious")
-    assert f"got {name}, which exists; give --overwrite true" in refused(capsys, *fuse_arguments(mlp_checkpoints))
+    assert f"got {name}, which exists; give --overwrite" in refused(capsys, *fuse_arguments(mlp_checkpoints))
+    assert f"got {name}" in refused(capsys, *fuse_arguments(mlp_checkpoints), "--overwrite", "false")
     assert Path(name).read_text() == "precious"
-    run(*fuse_arguments(mlp_checkpoints), "--overwrite", "true")
+    run(*fuse_arguments(mlp_checkpoints), *demand)
     assert len(load_parent("fused.ckpt").architecture["hidden"]) == 4
 
 

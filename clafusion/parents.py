@@ -1,0 +1,96 @@
+"""The parents as they come: checked, traced, and compared in depth."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from clafusion.errors import FusionError
+from clafusion.layer_costs import check_stages
+from clafusion.options import FusionOptions
+from clafusion.parameters import state_of
+from clafusion.statistics import as_input
+from clafusion.structure import Structure, trace
+
+
+def check_parents(models: Sequence[nn.Module], options: FusionOptions) -> None:
+    """Refuse what no samples are needed to refuse.
+
+    Raises:
+        FusionError: if there are fewer than two networks, the anchor is none of them, or `check_alike` fails.
+    """
+    if len(models) < 2:
+        raise FusionError(f"Expected at least 2 networks to fuse, got {len(models)}")
+    if options.anchor >= len(models):
+        raise FusionError(f"Expected anchor to be below {len(models)}, the number of networks, got {options.anchor}")
+    check_alike(models, [f"parent {number}" for number in range(len(models))])
+
+
+def check_alike(models: Sequence[nn.Module], names: Sequence[str]) -> None:
+    """Refuse networks that cannot be computed with together.
+
+    Args:
+        models: The networks.
+        names: What to call each of them.
+
+    Raises:
+        FusionError: if a network has no parameters, one that is not finite, or is of another device or dtype.
+    """
+    kinds = set()
+    for model, called in zip(models, names, strict=True):
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if not tensor.isfinite().all():
+                raise FusionError(f"Expected finite weights, got NaN or infinity in {name!r} of {called}")
+        first = next(model.parameters(), None)
+        if first is None:
+            raise FusionError(f"Expected networks with parameters, got none in {called}")
+        kinds.add((first.device, first.dtype))
+    if len(kinds) > 1:
+        raise FusionError(f"Expected networks on one device and of one dtype, got {sorted(map(str, kinds))}")
+
+
+def trace_as(model: nn.Module, samples: Tensor, name: str) -> Structure:
+    """`trace` on the first samples; an error says of which network it speaks."""
+    try:
+        return trace(model, as_input(samples[:2], model))
+    except FusionError as error:
+        raise FusionError(f"{name}: {error}") from error
+
+
+def trace_all(models: Sequence[nn.Module], samples: Tensor) -> list[Structure]:
+    """The structures of networks that tell the same number of classes apart.
+
+    Raises:
+        FusionError: if a network cannot be traced, or their classes differ in number.
+    """
+    structures = [trace_as(model, samples, f"parent {number}") for number, model in enumerate(models)]
+    classes = [structure.sizes[structure.output] for structure in structures]
+    if len(set(classes)) > 1:
+        raise FusionError(f"Expected parents with the same number of classes, got {classes}")
+    return structures
+
+
+def template_of(structures: Sequence[Structure], options: FusionOptions) -> int:
+    """The parent whose depth the result has: the deepest (`insert`) or the shallowest (`merge`) in every stage.
+
+    Raises:
+        FusionError: if the stages cannot be matched one to one, or no parent is so in all of them.
+    """
+    for k, structure in enumerate(structures[1:], 1):
+        check_stages(structures[0], structure, ("parent 0", f"parent {k}"))
+    depths = [tuple(len(stage) for stage in structure.stages) for structure in structures]
+    extreme = tuple(map(max if options.balance == "insert" else min, zip(*depths, strict=True)))
+    if depths[options.anchor] == extreme:
+        return options.anchor
+    if extreme not in depths:
+        word = "deepest" if options.balance == "insert" else "shallowest"
+        raise FusionError(
+            f"Expected one parent to be {word} in every stage, got stages of {[list(d) for d in depths]} units"
+        )
+    candidates = [k for k, depth in enumerate(depths) if depth == extreme]
+    return max(candidates, key=lambda k: _fingerprint(structures[k]))
+
+
+def _fingerprint(structure: Structure) -> tuple[int, float]:
+    """Ranks networks by what they are and not by where they stand, so that the order of the parents does not matter."""
+    tensors = list(state_of(structure.module).values())
+    return sum(tensor.numel() for tensor in tensors), sum(float(tensor.double().sum()) for tensor in tensors)
