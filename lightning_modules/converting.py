@@ -1,6 +1,5 @@
 """Files of networks from elsewhere as checkpoints of ours, and back: `clafusion convert`."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from lightning_modules.checkpoints import (
     write_atomically,
 )
 from lightning_modules.classifier import ImageClassifier
+from lightning_modules.outputs import check_new, check_output
 
 # The published code itself writes NAME.checkpoint.
 _PICKLED = (".ckpt", ".pt", ".pth", ".checkpoint")
@@ -100,7 +100,7 @@ def convert_file(
     Raises:
         FusionError: The input or the output cannot be used; nothing is written then.
     """
-    _check_output(output, to, overwrite)
+    check_new([check_output(output, _PICKLED if to == "published" else (".ckpt", _SAFE))], overwrite)
     loaded = _load(input)
     if to == "published":
         content = _published(loaded)
@@ -209,18 +209,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_plain(item) for item in value) if type(value) in (list, tuple) else list(value)
     return value if value is None or type(value) in (bool, int, float, str) else str(value)
-
-
-def _check_output(output: str, to: str, overwrite: bool) -> None:
-    """Refuses an output that could not be written at the end."""
-    path = Path(output)
-    known = _PICKLED if to == "published" else (".ckpt", _SAFE)
-    if path.suffix not in known or "://" in output:
-        raise FusionError(f"Expected a local output file named {_names(known)}, got {output}; change --output")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise FusionError(f"Expected a folder that can be written, got {path.parent}; create it or change --output")
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise FusionError(f"Expected to write a new file, got {output}, which exists; give --overwrite")
 
 
 def _names(suffixes: tuple[str, ...]) -> str:

@@ -1,7 +1,7 @@
 """What `fuse` and `transfer` have in common: where the result goes, and how its network compares with others."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,30 +13,30 @@ from lightning_modules.checks import ImageData
 from lightning_modules.classifier import ImageClassifier
 
 
-def check_output(output: str, record: str, overwrite: bool, record_only: bool = False) -> Path:
-    """Refuses an output that could not be written at the end.
-
-    Args:
-        output: The checkpoint to write, NAME.ckpt.
-        record: The name of the file next to it that tells how it came about.
-        overwrite: Whether the two may replace existing files.
-        record_only: Whether the record alone will be written.
-
-    Returns:
-        The path of the record.
+def check_output(output: str, suffixes: Sequence[str] = (".ckpt",)) -> Path:
+    """Refuses an output whose name or folder would not do at the end.
 
     Raises:
-        FusionError: The name or the folder will not do, or a file is there already.
+        FusionError: It is no local file with one of the suffixes, or its folder cannot be written.
     """
     path = Path(output)
-    if path.suffix != ".ckpt" or "://" in output:
-        raise FusionError(f"Expected a local output file named NAME.ckpt, got {output}; change --output")
+    if path.suffix not in suffixes or "://" in output:
+        names = " or ".join(f"NAME{suffix}" for suffix in suffixes)
+        raise FusionError(f"Expected a local output file named {names}, got {output}; change --output")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise FusionError(f"Expected a folder that can be written, got {path.parent}; create it or change --output")
-    for file in (path.parent / record,) if record_only else (path, path.parent / record):
+    return path
+
+
+def check_new(files: Iterable[Path], overwrite: bool) -> None:
+    """Refuses to replace files unasked.
+
+    Raises:
+        FusionError: One of them exists and may not be overwritten, or is a folder.
+    """
+    for file in files:
         if file.is_dir() or (file.exists() and not overwrite):
             raise FusionError(f"Expected to write a new file, got {file}, which exists; give --overwrite")
-    return path.parent / record
 
 
 def check_empty(model: ImageClassifier) -> None:

@@ -22,7 +22,7 @@ from lightning_modules.experiment import Scale
 from lightning_modules.fusing import fuse_checkpoints
 from lightning_modules.last_checkpoint import LastCheckpoint
 from lightning_modules.orders import prepare
-from lightning_modules.outputs import check_empty, check_output, compare
+from lightning_modules.outputs import check_empty, check_new, check_output, compare
 from lightning_modules.pipeline import run_experiment
 from lightning_modules.results import print_results, write_results
 from lightning_modules.stage_trainers import check_arguments, influences, stage_arguments
@@ -125,7 +125,9 @@ class FusionTrainer(Trainer):
         Raises:
             FusionError: A parent, the data, an option or the output cannot be used; nothing is written then.
         """
-        record = check_output(output, "fusion.json", overwrite, record_only=align_only)
+        path = check_output(output)
+        record = path.parent / "fusion.json"
+        check_new([record] if align_only else [path, record], overwrite)
         check_empty(model)
         if align_only:
             alignment = align_checkpoints(parents, datamodule, fusion, self.strategy.root_device)

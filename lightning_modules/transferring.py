@@ -15,7 +15,7 @@ from lightning_modules.checkpoints import load_parent, save_checkpoint, sha256
 from lightning_modules.checks import ImageData, check_images
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.fusing import seeds
-from lightning_modules.outputs import check_empty, check_output, compare
+from lightning_modules.outputs import check_empty, check_new, check_output, compare
 from lightning_modules.results import peak_memory, print_networks, versions, write_results
 
 Combine = Literal["none", "average", "transport", "insert"]
@@ -118,7 +118,9 @@ def transfer_checkpoint(
     Raises:
         FusionError: A network, the data, an option or the output cannot be used; nothing is written then.
     """
-    record = check_output(output, "transfer.json", overwrite)
+    path = check_output(output)
+    record = path.parent / "transfer.json"
+    check_new([path, record], overwrite)
     check_empty(model)
     options = fusion if mapping is None else replace(fusion, mapping=mapping)
     plan = Plan(combine, classifier, shortcuts, reinitialize, options)
