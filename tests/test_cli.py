@@ -264,9 +264,10 @@ def test_the_installed_command_ends_with_one_line_and_code_2():
 @pytest.mark.slow
 def test_the_commands_of_the_readme_work_as_typed():
     commands = re.findall(r"^clafusion (.*?)(?:\s+#.*)?$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["fit", "fit", "fuse", "test", "fit", "fit", "fit"]
-    for command in commands:
+    assert [command.split()[0] for command in commands] == ["fit", "fit", "fuse", "test", "fit", "fit", "fit", "pipeline"]
+    for command in commands[:-1]:
         run(*shlex.split(command), *QUIET)
+    run(*shlex.split(commands[-1]), "--scale", "small", "--seeds", "[0]")
     for name in (
         "runs/digits_deep/last.ckpt",
         "runs/digits_shallow/last.ckpt",
@@ -274,6 +275,7 @@ def test_the_commands_of_the_readme_work_as_typed():
         "runs/finetuned/best.ckpt",
         "runs/digits_finetune/best.ckpt",
         "runs/digits_distill/best.ckpt",
+        "runs/digits_mlp/seed_0/fuse_default/fused.ckpt",
     ):
         assert load_parent(name).architecture["num_classes"] == 10
 
