@@ -3,6 +3,7 @@
 Each has `--help` and `--config`.
 """
 
+import argparse
 import logging
 import os
 import re
@@ -21,7 +22,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 import callbacks  # noqa: F401 (FusionCallback is known by its short name once it is imported)
 import datamodules
 from clafusion.errors import FusionError
-from lightning_modules import FusionTrainer, ImageClassifier, read_checkpoint
+from lightning_modules import FusionTrainer, ImageClassifier, catalogue, read_checkpoint
 from lightning_modules.converting import convert_file
 from lightning_modules.pipeline import ExperimentFailed
 
@@ -90,6 +91,20 @@ class SaveConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
 
+class ListExperiments(argparse.Action):
+    """Shows the experiments that can be named, and ends."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(
+            option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="Lists the experiments by NAME."
+        )
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        """Prints the list."""
+        catalogue.print_list()
+        parser.exit()
+
+
 class FusionCLI(LightningCLI):
     """Lightning's command line, with `fuse` and with checkpoints that are only read, never run."""
 
@@ -102,6 +117,8 @@ class FusionCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the arguments; a configuration of ours is found in the installed package as well."""
         arguments = _spell_out([_find_config(argument) for argument in args])
+        if arguments[:1] == ["pipeline"]:
+            arguments = ["pipeline", *catalogue.at_scale(catalogue.named(arguments[1:]))]
         self._arguments = [*arguments[:1], *_from_environment(*arguments[:1]), *arguments[1:]]
         self.config = parser.parse_args(self._arguments)
 
@@ -114,6 +131,8 @@ class FusionCLI(LightningCLI):
             parser.set_defaults({"trainer.enable_progress_bar": False})
         if subcommand == "pipeline":
             parser.set_defaults({"trainer.logger": True, "trainer.enable_model_summary": False})
+            parser.usage = "%(prog)s [NAME] [options]"
+            parser.add_argument("--list", action=ListExperiments)
         return parser
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:

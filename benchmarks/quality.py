@@ -200,8 +200,8 @@ def before_finetuning(
     experiment: Experiment, parents: list[nn.Module], images: Images, seed: int, num_samples: int
 ) -> tuple[dict[str, float], dict[str, nn.Module]]:
     """Accuracies by name, and the networks that the second table finetunes."""
-    generator = torch.Generator().manual_seed(seed)
-    samples = images.train[torch.randperm(len(images.train), generator=generator)[:num_samples]]
+    order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(seed))
+    samples = images.train[order[:num_samples]]
     found = {f"parent {k}": accuracy(parent, images) for k, parent in enumerate(parents, 1)}
     found["ensemble"] = accuracy(Ensemble(parents), images)
     anchor = experiment.fusion.get("anchor", 0)
@@ -213,6 +213,10 @@ def before_finetuning(
         found[correction] = accuracy(result.model, images)
         kept[f"fused, {correction}"] = result.model
         kept["balanced"] = result.balanced[1]
+    options = FusionOptions(num_samples=4 * num_samples, **experiment.fusion)
+    found["refit, 4x samples"] = accuracy(
+        fuse(parents, [images.train[order[: 4 * num_samples]]], options).model, images
+    )
     return found, {name: kept[name] for name in kept if name not in ("fused, rescale", "fused, repair")}
 
 
@@ -287,7 +291,7 @@ def main(
         seeds: Seeds; none given: 0, 1 and 2.
         output: Folder of parents and results.
         num_train: Training images of the convolutional parents.
-        num_samples: Unlabelled images to fuse on.
+        num_samples: Unlabelled images to fuse on; one column has four times as many.
         finetune_epochs: Epochs over 10,000 images of the short finetune; 0 leaves the second table out.
         threads: CPU threads.
     """

@@ -1,19 +1,19 @@
 """What an experiment is: frozen values that a file describes, checked before anything is computed."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import Any, Literal
 
-from clafusion import FusionOptions
 from clafusion.distillation import Reduction, check_distillation
 from clafusion.errors import FusionError
 from lightning_modules.typed import from_plain
+from lightning_modules.variants import Transfers, Variants, cells
 
 Scale = Literal["full", "small"]
 #: Words that names of parents and of variants may not be, because networks are called by them.
-RESERVED = frozenset({"balanced", "ensemble", "finetuned", "fused", "naive", "scratch"})
+RESERVED = frozenset({"balanced", "ensemble", "finetuned", "fused", "naive", "scratch", "transferred"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,8 @@ class Finetune(Recipe):
     """How networks are trained on, all of them for the same budget.
 
     Attributes:
-        networks: names as in the table of results: a parent's, `fused VARIANT`, `balanced PARENT`; None: all of these.
+        networks: names as in the table of results: a parent's, `fused VARIANT`, `balanced PARENT`,
+            `transferred VARIANT`; None: all of these.
     """
 
     networks: list[str] | None = None
@@ -125,11 +126,16 @@ class Experiment:
     Attributes:
         name: of the experiment, and of its folder.
         parents: by name, in the order in which they are fused.
-        fusions: options by the name of the variant.
+        description: what it does, for people who choose one.
+        cost: what it costs, in words.
+        seeds: for each of which it is carried out.
+        fusions: options by the name of the variant, or of a grid of variants.
+        transfers: likewise, how one parent is transferred into the architecture of another.
         finetune: None: no finetuning.
         distill: None: no distillation.
         published: published test accuracies in percent, by the name of the network in the table.
-        small: what is different with `--scale small`: any of the above, and `data`: arguments of the data module.
+        small: what is different with `--scale small`: any of the above, and `data`: arguments of the data module, or
+            (`class_path`, `init_args`) another data module, which is for whoever makes them, the command line.
 
     Raises:
         FusionError: on construction: a name or a number cannot be used.
@@ -137,7 +143,11 @@ class Experiment:
 
     name: str
     parents: dict[str, Parent]
-    fusions: dict[str, FusionOptions] = field(default_factory=lambda: {"default": FusionOptions()})
+    description: str = ""
+    cost: str = ""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    fusions: dict[str, Variants] = field(default_factory=lambda: {"default": Variants()})
+    transfers: dict[str, Transfers] = field(default_factory=dict)
     finetune: Finetune | None = None
     distill: Distill | None = None
     published: dict[str, float] = field(default_factory=dict)
@@ -146,26 +156,35 @@ class Experiment:
     def __post_init__(self) -> None:
         if len(self.parents) < 2:
             raise FusionError(f"Expected two or more parents, got {len(self.parents)}; add to experiment.parents")
-        for name in (self.name, *self.parents, *self.fusions):
+        for name in (self.name, *self.parents, *self.fusions, *self.transfers):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in RESERVED:
                 raise FusionError(
                     f"Expected names of letters, digits, '-', '_' and '.', none of {', '.join(sorted(RESERVED))}, "
                     f"got {name!r}; change it"
                 )
-        for name, options in self.fusions.items():
-            self._check_fit(name, options)
+        check_seeds(self.seeds)
+        for name, options in cells(self.fusions).items():
+            self._check_fit(f"fusions.{name}", options, self.parents)
+        for name, variant in cells(self.transfers).items():
+            ends = [variant.target or list(self.parents)[0], variant.source or list(self.parents)[-1]]
+            if ends[0] == ends[1] or not set(ends) <= self.parents.keys():
+                raise FusionError(
+                    f"Expected two of {', '.join(self.parents)} as target and source of transfers.{name}, got "
+                    f"{' and '.join(ends)}; change them"
+                )
+            self._check_fit(f"transfers.{name}", variant, ends)
 
-    def _check_fit(self, variant: str, options: FusionOptions) -> None:
-        """Refuses options that are not for as many parents."""
-        count, weights = len(self.parents), options.weights
+    def _check_fit(self, where: str, options: Variants, networks: Collection[str]) -> None:
+        """Refuses options that are not for as many networks."""
+        count, weights = len(networks), options.weights
         if options.anchor >= count or (weights is not None and len(weights) != count):
             raise FusionError(
-                f"Expected fusions.{variant} to fit {count} parents, got anchor {options.anchor} and weights "
+                f"Expected {where} to fit {count} parents, got anchor {options.anchor} and weights "
                 f"{None if weights is None else list(weights)}; change them"
             )
 
     def at(self, scale: Scale) -> tuple["Experiment", dict[str, Any]]:
-        """The experiment at a scale, and the arguments of the data module that differ there.
+        """The experiment at a scale, and the arguments of the given data module that differ there.
 
         Raises:
             FusionError: `small` names something unknown, or a value of the wrong type.
@@ -176,7 +195,20 @@ class Experiment:
         if "small" in changes or not isinstance(data, dict):
             raise FusionError("Expected experiment.small to hold changes, those of data by name; change it")
         small = from_plain(Experiment, _merged(_plain(self), changes), "experiment.small")
-        return (small, data) if scale == "small" else (self, {})
+        # Another class of data is not an argument of the given one, which may be that other one already.
+        own = {} if "class_path" in data or scale != "small" else data
+        return (small if scale == "small" else self), own
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuses no seeds, equal seeds, and what cannot be a seed.
+
+    Raises:
+        FusionError: Names them.
+    """
+    check_distinct("seeds", seeds)
+    if min(seeds) < 0:
+        raise FusionError(f"Expected seeds of at least 0, got {min(seeds)}; change --seeds")
 
 
 def check_distinct(name: str, values: Iterable[Any]) -> None:

@@ -11,7 +11,7 @@ from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from clafusion.errors import FusionError
 from lightning_modules.checks import ImageData
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.experiment import Experiment, Scale, check_distinct
+from lightning_modules.experiment import Experiment, Scale, check_seeds
 from lightning_modules.stage_folder import claimed, finished
 from lightning_modules.stage_runs import StageTrainer, Workshop, changed
 from lightning_modules.stages import Plan, Stage, plan
@@ -98,7 +98,7 @@ def prepare(
     model: ImageClassifier,
     datamodule: LightningDataModule,
     experiment: dict[str, Any],
-    seeds: Sequence[int],
+    seeds: Sequence[int] | None,
     scale: Scale,
     output: str | None,
     root: str,
@@ -110,7 +110,7 @@ def prepare(
         model: Says only how to compute, not what.
         datamodule: The images.
         experiment: Fields of `Experiment`.
-        seeds: Of the runs.
+        seeds: Of the runs; None: the experiment's.
         scale: `full` or `small`.
         output: Folder of the results; None: named after the experiment, below `root`.
         root: See `output`.
@@ -118,9 +118,8 @@ def prepare(
     Raises:
         FusionError: Something cannot be used.
     """
-    check_distinct("seeds", seeds)
-    if min(seeds) < 0:
-        raise FusionError(f"Expected seeds of at least 0, got {min(seeds)}; change --seeds")
+    if seeds is not None:
+        check_seeds(seeds)
     if model.network is not None or dict(model.hparams) != dict(ImageClassifier().hparams):
         raise FusionError("Expected the experiment to say what is trained and how, got --model; leave it out")
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
@@ -130,7 +129,8 @@ def prepare(
     module = {"channels_last": model._channels_last, "compile": model._compiled}
     workshop = Workshop(trainer, data, module)
     folder = Path(output) if output else Path(root) / whole.name
-    order = Order(whole, plan(whole, cast(ImageData, data)), tuple(seeds), scale, folder, workshop)
+    chosen = tuple(whole.seeds if seeds is None else seeds)
+    order = Order(whole, plan(whole, cast(ImageData, data)), chosen, scale, folder, workshop)
     recipes = [stage.settings["recipe"] for stage in order.plan.stages if "recipe" in stage.settings]
     own = [workshop.data_for(recipe) for recipe in recipes]
     # The other ranks are waiting for this one, or do not exist yet.

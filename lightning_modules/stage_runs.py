@@ -16,10 +16,11 @@ from lightning_modules.checkpoints import load_fusion, load_parent, save_checkpo
 from lightning_modules.checks import ImageData
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.distiller import Distiller
-from lightning_modules.fusing import fuse_checkpoints
+from lightning_modules.fusing import fuse_checkpoints, load_alike, seeds
 from lightning_modules.ranks import on_rank_zero
-from lightning_modules.results import peak_memory, reset_peak_memory, write_results
+from lightning_modules.results import peak_memory, reset_peak_memory, versions, write_results
 from lightning_modules.stages import Stage, slug
+from lightning_modules.transferring import Plan as TransferPlan
 
 
 class StageTrainer(Protocol):
@@ -195,6 +196,27 @@ def _fuse(workshop: Workshop, stage: Stage, folder: Path, inputs: dict[str, Path
     return on_rank_zero(strategy, compute)
 
 
+def _transfer(workshop: Workshop, stage: Stage, folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
+    strategy, data = workshop.trainer.strategy, cast(ImageData, workshop.data)
+    device = strategy.root_device
+
+    def compute() -> dict[str, Any]:
+        options = FusionOptions(**stage.settings["options"])
+        plan = TransferPlan(**{**stage.settings, "options": options})
+        # The source comes first, as in the plan of the stage.
+        source, target = load_alike([str(path) for path in inputs.values()], data, "source and target")
+        batches = [batch.to(device) for batch in data.alignment_batches(options.num_samples, options.seed)]
+        started = time.perf_counter()
+        made, how = plan.run(source.to(device), target.to(device), batches)
+        cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory(device)}
+        record = {**stage.settings, **how, **cost, "seeds": seeds(options), "versions": versions()}
+        _save(made["result"], folder / "transferred.ckpt", record)
+        write_results(record, folder / "transfer.json")
+        return cost
+
+    return on_rank_zero(strategy, compute)
+
+
 def _save(network: nn.Module, path: Path, record: dict[str, Any] | None) -> None:
     classifier = ImageClassifier()
     classifier.set_network(network.cpu())
@@ -226,6 +248,7 @@ _Run = Callable[[Workshop, Stage, Path, dict[str, Path]], dict[str, Any]]
 _RUNS: dict[str, _Run] = {
     "train": _train,
     "fuse": _fuse,
+    "transfer": _transfer,
     "finetune": _finetune,
     "distil": _distil,
     "evaluate": _evaluate,

@@ -1,25 +1,26 @@
 """The plan of an experiment: which stages there are, what each needs and what it gives, before any of them runs."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from clafusion import FusionOptions
+from clafusion import FusionOptions, map_units
 from clafusion.errors import FusionError
 from clafusion.parents import template_of, trace_all
 from lightning_modules.checks import ImageData, check_images
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.experiment import Experiment, check_distinct
+from lightning_modules.variants import cells, ratio
 
-Kind = Literal["train", "fuse", "finetune", "distil", "evaluate"]
+Kind = Literal["train", "fuse", "transfer", "finetune", "distil", "evaluate"]
 #: The options that a balanced network depends on.
 _BALANCING = (
     *("layer_measure", "debiased", "pin_first", "pin_last", "mapping", "balance", "relu"),
-    *("streams", "anchor", "many", "weights", "num_samples", "seed"),
+    *("streams", "anchor", "many", "num_samples", "seed"),
 )
 
 
@@ -82,7 +83,7 @@ class Plan:
 
 def slug(name: str) -> str:
     """A name that a file can have."""
-    return name.replace(", ", "_").replace(" ", "_").replace("=", "")
+    return name.replace(", ", "_").replace(" ", "_").replace("=", "").replace(":", "-")
 
 
 def plan(experiment: Experiment, data: ImageData) -> Plan:
@@ -106,6 +107,7 @@ def plan(experiment: Experiment, data: ImageData) -> Plan:
     ]
     parents = _files(stages)
     stages += _fusions(experiment, networks, data, parents)
+    stages += _transfers(experiment, networks, parents)
     stages += _finetunings(experiment, _files(stages))
     stages += _distillations(experiment, _files(stages), architectures)
     stages += _evaluations(experiment, stages, architectures)
@@ -126,25 +128,33 @@ def _fusions(
     experiment: Experiment, networks: dict[str, ImageClassifier], data: ImageData, parents: dict[str, str]
 ) -> list[Stage]:
     """The stages that fuse; what balances the parents in the same way leaves its balanced networks only once."""
-    written = _first_with(experiment, lambda options: tuple(getattr(options, name) for name in _BALANCING))
+    variants = cells(experiment.fusions)
+    kept = {variant: _balancing(options) for variant, options in variants.items() if options.balanced}
+    written = _first_with(kept)
     stages = []
-    for variant, options in experiment.fusions.items():
+    for variant, options in variants.items():
         outputs = {f"fused {variant}": "fused.ckpt"}
         changed = _balanced(variant, networks, data, options)
         if variant in written:
-            outputs |= {f"balanced {name}{written[variant]}": f"balanced_{slug(name)}.ckpt" for name in changed}
-        settings = {"options": options.to_dict(), "balanced": changed if variant in written else []}
+            word = f" {variant}" if written[variant] else ""
+            outputs |= {f"balanced {name}{word}": f"balanced_{slug(name)}.ckpt" for name in changed}
+        settings = {"options": options.options.to_dict(), "balanced": changed if variant in written else []}
         stages.append(Stage("fuse", variant, settings, parents, outputs))
     return stages
 
 
-def _first_with(experiment: Experiment, key: Callable[[FusionOptions], Any]) -> dict[str, str]:
-    """The first variant of each value of a key, and how names tell it: the first one of all needs no word for it."""
+def _balancing(options: FusionOptions) -> tuple[Any, ...]:
+    """What a balanced network depends on; one after another, parents are balanced with what the weights made."""
+    weights = options.weights if options.many == "iterative" else None
+    return weights, *(getattr(options, name) for name in _BALANCING)
+
+
+def _first_with(keys: Mapping[str, Any]) -> dict[str, bool]:
+    """The first variant of each key, and whether names must tell it: the first one of all needs no word for it."""
     found: dict[Any, str] = {}
-    for variant, options in experiment.fusions.items():
-        found.setdefault(key(options), variant)
-    first = next(iter(experiment.fusions), None)
-    return {variant: "" if variant == first else f" {variant}" for variant in found.values()}
+    for variant, key in keys.items():
+        found.setdefault(key, variant)
+    return {variant: number > 0 for number, variant in enumerate(found.values())}
 
 
 def _balanced(variant: str, networks: dict[str, ImageClassifier], data: ImageData, options: FusionOptions) -> list[str]:
@@ -163,6 +173,27 @@ def _balanced(variant: str, networks: dict[str, ImageClassifier], data: ImageDat
         raise FusionError(f"{error} (in experiment.fusions.{variant}; {numbered})") from error
     depths = [[len(stage) for stage in structure.stages] for structure in structures]
     return [name for name, depth in zip(networks, depths, strict=True) if depth != depths[template]]
+
+
+def _transfers(
+    experiment: Experiment, networks: dict[str, ImageClassifier], parents: dict[str, str]
+) -> list[Stage]:
+    """The stages that transfer one parent into the architecture of another.
+
+    Raises:
+        FusionError: A pair has layers that do not correspond.
+    """
+    stages = []
+    for variant, how in cells(experiment.transfers).items():
+        target, source = how.target or list(parents)[0], how.source or list(parents)[-1]
+        try:
+            map_units(_network(networks[source]).eval(), _network(networks[target]).eval(), "chain")
+        except FusionError as error:
+            raise FusionError(f"{error} (in experiment.transfers.{variant})") from error
+        inputs = {name: parents[name] for name in (source, target)}
+        made = {f"transferred {variant}": "transferred.ckpt"}
+        stages.append(Stage("transfer", variant, how.settings(), inputs, made))
+    return stages
 
 
 def _finetunings(experiment: Experiment, files: dict[str, str]) -> list[Stage]:
@@ -217,11 +248,12 @@ def _evaluations(experiment: Experiment, stages: list[Stage], architectures: dic
     first = [Stage("evaluate", name, {}, {name: file}, {}) for name, file in parents.items()]
     described = list(architectures.values())
     kinds = ["ensemble", *(["naive average"] if all(other == described[0] for other in described) else [])]
-    weighted = _first_with(experiment, lambda options: options.weights) or {"": ""}
+    weighted = _first_with({variant: how.weights for variant, how in cells(experiment.fusions).items()}) or {"": False}
     for kind in kinds:
-        for variant, word in weighted.items():
-            weights = experiment.fusions[variant].weights if variant else None
+        for variant, told in weighted.items():
+            weights = cells(experiment.fusions)[variant].weights if variant else None
             settings = {"combination": kind, "weights": None if weights is None else list(weights)}
+            word = f" weights={'equal' if weights is None else ratio(weights)}" if told else ""
             first.append(Stage("evaluate", f"{kind}{word}", settings, parents, {}))
     others = {name: file for name, file in files.items() if name not in parents}
     return first + [Stage("evaluate", name, {}, {name: file}, {}) for name, file in others.items()]

@@ -157,7 +157,7 @@ class FusionTrainer(Trainer):
         model: ImageClassifier,
         datamodule: LightningDataModule,
         experiment: dict[str, Any],
-        seeds: Sequence[int] = (0,),
+        seeds: Sequence[int] | None = None,
         scale: Scale = "full",
         output: str | None = None,
     ) -> dict[str, Any]:
@@ -170,8 +170,9 @@ class FusionTrainer(Trainer):
         Args:
             model: Its `channels_last` and `compile` apply to every stage; the rest is the experiment's.
             datamodule: Images to train, validate and fuse on; the test images are for the evaluations.
-            experiment: name, parents, fusions, finetune, distill, published, small: see docs/experiments.md.
-            seeds: The experiment is carried out for each of them.
+            experiment: name, parents, fusions, transfers, finetune, distill, published, small, ...: see
+                docs/experiments.md.
+            seeds: The experiment is carried out for each of them; none given: for those that it names.
             scale: full, or small: with the changes that the experiment has for that.
             output: Folder of the experiment; none given: NAME below default_root_dir.
 

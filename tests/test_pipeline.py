@@ -21,7 +21,7 @@ from processes import ROOT
 from pytorch_lightning import Callback
 
 import cli
-from clafusion import Ensemble, FusionError, FusionOptions, average
+from clafusion import Ensemble, FusionError, average
 from datamodules import DigitsDataModule
 from lightning_modules import FusionTrainer, ImageClassifier, load_parent, pipeline, read_checkpoint, stage_runs
 from lightning_modules.experiment import Experiment
@@ -270,8 +270,9 @@ def test_variants_share_what_they_balance_alike():
     fusions = {"default": {}, "none": {"correction": "none"}, "merge": merge, "half": {"weights": [0.2, 0.8]}}
     found = planned(fusions=fusions, finetune=None, distill=None)
     balanced = [name for name in found if "balanced" in name]
-    assert balanced == [f"evaluate balanced {name}" for name in ("shallow", "deep merge", "shallow half")]
-    assert [name for name in found if "ensemble" in name] == ["evaluate ensemble", "evaluate ensemble half"]
+    assert balanced == [f"evaluate balanced {name}" for name in ("shallow", "deep merge")]
+    ensembles = [name for name in found if "ensemble" in name]
+    assert ensembles == ["evaluate ensemble", "evaluate ensemble weights=0.2:0.8"]
 
 
 def test_a_grid_of_distillations():
@@ -700,22 +701,6 @@ def test_missing_data_are_refused(tmp_path, monkeypatch, capsys):
         cli.main(config)
     assert end.value.code == 2 and not list(tmp_path.iterdir())
     assert re.fullmatch(r"clafusion: error: Expected .*train-images.*none.*\n", capsys.readouterr().err)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/experiments").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_experiments_can_be_planned_at_both_scales(path, capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main(["pipeline", "--config", str(path), "--print_config"])
-    assert end.value.code == 0
-    config = yaml.safe_load(capsys.readouterr().out)
-    assert config["experiment"]["name"] == path.stem
-    data = cli.datamodules.__dict__[config["data"]["class_path"].rpartition(".")[2]](**config["data"]["init_args"])
-    for scale in ("full", "small"):
-        experiment, _ = from_plain(Experiment, config["experiment"], "experiment").at(scale)
-        kinds = Counter(stage.kind for stage in plan(experiment, data).stages)
-        assert {"train", "fuse", "finetune", "distil", "evaluate"} == set(kinds)
-    options = from_plain(Experiment, config["experiment"], "experiment").fusions
-    assert options.get("paper", FusionOptions.paper()) == FusionOptions.paper()
 
 
 def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

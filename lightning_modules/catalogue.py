@@ -1,0 +1,98 @@
+"""The experiments that are installed with the package: by name, as a list, as arguments of the command line."""
+
+import json
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from clafusion.errors import FusionError
+
+#: Beside the packages, in a checkout as well as where a wheel is installed.
+FOLDER = Path(__file__).parent.parent / "configs" / "experiments"
+
+
+def names() -> list[str]:
+    """The names of the experiments."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def find(name: str) -> Path:
+    """The file of an experiment.
+
+    Raises:
+        FusionError: There is none of that name.
+    """
+    if name not in names():
+        near = get_close_matches(name, names(), 3, 0.5)
+        guess = f"did you mean {' or '.join(near)}?" if near else "see clafusion pipeline --list"
+        raise FusionError(f"Expected the name of an experiment (or --config FILE), got {name!r}; {guess}")
+    return FOLDER / f"{name}.yaml"
+
+
+def named(arguments: Sequence[str]) -> list[str]:
+    """Replaces the name of an experiment, which may follow the subcommand, by its file.
+
+    Args:
+        arguments: Those after the subcommand.
+
+    Raises:
+        FusionError: There is no experiment of that name.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        return list(arguments)
+    return ["--config", str(find(arguments[0])), *arguments[1:]]
+
+
+def at_scale(arguments: Sequence[str]) -> list[str]:
+    """Adds the data module that an experiment has at its small scale, if that is the one asked for.
+
+    It comes before what the user says about the data after naming the experiment, which therefore wins.
+
+    Args:
+        arguments: Those after the subcommand, the configurations by their files.
+    """
+    configs = [_read(arguments[place + 1]) for place in _places(arguments, "--config") if place + 1 < len(arguments)]
+    configs += [_read(argument.partition("=")[2]) for argument in arguments if argument.startswith("--config=")]
+    known = {key: value for config in configs for key, value in config.items()}
+    small = known.get("experiment", {}).get("small") if isinstance(known.get("experiment"), dict) else None
+    data = small.get("data") if isinstance(small, dict) else None
+    scales = [arguments[place + 1] for place in _places(arguments, "--scale") if place + 1 < len(arguments)]
+    scales += [argument.partition("=")[2] for argument in arguments if argument.startswith("--scale=")]
+    scale = scales[-1] if scales else known.get("scale")
+    if scale != "small" or not isinstance(data, dict) or "class_path" not in data:
+        return list(arguments)
+    last = max(place for place, argument in enumerate(arguments) if argument.partition("=")[0] == "--config")
+    later = [place for place in range(last, len(arguments)) if arguments[place].startswith("--data")]
+    place = min(later, default=len(arguments))
+    return [*arguments[:place], f"--data={json.dumps(data)}", *arguments[place:]]
+
+
+def print_list() -> None:
+    """Prints for every experiment what it does and what it costs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("experiment", "what it does", "what it costs", show_lines=True)
+    table.columns[0].no_wrap = True
+    for name in names():
+        experiment = _read(str(find(name)))["experiment"]
+        table.add_row(name, experiment.get("description", ""), experiment.get("cost", ""))
+    console = Console()
+    console.print(table)
+    console.print("clafusion pipeline NAME [--scale small] [--seeds '[0]']", highlight=False, soft_wrap=True)
+
+
+def _places(arguments: Sequence[str], option: str) -> list[int]:
+    return [place for place, argument in enumerate(arguments) if argument == option]
+
+
+def _read(path: str) -> dict[str, Any]:
+    """A configuration as plain containers; nothing of one that cannot be read, which its parser is going to refuse."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
