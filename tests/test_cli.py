@@ -264,7 +264,8 @@ def test_the_installed_command_ends_with_one_line_and_code_2():
 @pytest.mark.slow
 def test_the_commands_of_the_readme_work_as_typed():
     commands = re.findall(r"^clafusion (.*?)(?:\s+#.*)?$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["fit", "fit", "fuse", "test", "fit", "fit", "fit", "pipeline"]
+    names = [command.split()[0] for command in commands]
+    assert names == ["fit", "fit", "fuse", "test", "fit", "fit", "fit", "pipeline"]
     for command in commands[:-1]:
         run(*shlex.split(command), *QUIET)
     run(*shlex.split(commands[-1]), "--scale", "small", "--seeds", "[0]")
