@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +25,7 @@ from clafusion.errors import FusionError
 from lightning_modules import FusionTrainer, ImageClassifier, catalogue, read_checkpoint
 from lightning_modules.converting import convert_file
 from lightning_modules.pipeline import ExperimentFailed
+from lightning_modules.reporting import report_file
 
 # Lightning's advertising and remarks on hardware that nobody asked for.
 _CHATTER = re.compile(
@@ -54,13 +55,15 @@ _DEFAULTS = {
 
 
 # The arguments that may stand without a value, which is then true.
-_FLAGS = frozenset(f"--{name}" for name in ("overwrite", "align_only", "classifier", "shortcuts", "reinitialize"))
+_FLAGS = frozenset(
+    f"--{name}" for name in ("overwrite", "align_only", "report", "classifier", "shortcuts", "reinitialize")
+)
 
 # What all parsers have in common.
 _COMMON: dict[str, Any] = {"allow_abbrev": False, "default_env": True, "env_prefix": "CLAFUSION"}
 
 # The subcommands that need no trainer: a function each.
-_FUNCTIONS = {"convert": convert_file}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"convert": convert_file, "report": report_file}
 # The subcommands that Lightning does not have.
 _OURS = ("fuse", "transfer", "pipeline")
 
@@ -142,7 +145,9 @@ class FusionCLI(LightningCLI):
         for name, function in _FUNCTIONS.items():
             summary = (function.__doc__ or "").partition("\n")[0]
             self._subcommand_parsers[name] = self.init_parser(**_COMMON, description=summary)
-            self._subcommand_method_arguments[name] = self._subcommand_parsers[name].add_function_arguments(function)
+            self._subcommand_method_arguments[name] = self._subcommand_parsers[name].add_function_arguments(
+                function, as_positional=name == "report"
+            )
             commands.add_subcommand(name, self._subcommand_parsers[name], help=summary)
 
     def _set_seed(self) -> None:
@@ -154,6 +159,7 @@ class FusionCLI(LightningCLI):
         if self.subcommand == "pipeline":
             # Every stage records what it depends on.
             self.save_config_callback = None
+            catalogue.check_plain(self.config["pipeline"]["experiment"])
         if self.subcommand not in _FUNCTIONS:
             super().instantiate_classes()
 

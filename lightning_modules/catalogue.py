@@ -1,7 +1,7 @@
 """The experiments that are installed with the package: by name, as a list, as arguments of the command line."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,29 @@ def at_scale(arguments: Sequence[str]) -> list[str]:
     scales = [arguments[place + 1] for place in _places(arguments, "--scale") if place + 1 < len(arguments)]
     scales += [argument.partition("=")[2] for argument in arguments if argument.startswith("--scale=")]
     scale = scales[-1] if scales else known.get("scale")
-    if scale != "small" or not isinstance(data, dict) or "class_path" not in data:
+    if scale != "small" or not isinstance(data, dict) or "class" not in data:
         return list(arguments)
+    module = {"class_path": data["class"], "init_args": data.get("init_args", {})}
     last = max(place for place, argument in enumerate(arguments) if argument.partition("=")[0] == "--config")
     later = [place for place in range(last, len(arguments)) if arguments[place].startswith("--data")]
     place = min(later, default=len(arguments))
-    return [*arguments[:place], f"--data={json.dumps(data)}", *arguments[place:]]
+    return [*arguments[:place], f"--data={json.dumps(module)}", *arguments[place:]]
+
+
+def check_plain(value: Any, where: str = "experiment") -> None:
+    """Refuses anything but plain containers: the parser would make objects of what names a class.
+
+    Raises:
+        FusionError: Something else is there.
+    """
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            check_plain(item, f"{where}.{name}")
+    elif isinstance(value, list):
+        for item in value:
+            check_plain(item, where)
+    elif not isinstance(value, str | int | float | None):
+        raise FusionError(f"Expected plain values in {where}, got something with a class_path; leave it out")
 
 
 def print_list() -> None:

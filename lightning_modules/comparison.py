@@ -127,10 +127,15 @@ def _markdown(results: dict[str, Any]) -> str:
     header, *lines = _cells(results)
     seeds = ", ".join(map(str, results["seeds"]))
     several = "mean ± standard deviation over seeds" if len(results["seeds"]) > 1 else "seed"
+    explained = (
+        f"Test accuracy in percent, {several} {seeds}; seconds and peak memory of the stage that made the network."
+    )
+    if "published" in header and results["scale"] != "full":
+        explained += " The published numbers are of the full scale, with which this one cannot be compared."
     table = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
     parts = [
         f"# {results['experiment']} ({results['scale']})",
-        f"Test accuracy in percent, {several} {seeds}; seconds and peak memory of the stage that made the network.",
+        explained,
         "\n".join(f"| {' | '.join(line)} |" for line in table),
         "\n".join(
             f"- {failure['stage']}, seed {failure['seed']}: {failure['reason']}" for failure in results["failures"]

@@ -135,7 +135,7 @@ class Experiment:
         distill: None: no distillation.
         published: published test accuracies in percent, by the name of the network in the table.
         small: what is different with `--scale small`: any of the above, and `data`: arguments of the data module, or
-            (`class_path`, `init_args`) another data module, which is for whoever makes them, the command line.
+            (`class`, `init_args`) another data module, which is for whoever makes them, the command line.
 
     Raises:
         FusionError: on construction: a name or a number cannot be used.
@@ -196,7 +196,7 @@ class Experiment:
             raise FusionError("Expected experiment.small to hold changes, those of data by name; change it")
         small = from_plain(Experiment, _merged(_plain(self), changes), "experiment.small")
         # Another class of data is not an argument of the given one, which may be that other one already.
-        own = {} if "class_path" in data or scale != "small" else data
+        own = {} if "class" in data or scale != "small" else data
         return (small if scale == "small" else self), own
 
 

@@ -96,10 +96,12 @@ def plan(experiment: Experiment, data: ImageData) -> Plan:
     Raises:
         FusionError: A network cannot be built, does not fit the data or the others, or a name is not that of a network.
     """
-    networks = {
-        name: _built(parent.architecture, data, f"experiment.parents.{name}")
-        for name, parent in experiment.parents.items()
-    }
+    built: dict[str, ImageClassifier] = {}
+    for name, parent in experiment.parents.items():
+        # Parents that are built alike are looked at once.
+        if repr(parent.architecture) not in built:
+            built[repr(parent.architecture)] = _built(parent.architecture, data, f"experiment.parents.{name}")
+    networks = {name: built[repr(parent.architecture)] for name, parent in experiment.parents.items()}
     architectures = {name: classifier.hparams["architecture"] for name, classifier in networks.items()}
     stages = [
         Stage("train", name, {"recipe": parent.plain(), "architecture": architectures[name]}, {}, {name: "best.ckpt"})
@@ -129,12 +131,13 @@ def _fusions(
 ) -> list[Stage]:
     """The stages that fuse; what balances the parents in the same way leaves its balanced networks only once."""
     variants = cells(experiment.fusions)
+    structures: dict[str, Any] = {}
     kept = {variant: _balancing(options) for variant, options in variants.items() if options.balanced}
     written = _first_with(kept)
     stages = []
     for variant, options in variants.items():
         outputs = {f"fused {variant}": "fused.ckpt"}
-        changed = _balanced(variant, networks, data, options)
+        changed = _balanced(variant, networks, data, options, structures)
         if variant in written:
             word = f" {variant}" if written[variant] else ""
             outputs |= {f"balanced {name}{word}": f"balanced_{slug(name)}.ckpt" for name in changed}
@@ -157,8 +160,10 @@ def _first_with(keys: Mapping[str, Any]) -> dict[str, bool]:
     return {variant: number > 0 for number, variant in enumerate(found.values())}
 
 
-def _balanced(variant: str, networks: dict[str, ImageClassifier], data: ImageData, options: FusionOptions) -> list[str]:
-    """The names of the parents that balancing changes.
+def _balanced(
+    variant: str, networks: dict[str, ImageClassifier], data: ImageData, options: FusionOptions, known: dict[str, Any]
+) -> list[str]:
+    """The names of the parents that balancing changes; what is `known` of their structures is told to the next call.
 
     Raises:
         FusionError: The parents cannot be fused.
@@ -166,30 +171,32 @@ def _balanced(variant: str, networks: dict[str, ImageClassifier], data: ImageDat
     # The random numbers that it draws are nobody's: every stage begins with a seed of its own.
     modules = [_network(classifier).eval() for classifier in networks.values()]
     try:
-        structures = trace_all(modules, torch.zeros(2, *data.image_shape))
-        template = template_of(structures, options)
+        known["structures"] = known.get("structures") or trace_all(modules, torch.zeros(2, *data.image_shape))
+        template = template_of(known["structures"], options)
     except FusionError as error:
         numbered = ", ".join(f"parent {number}: {name}" for number, name in enumerate(networks))
         raise FusionError(f"{error} (in experiment.fusions.{variant}; {numbered})") from error
-    depths = [[len(stage) for stage in structure.stages] for structure in structures]
+    depths = [[len(stage) for stage in structure.stages] for structure in known["structures"]]
     return [name for name, depth in zip(networks, depths, strict=True) if depth != depths[template]]
 
 
-def _transfers(
-    experiment: Experiment, networks: dict[str, ImageClassifier], parents: dict[str, str]
-) -> list[Stage]:
+def _transfers(experiment: Experiment, networks: dict[str, ImageClassifier], parents: dict[str, str]) -> list[Stage]:
     """The stages that transfer one parent into the architecture of another.
 
     Raises:
         FusionError: A pair has layers that do not correspond.
     """
     stages = []
+    mapped: set[tuple[str, str]] = set()
     for variant, how in cells(experiment.transfers).items():
         target, source = how.target or list(parents)[0], how.source or list(parents)[-1]
         try:
-            map_units(_network(networks[source]).eval(), _network(networks[target]).eval(), "chain")
+            # Whether the pair corresponds is the same for all variants.
+            if (source, target) not in mapped:
+                map_units(_network(networks[source]).eval(), _network(networks[target]).eval(), "chain")
         except FusionError as error:
             raise FusionError(f"{error} (in experiment.transfers.{variant})") from error
+        mapped.add((source, target))
         inputs = {name: parents[name] for name in (source, target)}
         made = {f"transferred {variant}": "transferred.ckpt"}
         stages.append(Stage("transfer", variant, how.settings(), inputs, made))
@@ -248,10 +255,10 @@ def _evaluations(experiment: Experiment, stages: list[Stage], architectures: dic
     first = [Stage("evaluate", name, {}, {name: file}, {}) for name, file in parents.items()]
     described = list(architectures.values())
     kinds = ["ensemble", *(["naive average"] if all(other == described[0] for other in described) else [])]
-    weighted = _first_with({variant: how.weights for variant, how in cells(experiment.fusions).items()}) or {"": False}
+    weights_of = {variant: options.weights for variant, options in cells(experiment.fusions).items()} or {"": None}
     for kind in kinds:
-        for variant, told in weighted.items():
-            weights = cells(experiment.fusions)[variant].weights if variant else None
+        for variant, told in _first_with(weights_of).items():
+            weights = weights_of[variant]
             settings = {"combination": kind, "weights": None if weights is None else list(weights)}
             word = f" weights={'equal' if weights is None else ratio(weights)}" if told else ""
             first.append(Stage("evaluate", f"{kind}{word}", settings, parents, {}))

@@ -24,6 +24,7 @@ from lightning_modules.last_checkpoint import LastCheckpoint
 from lightning_modules.orders import prepare
 from lightning_modules.outputs import check_empty, check_new, check_output, compare
 from lightning_modules.pipeline import run_experiment
+from lightning_modules.reporting import drawn, fusion_report, write_report
 from lightning_modules.results import print_results, write_results
 from lightning_modules.stage_trainers import check_arguments, influences, stage_arguments
 from lightning_modules.transferring import transfer_checkpoint
@@ -102,6 +103,7 @@ class FusionTrainer(Trainer):
         output: str,
         overwrite: bool = False,
         align_only: bool = False,
+        report: bool = False,
         fusion: FusionOptions = FusionOptions(),  # noqa: B008 (it is frozen)
     ) -> dict[str, Any]:
         """Fuses trained networks into one and shows how well each of them does on the test images.
@@ -115,8 +117,9 @@ class FusionTrainer(Trainer):
             datamodule: Unlabelled training images for the fusion, test images for the evaluation.
             parents: Two or more checkpoints of fit or fuse, or files of save_network.
             output: The checkpoint to write, NAME.ckpt.
-            overwrite: Whether output and fusion.json may replace existing files.
+            overwrite: Whether the files written here may replace existing ones.
             align_only: Only show and write to fusion.json which layers correspond, with the costs of every stage.
+            report: Whether to write report.html next to the output, too: all of this as one file to look at.
             fusion: The options of the method.
 
         Returns:
@@ -127,7 +130,8 @@ class FusionTrainer(Trainer):
         """
         path = check_output(output)
         record = path.parent / "fusion.json"
-        check_new([record] if align_only else [path, record], overwrite)
+        page = path.parent / "report.html"
+        check_new([record] if align_only else [path, record, *([page] if report else [])], overwrite)
         check_empty(model)
         if align_only:
             alignment = align_checkpoints(parents, datamodule, fusion, self.strategy.root_device)
@@ -136,16 +140,21 @@ class FusionTrainer(Trainer):
                 print_alignment(alignment)
             return alignment
         networks, result, figures = fuse_checkpoints(parents, datamodule, fusion, self.strategy.root_device)
+        # Before the networks are compared, which may move them to another device.
+        figures |= {"report": drawn(result, networks, datamodule)} if report else {}
         results = {
             "output": output,
             "networks": compare(self, _contestants(networks, result), datamodule),
             **figures,
         }
+        text = fusion_report(results) if report else ""
         if self.is_global_zero:
             model.set_network(result.model.cpu())
             model.fusion = results
             save_checkpoint(model, output)
             write_results(results, record)
+            if report:
+                write_report(text, page)
             print_results(results)
         return results
 
