@@ -133,6 +133,15 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object
         ) from error
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text in UTF-8, whole or not at all.
+
+    Raises:
+        FusionError: The file cannot be written.
+    """
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8", newline=""))
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 checksum of a file, in hexadecimal."""
     digest = hashlib.sha256()

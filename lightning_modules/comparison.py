@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.checkpoints import write_atomically
+from lightning_modules.checkpoints import write_text
 from lightning_modules.results import versions, write_results
 
 #: What is known of a network for one seed: by its evaluation, and by the stage that made it.
@@ -73,7 +73,7 @@ def write_comparison(results: dict[str, Any], folder: Path) -> None:
     """
     write_results({**results, "versions": versions()}, folder / "results.json")
     for name, text in (("results.csv", _csv(results)), ("results.md", _markdown(results))):
-        _write(folder / name, text)
+        write_text(folder / name, text)
 
 
 def print_comparison(results: dict[str, Any], folder: Path) -> None:
@@ -90,10 +90,6 @@ def print_comparison(results: dict[str, Any], folder: Path) -> None:
     console = Console()
     console.print(table)
     console.print(f"{folder / 'results.json'}, results.csv, results.md", highlight=False, soft_wrap=True)
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8", newline=""))
 
 
 def _cells(results: dict[str, Any]) -> list[list[str]]:

@@ -18,11 +18,10 @@ from lightning_modules.checkpoints import (
     load_plain,
     local_file,
     read_checkpoint,
-    save_checkpoint,
     write_atomically,
 )
 from lightning_modules.classifier import ImageClassifier
-from lightning_modules.outputs import check_new, check_output
+from lightning_modules.outputs import check_new, check_output, save_as
 
 # The published code itself writes NAME.checkpoint.
 _PICKLED = (".ckpt", ".pt", ".pth", ".checkpoint")
@@ -173,10 +172,8 @@ def _foreign(state: object, file: Path, remarks: dict[str, Any]) -> _Loaded:
 
 def _save_ours(loaded: _Loaded, output: str) -> None:
     classifier = _WithRemarks()
-    classifier.set_network(loaded.network)
-    classifier.fusion = loaded.fusion
     classifier.remarks = loaded.remarks
-    save_checkpoint(classifier, output)
+    save_as(classifier, loaded.network, loaded.fusion, output)
 
 
 def _published(loaded: _Loaded) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What `fuse` and `transfer` have in common: where the result goes, and how its network compares with others."""
+"""What the commands that make a network have in common: where it goes, and how it compares with others."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +9,7 @@ from pytorch_lightning import LightningDataModule, Trainer
 from torch import nn
 
 from clafusion.errors import FusionError
+from lightning_modules.checkpoints import save_checkpoint
 from lightning_modules.checks import ImageData
 from lightning_modules.classifier import ImageClassifier
 
@@ -47,6 +48,23 @@ def check_empty(model: ImageClassifier) -> None:
     """
     if model.network is not None:
         raise FusionError("Expected no model architecture to fuse into, got one; leave out --model.architecture")
+
+
+def save_as(classifier: ImageClassifier, network: nn.Module, record: dict[str, Any] | None, path: str | Path) -> None:
+    """Writes a network as an ordinary checkpoint.
+
+    Args:
+        classifier: A module without a network, whose recipe is saved along; it gets the network.
+        network: What to save.
+        record: How it came about, as plain containers.
+        path: The file to write or replace.
+
+    Raises:
+        FusionError: The file cannot be written.
+    """
+    classifier.set_network(network.cpu())
+    classifier.fusion = record
+    save_checkpoint(classifier, path)
 
 
 def compare(trainer: Trainer, networks: Mapping[str, nn.Module], datamodule: ImageData) -> list[dict[str, Any]]:

@@ -6,13 +6,12 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from pytorch_lightning import Trainer
 
 from clafusion.errors import FusionError
-from lightning_modules.checkpoints import write_atomically
+from lightning_modules.checkpoints import write_text
 from lightning_modules.comparison import compare, print_comparison, write_comparison
 from lightning_modules.last_checkpoint import LastCheckpoint
 from lightning_modules.orders import Job, Order
@@ -151,7 +150,7 @@ def _unexpected(error: Exception, job: Job) -> str:
     """An error that nobody has put into words, in one line; the rest is left in the folder of the stage."""
     path, text = job.folder / "error.txt", traceback.format_exc()
     with suppress(FusionError):
-        write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+        write_text(path, text)
     return f"{type(error).__name__}: {error} (see {path})"
 
 

@@ -13,7 +13,7 @@ from clafusion import Fusion
 from clafusion.errors import FusionError
 from clafusion.report import experiment_report, fusion_report, report_data
 from clafusion.statistics import collect
-from lightning_modules.checkpoints import write_atomically
+from lightning_modules.checkpoints import write_text
 from lightning_modules.checks import ImageData
 from lightning_modules.outputs import check_new, check_output
 
@@ -44,17 +44,8 @@ def report_file(input: str, output: str = "report.html", overwrite: bool = False
         text = experiment_report(record, _courses(source.parent))
     else:
         text = fusion_report(record)
-    write_report(text, path)
+    write_text(path, text)
     print(f"wrote {output}")
-
-
-def write_report(text: str, path: Path) -> None:
-    """Writes a report, whole or not at all.
-
-    Raises:
-        FusionError: The file cannot be written.
-    """
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def drawn(fusion: Fusion, networks: Sequence[nn.Module], data: ImageData) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lightning_modules.checkpoints import write_atomically
+from lightning_modules.checkpoints import write_text
 
 PACKAGES = ("clafusion", "torch", "pytorch-lightning", "torchmetrics", "POT", "scipy", "numpy")
 
@@ -49,8 +49,7 @@ def write_results(results: dict[str, Any], path: str | os.PathLike[str]) -> None
     Raises:
         FusionError: The file cannot be written.
     """
-    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(results, indent=2, allow_nan=False) + "\n")
 
 
 def print_networks(networks: list[dict[str, Any]]) -> None:

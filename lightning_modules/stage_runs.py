@@ -12,11 +12,12 @@ from torch import nn
 
 from clafusion import Ensemble, FusionOptions, average
 from clafusion.errors import FusionError
-from lightning_modules.checkpoints import load_fusion, load_parent, save_checkpoint
+from lightning_modules.checkpoints import load_fusion, load_parent
 from lightning_modules.checks import ImageData
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.distiller import Distiller
 from lightning_modules.fusing import fuse_checkpoints, load_alike, seeds
+from lightning_modules.outputs import save_as
 from lightning_modules.ranks import on_rank_zero
 from lightning_modules.results import peak_memory, reset_peak_memory, versions, write_results
 from lightning_modules.stages import Stage, slug
@@ -187,9 +188,10 @@ def _fuse(workshop: Workshop, stage: Stage, folder: Path, inputs: dict[str, Path
         options = FusionOptions(**stage.settings["options"])
         paths, data = [str(path) for path in inputs.values()], cast(ImageData, workshop.data)
         _, fusion, record = fuse_checkpoints(paths, data, options, strategy.root_device)
-        _save(fusion.model, folder / "fused.ckpt", record)
+        save_as(ImageClassifier(), fusion.model, record, folder / "fused.ckpt")
         for name in stage.settings["balanced"]:
-            _save(fusion.balanced[list(inputs).index(name)], folder / f"balanced_{slug(name)}.ckpt", None)
+            balanced = fusion.balanced[list(inputs).index(name)]
+            save_as(ImageClassifier(), balanced, None, folder / f"balanced_{slug(name)}.ckpt")
         write_results(record, folder / "fusion.json")
         return {name: record[name] for name in ("seconds", "peak_memory_bytes")}
 
@@ -210,18 +212,11 @@ def _transfer(workshop: Workshop, stage: Stage, folder: Path, inputs: dict[str, 
         made, how = plan.run(source.to(device), target.to(device), batches)
         cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory(device)}
         record = {**stage.settings, **how, **cost, "seeds": seeds(options), "versions": versions()}
-        _save(made["result"], folder / "transferred.ckpt", record)
+        save_as(ImageClassifier(), made["result"], record, folder / "transferred.ckpt")
         write_results(record, folder / "transfer.json")
         return cost
 
     return on_rank_zero(strategy, compute)
-
-
-def _save(network: nn.Module, path: Path, record: dict[str, Any] | None) -> None:
-    classifier = ImageClassifier()
-    classifier.set_network(network.cpu())
-    classifier.fusion = record
-    save_checkpoint(classifier, path)
 
 
 def _evaluate(workshop: Workshop, stage: Stage, folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:

@@ -15,16 +15,16 @@ from clafusion.errors import FusionError
 from clafusion.storage import describe
 from lightning_modules.aligning import align_checkpoints, print_alignment
 from lightning_modules.atomic_io import AtomicCheckpointIO
-from lightning_modules.checkpoints import save_checkpoint
+from lightning_modules.checkpoints import write_text
 from lightning_modules.checks import ImageData
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.experiment import Scale
 from lightning_modules.fusing import fuse_checkpoints
 from lightning_modules.last_checkpoint import LastCheckpoint
 from lightning_modules.orders import prepare
-from lightning_modules.outputs import check_empty, check_new, check_output, compare
+from lightning_modules.outputs import check_empty, check_new, check_output, compare, save_as
 from lightning_modules.pipeline import run_experiment
-from lightning_modules.reporting import drawn, fusion_report, write_report
+from lightning_modules.reporting import drawn, fusion_report
 from lightning_modules.results import print_results, write_results
 from lightning_modules.stage_trainers import check_arguments, influences, stage_arguments
 from lightning_modules.transferring import transfer_checkpoint
@@ -149,12 +149,10 @@ class FusionTrainer(Trainer):
         }
         text = fusion_report(results) if report else ""
         if self.is_global_zero:
-            model.set_network(result.model.cpu())
-            model.fusion = results
-            save_checkpoint(model, output)
+            save_as(model, result.model, results, output)
             write_results(results, record)
             if report:
-                write_report(text, page)
+                write_text(page, text)
             print_results(results)
         return results
 

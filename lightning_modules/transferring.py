@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from clafusion import FusionOptions, average, fuse, map_units, transfer
 from clafusion.errors import FusionError
 from clafusion.transfer import MappingName
-from lightning_modules.checkpoints import load_parent, save_checkpoint, sha256
+from lightning_modules.checkpoints import load_parent, sha256
 from lightning_modules.checks import ImageData, check_images
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.fusing import seeds
-from lightning_modules.outputs import check_empty, check_new, check_output, compare
+from lightning_modules.outputs import check_empty, check_new, check_output, compare, save_as
 from lightning_modules.results import peak_memory, print_networks, versions, write_results
 
 Combine = Literal["none", "average", "transport", "insert"]
@@ -147,9 +147,7 @@ def transfer_checkpoint(
         "versions": versions(),
     }
     if trainer.is_global_zero:
-        model.set_network(made["result"].cpu())
-        model.fusion = results
-        save_checkpoint(model, output)
+        save_as(model, made["result"], results, output)
         write_results(results, record)
         print_networks(results["networks"])
     return results

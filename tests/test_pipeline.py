@@ -373,7 +373,7 @@ KILLS: dict[str, Any] = {
     "train, in an epoch": ("train_deep", 2),
     "train, between epochs": ("train_deep", BATCHES),
     "train, before it is done": dying_before(pipeline, "finish", named("train_deep")),
-    "fuse, half written": dying_after(stage_runs, "save_checkpoint", lambda _, path: path.name == "fused.ckpt"),
+    "fuse, half written": dying_after(stage_runs, "save_as", lambda *given: given[-1].name == "fused.ckpt"),
     "fuse, before it is done": dying_before(pipeline, "finish", named("fuse_default")),
     "finetune, in an epoch": ("finetune_deep", 1),
     "finetune, between epochs": ("finetune_fused_default", BATCHES),
