@@ -52,26 +52,26 @@ class AffineLayer:
         gain = state["weight"] / (state["running_var"] + self.norm.eps).sqrt()
         return gain[:, None] * weight, state["bias"] + gain * (bias - state["running_mean"])
 
-    def write(self, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> None:
+    def write(self, weight: Tensor, bias: Tensor, moments: tuple[Tensor, Tensor] | None) -> None:
         """Overwrite the layer in place so that it computes `weight x + bias`.
 
         Args:
             weight: [neurons, fan-in].
             bias: [neurons]; must be zero where the layer cannot hold one.
-            mean: of `weight x` over the samples; the norm's running mean becomes it, so that training goes on smoothly.
-            variance: of `weight x` likewise.
+            moments: mean and variance of `weight x` over the samples; they become the norm's running statistics, so
+                that training goes on smoothly. None where there is no norm.
         """
         with torch.no_grad():
             self.module.weight.copy_(weight.reshape(self.module.weight.shape))
-            if self.norm is None:
+            if self.norm is None or moments is None:
                 if self.module.bias is not None:
                     self.module.bias.copy_(bias)
                 return
             if self.module.bias is not None:
                 self.module.bias.zero_()
             state = state_of(self.norm)
-            state["running_mean"].copy_(mean)
-            state["running_var"].copy_(variance.clamp_min(0))
+            state["running_mean"].copy_(moments[0])
+            state["running_var"].copy_(moments[1].clamp_min(0))
             # What the stored mean and variance take away, weight and bias give back, rounding included.
             state["weight"].copy_((state["running_var"].double() + self.norm.eps).sqrt())
             state["bias"].copy_(state["running_mean"].double() + bias)

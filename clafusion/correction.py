@@ -51,7 +51,7 @@ def correct(model: nn.Module, parents: Parents, samples: Tensor, options: Fusion
     scarce: list[str] = []
     for unit in structure.units:
         for cursor in (fused, *cursors):
-            cursor.advance(unit.input)
+            cursor.advance([unit.input])
         if options.correction == "refit":
             scarce += refit_unit(structure, unit, fused, cursors, parents, generator, options.ridge)
         else:

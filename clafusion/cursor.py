@@ -1,6 +1,6 @@
-"""Run a captured network piece by piece over all samples, from one cut point to the next."""
+"""Run a captured network piece by piece over all samples, computing nothing twice that it is told to keep."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import Tensor, fx
 
@@ -9,10 +9,10 @@ from clafusion.structure import Structure
 
 
 class Cursor:
-    """A network halted at a cut point, with the activations of all samples there.
+    """A network halted somewhere, with the activations of all samples that the rest is computed from.
 
-    It holds one activation per sample and network, whatever the depth: moving on from a cut point costs one pass over
-    the layers up to the next one. The tensors of the network may be changed in place between runs.
+    It holds the nodes that the last `advance` named and nothing else. The tensors of the network may be changed in
+    place between runs: what depends on them and is not held is computed anew.
 
     Args:
         structure: the network.
@@ -20,41 +20,61 @@ class Cursor:
     """
 
     def __init__(self, structure: Structure, batches: Sequence[Tensor]) -> None:
-        self.interpreter = fx.Interpreter(structure.module)
+        self.interpreter = fx.Interpreter(structure.module, garbage_collect_values=False)
         self.nodes: list[fx.Node] = list(structure.module.graph.nodes)
         self.by_name = {node.name: node for node in self.nodes}
-        self.at = next(index for index, node in enumerate(self.nodes) if node.op == "placeholder")
-        self.states = [{self.nodes[self.at]: as_input(batch, structure.module)} for batch in batches]
+        start = next(node for node in self.nodes if node.op == "placeholder")
+        self.states: list[dict[fx.Node, Tensor]] = [{start: as_input(batch, structure.module)} for batch in batches]
+        self.sizes = [len(batch) for batch in batches]
 
-    def look_ahead(self, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
-        """Run from the cut point until all named nodes are known; yield their outputs chunk by chunk; stay."""
-        stop = max(self.nodes.index(self.by_name[name]) for name in names)
+    def look_ahead(
+        self, names: Collection[str], given: Mapping[str, Tensor] | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        """The outputs of nodes, chunk by chunk; nothing of it is kept.
+
+        Args:
+            names: of the nodes.
+            given: outputs to take for granted instead of computing them, in every chunk.
+        """
+        overridden = {self.by_name[name]: value for name, value in (given or {}).items()}
+        wanted = [self.by_name[name] for name in names]
+        plan = self._plan(wanted, {*self.states[0], *overridden})
         for state in self.states:
-            outputs: dict[str, Tensor] = {}
-            for node, value in self._run(dict(state), stop):
-                if node.name in names:
-                    outputs[node.name] = value
-            outputs.update({node.name: value for node, value in state.items() if node.name in names})
-            yield outputs
+            values = self._run({**state, **overridden}, wanted, plan)
+            yield {node.name: values[node] for node in wanted}
 
-    def advance(self, name: str) -> None:
-        """Move on to a later cut point."""
-        stop = self.nodes.index(self.by_name[name])
-        for state in self.states:
-            for _ in self._run(state, stop):
-                pass
-        self.at = max(self.at, stop)
+    def advance(self, names: Collection[str]) -> None:
+        """Move on to where exactly these nodes are held, from which all that is asked for later must follow."""
+        wanted = [self.by_name[name] for name in names]
+        plan = self._plan(wanted, self.states[0])
+        for number, state in enumerate(self.states):
+            self.states[number] = self._run(state, wanted, plan)
 
-    def input_of(self, layer: str) -> str:
-        """The node that a layer reads."""
-        node = next(node for node in self.nodes if node.op == "call_module" and node.target == layer)
-        return node.all_input_nodes[0].name
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a node's output for one sample."""
+        return tuple(self.by_name[name].meta["shape"][1:])
 
-    def _run(self, state: dict[fx.Node, Tensor], stop: int) -> Iterator[tuple[fx.Node, Tensor]]:
-        """Run the nodes after the cut point up to `stop`, dropping from `state` what nothing needs any more."""
-        self.interpreter.env = state
-        for node in self.nodes[self.at + 1 : stop + 1]:
-            state[node] = self.interpreter.run_node(node)
-            yield node, state[node]
-            for used in self.interpreter.user_to_last_uses.get(node, []):
-                del state[used]
+    def _plan(self, wanted: Sequence[fx.Node], known: Collection[fx.Node]) -> list[fx.Node]:
+        """The nodes to run, in graph order, to get from what is known to what is wanted."""
+        needed: set[fx.Node] = set()
+        open_nodes = list(wanted)
+        while open_nodes:
+            node = open_nodes.pop()
+            if node not in known and node not in needed:
+                needed.add(node)
+                open_nodes += node.all_input_nodes
+        return [node for node in self.nodes if node in needed]
+
+    def _run(
+        self, known: Mapping[fx.Node, Tensor], wanted: Sequence[fx.Node], plan: Sequence[fx.Node]
+    ) -> dict[fx.Node, Tensor]:
+        """The outputs of the wanted nodes; what nothing needs any more is dropped on the way."""
+        last_use = {used: node for node in plan for used in node.all_input_nodes}
+        self.interpreter.env = dict(known)
+        for node in plan:
+            self.interpreter.env[node] = self.interpreter.run_node(node)
+            for used in node.all_input_nodes:
+                if last_use[used] is node and used not in wanted:
+                    self.interpreter.env.pop(used, None)
+        values, self.interpreter.env = {node: self.interpreter.env[node] for node in wanted}, {}
+        return values

@@ -1,5 +1,6 @@
 """Refit: every layer by the regression of what it should give on what it is given."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,8 +15,8 @@ from clafusion.targets import Parents
 
 #: Observations per unknown of a neuron that a refit uses at most; more change the solution little.
 ROWS_PER_INPUT = 64
-#: Numbers in the largest design matrix that is held (256 MiB in float32).
-MAX_ENTRIES = 2**26
+#: Numbers in the largest design matrix that is held (64 MiB in float32).
+MAX_ENTRIES = 2**24
 #: Activations that let nothing negative through.
 RECTIFIERS = ("ReLU", "ReLU6")
 
@@ -48,6 +49,11 @@ def refit_unit(
         shortcuts = [other for other in unit.layers if other.weighted and other.shortcut]
         closes = layer == unit.branch[-1] and unit.kind == "residual"
         together = [affine_layer(structure, one) for one in (layer, *(shortcuts if closes else ()))]
+        # The rest of a residual unit follows from the stream that it reads and from where its branch has got to.
+        stream = {unit.input} if unit.kind == "residual" else set()
+        fused.advance({part.input for part in together} | stream)
+        for k in parents.shares(layer, unit):
+            cursors[k].advance({layer.pre} | (set() if closes else stream))
         is_head = layer.space == structure.output
         chosen = _choose(fused, layer, together, None if is_head else generator)
         count, unknowns = sum(map(len, chosen)), _unknowns(together)
@@ -75,10 +81,8 @@ def _choose(
     fused: Cursor, layer: Layer, together: Sequence[AffineLayer], generator: torch.Generator | None
 ) -> list[Tensor]:
     """Which observations of every chunk to use: as many as the unknowns warrant, or without a generator all."""
-    counts = []
-    for state in fused.look_ahead([layer.pre]):
-        shape = state[layer.pre].shape
-        counts.append(shape[0] * shape[2:].numel())
+    positions = math.prod(fused.shape(layer.pre)[1:])
+    counts = [positions * samples for samples in fused.sizes]
     unknowns = _unknowns(together)
     share = min(ROWS_PER_INPUT * unknowns, MAX_ENTRIES / (unknowns * together[0].groups)) / sum(counts)
     device = together[0].module.weight.device
@@ -101,16 +105,20 @@ def _targets(
     return result
 
 
-def _design(
-    fused: Cursor, together: Sequence[AffineLayer], chosen: Sequence[Tensor], extra: Sequence[str] = ()
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Chunk by chunk the inputs of the layers side by side, with a constant one if there is a bias; and other nodes."""
-    nodes = {part.input for part in together} | set(extra)
-    for indices, outputs in zip(chosen, fused.look_ahead(nodes), strict=True):
+def _design(fused: Cursor, together: Sequence[AffineLayer], chosen: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Chunk by chunk the inputs of the layers side by side, with a constant one if there is a bias."""
+    for indices, outputs in zip(chosen, fused.look_ahead({part.input for part in together}), strict=True):
         x = torch.cat([design_rows(part.module, outputs[part.input], indices) for part in together], 2)
         if _has_bias(together):
             x = torch.cat([x, torch.ones_like(x[:, :, :1])], 2)
-        yield x, outputs
+        yield x
+
+
+def _offset(fused: Cursor, layer: Layer, branch: AffineLayer, chosen: Sequence[Tensor]) -> Tensor:
+    """What the shortcut adds: the pre-activation when the branch gives nothing, [chosen, neurons]."""
+    nothing = {branch.output: branch.module.weight.new_zeros(())}
+    runs = fused.look_ahead([layer.pre], given=nothing)
+    return torch.cat([rows(output[layer.pre])[indices] for indices, output in zip(chosen, runs, strict=True)])
 
 
 def _prior(together: Sequence[AffineLayer]) -> Tensor:
@@ -130,16 +138,10 @@ def _refit(
     on_top_of_shortcut: bool,
 ) -> None:
     """Ridge regression of one layer, or of the layer that closes a branch jointly with the projection shortcut."""
-    extra = (layer.pre, together[0].output) if on_top_of_shortcut else ()
-    inputs, offsets = [], []
-    for (x, outputs), indices in zip(_design(fused, together, chosen, extra), chosen, strict=True):
-        inputs.append(x)
-        if on_top_of_shortcut:
-            offsets.append(rows(outputs[layer.pre] - outputs[together[0].output])[indices])
+    x = torch.cat(list(_design(fused, together, chosen)))
     target = torch.cat(list(targets))
-    offset = torch.cat(offsets) if on_top_of_shortcut else inputs[0].new_zeros(1, 1)
-    prior, system = _prior(together), RidgeSystem.of(torch.cat(inputs), ridge, _has_bias(together))
-    del inputs
+    offset = _offset(fused, layer, together[0], chosen) if on_top_of_shortcut else x.new_zeros(1, 1)
+    prior, system = _prior(together), RidgeSystem.of(x, ridge, _has_bias(together))
     if layer.activation in RECTIFIERS and len(prior) == 1:
         solved = rectified_regression(system, target, offset, prior[0])[None]
     else:
@@ -152,7 +154,7 @@ def _refit_head(
 ) -> None:
     """The head is fitted to the parents' mean logits, and from there to their mean probability."""
     everything = [torch.arange(len(target), device=target.device) for target in targets]
-    x = torch.cat([part for part, _ in _design(fused, [head], everything)])
+    x = torch.cat(list(_design(fused, [head], everything)))
     system = RidgeSystem.of(x, ridge, head.has_bias)
     start = system.regress(torch.cat(list(targets)), _prior([head]))
     solved = soft_label_regression(x[:, 0], probabilities, start[0], ridge, head.has_bias)
@@ -167,8 +169,8 @@ def _write(together: Sequence[AffineLayer], solved: Tensor, system: RidgeSystem)
     for part in together:
         span = slice(start, start + part.fan_in)
         weight = solved[..., span]
-        mean, variance = system.moments(weight, span)
-        part.write(weight.flatten(0, 1), bias if part is holder else torch.zeros_like(bias), mean, variance)
+        moments = system.moments(weight, span) if part.norm is not None else None
+        part.write(weight.flatten(0, 1), bias if part is holder else torch.zeros_like(bias), moments)
         start += part.fan_in
 
 

@@ -38,7 +38,7 @@ def match_moments(
         weight, bias = part.read()
         centre = scale * (mean - bias)
         new_bias = wanted_mean - centre if shift and part.has_bias else scale * bias
-        part.write(scale[:, None] * weight, new_bias, centre, (scale * deviation).square())
+        part.write(scale[:, None] * weight, new_bias, (centre, (scale * deviation).square()))
 
 
 def _moments(cursor: Cursor, node: str) -> tuple[Tensor, Tensor]:

@@ -70,7 +70,7 @@ def test_writing_what_was_read_changes_nothing(name):
     for number, (part, _, _) in enumerate(parts_of(model, samples)):
         weight, bias = part.read()
         mean, variance = (torch.rand(len(bias), generator=torch.Generator().manual_seed(number)) for _ in range(2))
-        part.write(weight, bias, mean, variance)
+        part.write(weight, bias, (mean, variance))
         if part.norm is not None:
             assert torch.equal(part.norm.running_mean, mean.double())
             assert torch.equal(part.norm.running_var, variance.double())
@@ -87,7 +87,7 @@ def test_what_is_written_is_computed(name):
         weight = torch.randn(len(part.module.weight), part.fan_in, generator=generator).double()
         bias = torch.randn(len(weight), generator=generator).double() * part.has_bias
         plain = computed(x, weight, torch.zeros(()), part.groups)
-        part.write(weight, bias, plain.mean(0), plain.var(0, correction=0))
+        part.write(weight, bias, (plain.mean(0), plain.var(0, correction=0)))
         _, _, output = list(parts_of(model, samples))[number]
         assert torch.allclose(output, computed(x, weight, bias, part.groups), atol=1e-12)
         if part.norm is not None:
@@ -102,7 +102,7 @@ def test_a_neuron_that_does_not_vary_keeps_its_value():
     model, samples = mlp([7], **NORMED), vectors(30)
     part, _, _ = next(parts_of(model, samples))
     weight, bias = torch.zeros(7, 12).double(), torch.arange(7).double()
-    part.write(weight, bias, torch.zeros(7), torch.full((7,), -1e-20))
+    part.write(weight, bias, (torch.zeros(7), torch.full((7,), -1e-20)))
     assert not part.norm.running_var.any()
     assert torch.allclose(model.bn1(model.fc1(samples)), bias.expand(30, 7), atol=1e-12)
 
@@ -114,7 +114,7 @@ def test_float32_rounds_once():
     part = affine_layer(structure, structure.units[0].layers[0])
     weight, _ = part.read()
     bias = torch.linspace(-1, 1, 7).double()
-    part.write(weight, bias, torch.full((7,), 1000 / 3).double(), torch.full((7,), 1e-3).double())
+    part.write(weight, bias, (torch.full((7,), 1000 / 3).double(), torch.full((7,), 1e-3).double()))
     again, got = part.read()
     assert torch.allclose(again, weight, rtol=1e-6) and torch.allclose(got, bias, atol=1e-4)
 
@@ -124,7 +124,7 @@ def test_writing_touches_nothing_but_the_layer():
     before = copy.deepcopy(model.state_dict())
     part, _, _ = list(parts_of(model, samples))[1]
     weight, bias = part.read()
-    part.write(2 * weight, bias, bias, bias.square())
+    part.write(2 * weight, bias, (bias, bias.square()))
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     modules = dict(model.named_modules())
     own = {name for name in changed if any(modules[name.rpartition(".")[0]] is m for m in find(model, part))}

@@ -73,7 +73,7 @@ def test_every_node_is_as_in_the_plain_forward(name, parts):
     cursor = Cursor(structure, samples.tensor_split(parts))
     stops = [*(unit.input for unit in structure.units), None]
     for here, there in zip(stops, stops[1:], strict=False):
-        cursor.advance(here)
+        cursor.advance([here])
         names = between(structure, here, there)
         assert len(names) > 1
         for wanted in ([name] for name in names):
@@ -106,14 +106,14 @@ def test_looking_ahead_does_not_move(name):
     make, samples = NETWORKS[name]
     structure = trace(make(), samples[:2])
     cursor = Cursor(structure, [samples])
-    cursor.advance(structure.units[1].input)
-    at, [state] = cursor.at, cursor.states
+    cursor.advance([structure.units[1].input])
+    [state] = cursor.states
     before = {node: (value, value.clone()) for node, value in state.items()}
     last = structure.units[-1].output.pre
     for _ in range(2):
         next(cursor.look_ahead([last]))  # given up half-way
         list(cursor.look_ahead([last]))
-    assert cursor.at == at and cursor.states[0] is state and state.keys() == before.keys()
+    assert cursor.states[0] is state and state.keys() == before.keys()
     for node, (value, copied) in before.items():
         assert state[node] is value and torch.equal(value, copied)
 
@@ -123,7 +123,7 @@ def test_one_activation_is_held_whatever_the_depth():
     structure = trace(resnet([3, 3], **BIASED), images(2, 8))
     cursor = Cursor(structure, [images(10, 8)])
     for unit in structure.units:
-        cursor.advance(unit.input)
+        cursor.advance([unit.input])
         assert [node.name for node in cursor.states[0]] == [unit.input]
 
 
@@ -133,7 +133,7 @@ def test_advancing_twice_to_one_place_is_advancing_once():
     cursor = Cursor(structure, [vectors(10)])
     place = structure.units[1].input
     for _ in range(2):
-        cursor.advance(place)
+        cursor.advance([place])
         [outputs] = cursor.look_ahead([place])
         assert torch.equal(outputs[place], plain_forward(structure, vectors(10))[place])
 
@@ -143,7 +143,7 @@ def test_a_change_behind_the_cut_point_is_seen_and_one_before_it_is_not():
     model = mlp([9, 8])
     structure = trace(model, vectors(2))
     cursor = Cursor(structure, [vectors(10)])
-    cursor.advance(structure.units[1].input)
+    cursor.advance([structure.units[1].input])
     last = structure.units[-1].output.pre
     before = next(cursor.look_ahead([last]))[last]
     model.fc1.weight.zero_()
