@@ -130,7 +130,8 @@ def _fuse_at_once(
     )
     maps, transport_costs = _maps(balanced, samples, options)
     model = combine(parents[options.anchor], balanced, maps, weights, options)
-    correct(model, Parents(balanced, maps, weights, options.head), samples, options)
+    lead = options.anchor_lead if options.correction == "refit" else 1.0
+    correct(model, Parents(balanced, maps, weights, options.head, lead), samples, options)
     return Fusion(
         model.requires_grad_(True), parents, alignments, template, tuple(costs), maps, transport_costs, tuple(weights),
         options, len(samples),

@@ -39,6 +39,9 @@ class FusionOptions:
         many: more than two parents: all onto the anchor at once, or one after another (`iterative`).
         correction: what is done about the shrunken variance of an average: nothing, `rescale` or `repair` the neurons,
             or `refit` the layers.
+        anchor_lead: how many times its weight the anchor counts in what hidden layers are refit to; the output layer is
+            fitted to what all parents predict, at their weights. With 1 the features are the mean of the parents',
+            which one layer can only approximate; the larger, the closer they are to the anchor's.
         ridge: pull of a refit layer towards the averaged weights, in units of the mean square of its inputs.
         num_samples: unlabelled samples to measure on, at most.
         seed: seed of the random layer map and of the choice of samples.
@@ -69,6 +72,7 @@ class FusionOptions:
     combine: Literal["transport", "average"] = "transport"
     many: Literal["many_to_one", "iterative"] = "many_to_one"
     correction: Literal["none", "rescale", "repair", "refit"] = "refit"
+    anchor_lead: float = 6.0
     ridge: float = 1e-4
     num_samples: int = 2000
     seed: int = 0
@@ -79,7 +83,7 @@ class FusionOptions:
         for name, least in {"pin_first": 0, "pin_last": 0, "anchor": 0, "num_samples": 2}.items():
             if getattr(self, name) < least:
                 raise FusionError(f"Expected {name} of at least {least}, got {getattr(self, name)}")
-        for name in ("regularization", "marginal_regularization", "ridge"):
+        for name in ("regularization", "marginal_regularization", "anchor_lead", "ridge"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise FusionError(f"Expected a positive {name}, got {getattr(self, name)}")
         if self.squared and self.cost != "euclidean":

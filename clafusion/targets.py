@@ -18,18 +18,23 @@ class Parents:
         maps: per parent the maps of its neurons onto the fused network's, by space.
         weights: per parent, summing to one.
         head: the head rule of the options.
+        lead: how many times its weight the anchor counts in hidden layers.
     """
 
     balanced: Balanced
     maps: Sequence[Maps]
     weights: Sequence[float]
     head: str
+    lead: float = 1.0
 
     def shares(self, layer: Layer, unit: Unit) -> dict[int, float]:
         """The share of each parent in the target of a layer, summing to one; a parent without the layer has none."""
-        if self.head == "anchor" and layer.space == self.balanced.structure.output:
-            return {self.balanced.anchor: 1.0}
+        anchor, is_head = self.balanced.anchor, layer.space == self.balanced.structure.output
+        if self.head == "anchor" and is_head:
+            return {anchor: 1.0}
         owned = self.balanced.target_weights(layer, unit, self.weights)
+        if not is_head:
+            owned = {k: weight * (self.lead if k == anchor else 1.0) for k, weight in owned.items()}
         total = sum(owned.values())
         return {k: weight / total if total else 1 / len(owned) for k, weight in owned.items()}
 

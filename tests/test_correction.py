@@ -1,6 +1,7 @@
 """Corrections: what is right is left alone, what is measured is matched, what is regressed is the closed form."""
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -249,7 +250,7 @@ def linear_chain(seed: int) -> nn.Module:
 
 def test_refit_of_linear_layers_is_ridge_regression_by_hand():
     models, samples, ridge = [linear_chain(0), linear_chain(1)], vectors(200, 6), 0.05
-    options = {"head": "anchor", "ridge": ridge, "weights": [0.6, 0.4]}
+    options = {"head": "anchor", "ridge": ridge, "weights": [0.2, 0.4], "anchor_lead": 3.0}
     fusion = corrected(models, samples, "refit", **options)
     averaged = corrected(models, samples, "none", **options).model
     maps = [fusion.maps[1][space].numpy() for space in ("0", "1")]
@@ -370,6 +371,27 @@ def test_refit_comes_closer_for_residual_networks_too(flags, digits):
             got, wanted = (model(x[1200:]).log_softmax(1) for model in (fused, Ensemble(parents)))
         errors[correction] = float((got - wanted).square().mean())
     assert errors["refit"] < 0.5 * errors["none"], errors
+
+
+def hidden(model: nn.Module, x: Tensor) -> Tensor:
+    """The features of the last hidden layer of an MLP."""
+    *body, _ = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return functools.reduce(lambda h, layer: layer(h).relu(), body, x).detach()
+
+
+@pytest.mark.parametrize("anchor", [0, 1])
+@torch.no_grad()
+def test_the_lead_of_the_anchor_is_about_its_features_and_not_about_what_is_predicted(anchor, trained_mlps, digits):
+    parents, (x, _) = [trained_mlps[k] for k in (0, 2)], digits
+    aim = Ensemble(parents)(x).log_softmax(1)
+    distances, errors = {}, {}
+    for lead in (1.0, 6.0, 1e12):
+        fused = corrected(parents, x, "refit", anchor=anchor, anchor_lead=lead).model
+        distances[lead] = float((hidden(fused, x) - hidden(parents[anchor], x)).square().mean())
+        errors[lead] = float(nn.functional.kl_div(fused(x).log_softmax(1), aim, log_target=True, reduction="batchmean"))
+    assert 1000 * distances[1e12] < 2 * distances[6.0] < distances[1.0]
+    alone = nn.functional.kl_div(parents[anchor](x).log_softmax(1), aim, log_target=True, reduction="batchmean")
+    assert max(errors[6.0], errors[1e12]) < 0.8 * float(alone), (errors, alone)
 
 
 # --- what it says ----------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_counts_have_a_least_value(name, least):
         FusionOptions(**{name: least - 1})
 
 
-@pytest.mark.parametrize("name", ["regularization", "marginal_regularization", "ridge"])
+@pytest.mark.parametrize("name", ["regularization", "marginal_regularization", "anchor_lead", "ridge"])
 def test_regularisations_are_positive_numbers(name):
     assert getattr(FusionOptions(**{name: 1}), name) == 1
     for wrong in (0, -1.0, float("nan"), float("inf")):
