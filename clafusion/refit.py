@@ -13,9 +13,10 @@ from clafusion.statistics import rows
 from clafusion.structure import Layer, Structure, Unit
 from clafusion.targets import Parents
 
-#: Observations per unknown of a neuron that a refit uses at most; more change the solution little.
+#: Observations per unknown of a neuron that a refit uses at most (more change the solution little), and where those
+#: would be more numbers than MAX_ENTRIES (64 MiB in float32): at least so many as to leave little to the ridge.
 ROWS_PER_INPUT = 64
-#: Numbers in the largest design matrix that is held (64 MiB in float32).
+MIN_ROWS_PER_INPUT = 2
 MAX_ENTRIES = 2**24
 #: Activations that let nothing negative through.
 RECTIFIERS = ("ReLU", "ReLU6")
@@ -55,10 +56,9 @@ def refit_unit(
         for k in parents.shares(layer, unit):
             cursors[k].advance({layer.pre} | (set() if closes else stream))
         is_head = layer.space == structure.output
-        chosen = _choose(fused, layer, together, None if is_head else generator)
-        count, unknowns = sum(map(len, chosen)), _unknowns(together)
-        if count < unknowns:
-            scarce.append(f"{count} for the {unknowns} of {layer.name!r}")
+        chosen, available = _choose(fused, layer, together, None if is_head else generator)
+        if available < (unknowns := _unknowns(together)):
+            scarce.append(f"{available} for the {unknowns} of {layer.name!r}")
         targets = _targets(cursors, layer, unit, parents, chosen)
         if is_head and len(parents.shares(layer, unit)) > 1:
             _refit_head(fused, together[0], targets, _mean_probability(cursors, layer, parents), ridge)
@@ -79,16 +79,18 @@ def _unknowns(together: Sequence[AffineLayer]) -> int:
 
 def _choose(
     fused: Cursor, layer: Layer, together: Sequence[AffineLayer], generator: torch.Generator | None
-) -> list[Tensor]:
-    """Which observations of every chunk to use: as many as the unknowns warrant, or without a generator all."""
+) -> tuple[list[Tensor], int]:
+    """Which observations of every chunk to use, without a generator all; and of how many they were chosen."""
     positions = math.prod(fused.shape(layer.pre)[1:])
     counts = [positions * samples for samples in fused.sizes]
-    unknowns = _unknowns(together)
-    share = min(ROWS_PER_INPUT * unknowns, MAX_ENTRIES / (unknowns * together[0].groups)) / sum(counts)
+    unknowns, available = _unknowns(together), sum(counts)
+    most = max(MAX_ENTRIES / (unknowns * together[0].groups), MIN_ROWS_PER_INPUT * unknowns)
+    share = min(ROWS_PER_INPUT * unknowns, most) / available
     device = together[0].module.weight.device
     if generator is None or share >= 1:
-        return [torch.arange(count, device=device) for count in counts]
-    return [torch.randperm(count, generator=generator)[: max(1, round(share * count))].to(device) for count in counts]
+        return [torch.arange(count, device=device) for count in counts], available
+    picked = [torch.randperm(count, generator=generator)[: max(1, round(share * count))] for count in counts]
+    return [indices.to(device) for indices in picked], available
 
 
 def _targets(
