@@ -27,7 +27,18 @@ from torch.nn.functional import cross_entropy
 from clafusion import Ensemble, FusionOptions, fuse, load_network, networks, save_network
 from datamodules import MNISTDataModule
 
-CORRECTIONS = ("none", "rescale", "repair", "refit")
+#: What the second table has no row for is measured and dropped. `equal features`: hidden layers, too, are refit to the
+#: plain mean of the parents; `anchor's features`: the control of the default between the two, the anchor as it is with
+#: an output layer that is fitted to the ensemble.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "none": {"correction": "none"},
+    "rescale": {"correction": "rescale"},
+    "repair": {"correction": "repair"},
+    "refit, equal features": {"anchor_lead": 1.0},
+    "refit, anchor's features": {"anchor_lead": 1e9},
+    "refit": {},
+}
+FINETUNED = ("none", "refit, equal features", "refit")
 VGG = {
     "vgg11": [[64], [128], [256, 256], [512, 512], [512, 512]],
     "vgg13": [[64, 64], [128, 128], [256, 256], [512, 512], [512, 512]],
@@ -81,6 +92,7 @@ class Experiment:
         flat: 1x28x28 images instead of 3x32x32.
         skills: parent 0 sees all of class 4 and a tenth of the rest, parent 1 the remainder.
         finetune: whether the table after finetuning has a row for it.
+        num_train: training images of the parents.
     """
 
     parents: tuple[dict[str, Any], ...]
@@ -89,6 +101,7 @@ class Experiment:
     flat: bool = False
     skills: bool = False
     finetune: bool = True
+    num_train: int = 60_000
 
 
 PLAIN, NORMED, SHALLOW = Recipe(2, 0.05), Recipe(2, 0.1), Recipe(10, 0.01, 0.5, 64, weight_decay=0.0, one_cycle=False)
@@ -107,10 +120,13 @@ EXPERIMENTS = {
     "resnet34_resnet18_bn": Experiment((resnet(R34, batch_norm=True), resnet(R18, batch_norm=True)), NORMED),
     "resnet_x4": Experiment((resnet(R34), resnet(R18), resnet(R34), resnet(R18)), PLAIN, finetune=False),
     "torchvision_resnets": Experiment(
-        ({"name": "torchvision.resnet34"}, {"name": "torchvision.resnet18"}), NORMED, finetune=False
+        ({"name": "torchvision.resnet34"}, {"name": "torchvision.resnet18"}), NORMED, num_train=20_000
     ),
     "torchvision_vggs": Experiment(
-        ({"name": "torchvision.vgg13_bn"}, {"name": "torchvision.vgg11_bn"}), Recipe(2, 0.02), finetune=False
+        ({"name": "torchvision.vgg13_bn"}, {"name": "torchvision.vgg11_bn"}),
+        Recipe(2, 0.02),
+        finetune=False,
+        num_train=10_000,
     ),
 }
 
@@ -207,17 +223,13 @@ def before_finetuning(
     anchor = experiment.fusion.get("anchor", 0)
     found["published"] = accuracy(fuse(parents, [samples], FusionOptions.paper(anchor=anchor)).model, images)
     kept = {f"parent {k}": parent for k, parent in enumerate(parents, 1)}
-    for correction in CORRECTIONS:
-        options = FusionOptions(correction=correction, num_samples=num_samples, **experiment.fusion)
-        result = fuse(parents, [samples], options)
-        found[correction] = accuracy(result.model, images)
-        kept[f"fused, {correction}"] = result.model
+    for name, changes in VARIANTS.items():
+        result = fuse(parents, [samples], FusionOptions(num_samples=num_samples, **experiment.fusion, **changes))
+        found[name] = accuracy(result.model, images)
+        if name in FINETUNED:
+            kept[f"fused, {name}"] = result.model
         kept["balanced"] = result.balanced[1]
-    options = FusionOptions(num_samples=4 * num_samples, **experiment.fusion)
-    found["refit, 4x samples"] = accuracy(
-        fuse(parents, [images.train[order[: 4 * num_samples]]], options).model, images
-    )
-    return found, {name: kept[name] for name in kept if name not in ("fused, rescale", "fused, repair")}
+    return found, kept
 
 
 def after_finetuning(kept: Mapping[str, nn.Module], images: Images, seed: int, epochs: int) -> dict[str, float]:
@@ -258,12 +270,10 @@ def once(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return dict(json.loads(path.read_text()))
 
 
-def measure(
-    name: str, seed: int, folder: Path, num_train: int, num_samples: int, finetune_epochs: int
-) -> dict[str, Any]:
+def measure(name: str, seed: int, folder: Path, num_samples: int, finetune_epochs: int) -> dict[str, Any]:
     """One experiment with one seed."""
     experiment = EXPERIMENTS[name]
-    images = load_images(experiment.flat, 60_000 if experiment.flat else num_train)
+    images = load_images(experiment.flat, experiment.num_train)
     parents = parents_of(experiment, images, seed, folder)
     start = time.perf_counter()
     before, kept = before_finetuning(experiment, parents, images, seed, num_samples)
@@ -279,7 +289,6 @@ def main(
     experiments: list[str] | None = None,
     seeds: list[int] | None = None,
     output: str = "runs/quality",
-    num_train: int = 10_000,
     num_samples: int = 2_000,
     finetune_epochs: int = 1,
     threads: int = 1,
@@ -290,8 +299,7 @@ def main(
         experiments: Names; none given: all.
         seeds: Seeds; none given: 0, 1 and 2.
         output: Folder of parents and results.
-        num_train: Training images of the convolutional parents.
-        num_samples: Unlabelled images to fuse on; one column has four times as many.
+        num_samples: Unlabelled images to fuse on.
         finetune_epochs: Epochs over 10,000 images of the short finetune; 0 leaves the second table out.
         threads: CPU threads.
     """
@@ -303,7 +311,7 @@ def main(
         for name in experiments or EXPERIMENTS:
             result = once(
                 folder / f"{name}_{seed}.json",
-                lambda name=name, seed=seed: measure(name, seed, folder, num_train, num_samples, finetune_epochs),
+                lambda name=name, seed=seed: measure(name, seed, folder, num_samples, finetune_epochs),
             )
             print(json.dumps(result), flush=True)
             results.append(result)
