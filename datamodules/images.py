@@ -122,6 +122,10 @@ class ImageDataModule(ResumableDataModule):
         """
         raise NotImplementedError
 
+    def read_validation(self) -> ImageSet | None:
+        """Reads the validation images where they are a set of their own; None: they are a share of the training set."""
+        return None
+
     def setup(self, stage: str | None = None) -> None:
         """Reads the images and splits them, once; later calls change nothing.
 
@@ -136,14 +140,20 @@ class ImageDataModule(ResumableDataModule):
         whole, test = self.read()
         whole.check("training", self.raw_shape, self.num_classes)
         test.check("test", self.raw_shape, self.num_classes)
-        rest, held_out = stratified_split(whole.labels, self.val_fraction, self.split_seed)
-        if len(rest) == 0 or (len(held_out) == 0 and self.val_fraction > 0):
+        validation = self.read_validation()
+        if validation is not None:
+            validation.check("validation", self.raw_shape, self.num_classes)
+        fraction = self.val_fraction if validation is None else 0.0
+        rest, held_out = stratified_split(whole.labels, fraction, self.split_seed)
+        if len(rest) == 0 or (len(held_out) == 0 and fraction > 0):
             raise FusionError(
                 f"Expected training and validation images, got {len(rest)} and {len(held_out)} with "
-                f"val_fraction {self.val_fraction} of {len(whole)}; change val_fraction"
+                f"val_fraction {fraction} of {len(whole)}; change val_fraction"
             )
         train = self._own_part(whole.labels, self._limited(rest))
-        self._parts = {"train": whole.subset(train), "val": whole.subset(held_out), "test": test}
+        if validation is None:
+            validation = whole.subset(held_out)
+        self._parts = {"train": whole.subset(train), "val": validation, "test": test}
 
     def _limited(self, indices: Tensor) -> Tensor:
         """The training indices that `limit_train` keeps."""
