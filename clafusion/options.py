@@ -39,9 +39,10 @@ class FusionOptions:
         many: more than two parents: all onto the anchor at once, or one after another (`iterative`).
         correction: what is done about the shrunken variance of an average: nothing, `rescale` or `repair` the neurons,
             or `refit` the layers.
-        anchor_lead: how many times its weight the anchor counts in what hidden layers are refit to; the output layer is
-            fitted to what all parents predict, at their weights. With 1 the features are the mean of the parents',
-            which one layer can only approximate; the larger, the closer they are to the anchor's.
+        anchor_lead: how many times its weight the anchor counts in what hidden layers are refit to, against one other
+            parent (against more, as much more for each of them); the output layer is fitted to what all parents
+            predict, at their weights. With 1 the features are the mean of the parents', which one layer can only
+            approximate; the larger, the closer they are to the anchor's.
         ridge: pull of a refit layer towards the averaged weights, in units of the mean square of its inputs.
         num_samples: unlabelled samples to measure on, at most.
         seed: seed of the random layer map and of the choice of samples.
@@ -80,7 +81,7 @@ class FusionOptions:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             _check(name, getattr(self, name), hint)
-        for name, least in {"pin_first": 0, "pin_last": 0, "anchor": 0, "num_samples": 2}.items():
+        for name, least in {"pin_first": 0, "pin_last": 0, "anchor": 0, "anchor_lead": 1, "num_samples": 2}.items():
             if getattr(self, name) < least:
                 raise FusionError(f"Expected {name} of at least {least}, got {getattr(self, name)}")
         for name in ("regularization", "marginal_regularization", "anchor_lead", "ridge"):

@@ -18,7 +18,8 @@ class Parents:
         maps: per parent the maps of its neurons onto the fused network's, by space.
         weights: per parent, summing to one.
         head: the head rule of the options.
-        lead: how many times its weight the anchor counts in hidden layers.
+        lead: how many times its weight the anchor counts in hidden layers against one other parent; against several as
+            much more for each of them, so that its share stays about the same.
     """
 
     balanced: Balanced
@@ -34,7 +35,8 @@ class Parents:
             return {anchor: 1.0}
         owned = self.balanced.target_weights(layer, unit, self.weights)
         if not is_head:
-            owned = {k: weight * (self.lead if k == anchor else 1.0) for k, weight in owned.items()}
+            lead = 1 + (self.lead - 1) * (len(owned) - 1)
+            owned = {k: weight * (lead if k == anchor else 1.0) for k, weight in owned.items()}
         total = sum(owned.values())
         return {k: weight / total if total else 1 / len(owned) for k, weight in owned.items()}
 

@@ -10,8 +10,11 @@ import torchvision
 from torch import Tensor, nn
 
 from clafusion import Ensemble, FusionError, FusionOptions, fuse, insert_identities, networks, refit, trace
+from clafusion.maps import Balanced
+from clafusion.networks import MLP
 from clafusion.parameters import resized
 from clafusion.statistics import rows
+from clafusion.targets import Parents
 from tests.helpers import images, largest_difference, mlp, permuted, randomised, relative_error, resnet, vectors, vgg
 
 CORRECTIONS = ["rescale", "repair", "refit"]
@@ -392,6 +395,17 @@ def test_the_lead_of_the_anchor_is_about_its_features_and_not_about_what_is_pred
     assert 1000 * distances[1e12] < 2 * distances[6.0] < distances[1.0]
     alone = nn.functional.kl_div(parents[anchor](x).log_softmax(1), aim, log_target=True, reduction="batchmean")
     assert max(errors[6.0], errors[1e12]) < 0.8 * float(alone), (errors, alone)
+
+
+def test_the_lead_of_the_anchor_is_against_each_of_the_others():
+    structures = [trace(MLP(6, [5, 4], 3), vectors(2, 6)) for _ in range(4)]
+    owners = {unit.name: dict.fromkeys(range(4), 1.0) for unit in structures[0].units}
+    weights = [0.1, 0.4, 0.3, 0.2]
+    parents = Parents(Balanced(tuple(structures), owners, 1, 0), [{}] * 4, weights, "average", lead=3.0)
+    (first, *_, last) = structures[0].units
+    found = parents.shares(first.branch[0], first)
+    assert found == pytest.approx({0: 0.1 / 3.4, 1: 7 * 0.4 / 3.4, 2: 0.3 / 3.4, 3: 0.2 / 3.4})
+    assert parents.shares(last.branch[0], last) == pytest.approx(dict(enumerate(weights)))
 
 
 # --- what it says ----------------------------------------------------------------------------------------------------
