@@ -398,7 +398,7 @@ def test_the_lead_of_the_anchor_is_about_its_features_and_not_about_what_is_pred
 
 
 def test_the_lead_of_the_anchor_is_against_each_of_the_others():
-    structures = [trace(MLP(6, [5, 4], 3).eval(), vectors(2, 6)) for _ in range(4)]
+    structures = [trace(MLP(6, [5, 4], 3).eval(), vectors(2, 6).float()) for _ in range(4)]
     owners = {unit.name: dict.fromkeys(range(4), 1.0) for unit in structures[0].units}
     weights = [0.1, 0.4, 0.3, 0.2]
     parents = Parents(Balanced(tuple(structures), owners, 1, 0), [{}] * 4, weights, "average", lead=3.0)
