@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import cli
-from clafusion import FusionError, FusionOptions, average, transfer
+from clafusion import FusionError, FusionOptions, average, fuse, transfer
 from clafusion.networks import build
 from datamodules import DigitsDataModule
 from lightning_modules import FusionTrainer, ImageClassifier, catalogue, load_parent
@@ -123,6 +123,27 @@ def test_recipes_are_the_published_ones(name, kind, epochs, lr, momentum, decay,
     ]  # fmt: skip
     passed = [milestone for milestone in recipe["milestones"] if milestone < epochs]
     assert lr * recipe["gamma"] ** len(passed) == pytest.approx(rate)
+
+
+def full_pairs() -> dict[str, str]:
+    """An experiment for every combination of parents, and what they are called."""
+    found: dict[str, str] = {}
+    for name in sorted(PAPER):
+        parents = at(name, "full")[0].parents.values()
+        found.setdefault(json.dumps([parent.architecture for parent in parents]), name)
+    return {name: architectures for architectures, name in found.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", full_pairs())
+def test_networks_of_full_size_are_fused(name):
+    networks = [build(architecture).eval() for architecture in json.loads(full_pairs()[name])]
+    shape = (784,) if name in ("mlp_ablation", "skill_transfer") else (3, 32, 32)
+    anchor = 1 if "teacher" in at(name, "full")[0].parents else 0
+    fusion = fuse(networks, [torch.randn(4, *shape)], FusionOptions(correction="none", anchor=anchor))
+    assert fusion.model(torch.zeros(2, *shape)).shape == networks[0](torch.zeros(2, *shape)).shape
+    depths = [sum(parameter.ndim > 1 for parameter in network.parameters()) for network in (*networks, fusion.model)]
+    assert depths[-1] == max(depths[:-1])
 
 
 def test_grids_of_the_paper_are_whole():
