@@ -128,8 +128,7 @@ def _wasserstein_costs(deep: Structure, shallow: Structure, samples: Tensor, pai
         for name, value in _features(deep, chunk, pairs, 0):
             for unit in partners[name]:
                 key = name, unit.output.pre
-                moments = Moments.of(value, of_shallow[unit.output.pre])
-                sums[key] = sums[key] + moments if key in sums else moments
+                sums[key] = Moments.of(value, of_shallow[unit.output.pre], onto=sums.get(key))
     distances = {}
     for key, moments in sums.items():
         cost = ground_cost(moments, "euclidean") / moments.count**0.5

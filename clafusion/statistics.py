@@ -14,7 +14,7 @@ from clafusion.structure import Structure
 #: Samples that are run at once: activations of one such chunk are all that is ever held.
 CHUNK = 32
 #: Observations whose products are summed in single precision before they are added to sums in float64.
-BLOCK = 1024
+BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -36,45 +36,56 @@ class Moments:
     xy: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor) -> "Moments":
+    def of(cls, x: Tensor, y: Tensor, onto: "Moments | None" = None) -> "Moments":
         """The sums of one batch, x [samples, n, ...] and y [samples, m, ...], every position an observation.
 
-        What is in single precision is multiplied in it, in blocks of about a thousand observations around a mean, and
+        What is in single precision is multiplied in it, in blocks of a few thousand observations around a mean, and
         summed in float64: the rounding is relative to what varies, not to the mean, and does not pile up.
+
+        Args:
+            x: features of one network.
+            y: features of the other.
+            onto: sums of earlier batches to add these to; they are used up.
         """
         dtype = _precision(x, y)
         # Any constant near the mean will do; the sums are shifted back below.
         centres = [_by_neuron(one[: max(1, len(one) // 32)], dtype).mean(1) for one in (x, y)]
-        sums = [torch.zeros(len(centre), dtype=torch.float64, device=x.device) for centre in (*centres, *centres)]
-        products = torch.zeros(len(centres[0]), len(centres[1]), dtype=torch.float64, device=x.device)
+        products = x.new_zeros(x.shape[1], y.shape[1], dtype=torch.float64) if onto is None else onto.xy
         positions = x[0, 0].numel()
         step = len(x) if dtype == torch.float64 else max(1, BLOCK // positions)
+        blocks: list[tuple[Tensor, ...]] = []
         for parts in zip(x.split(step), y.split(step), strict=True):
             a, b = (_by_neuron(part, dtype) - c[:, None] for part, c in zip(parts, centres, strict=True))
-            block = [a.sum(1), b.sum(1), _squares(a), _squares(b)]
-            for total, part in zip(sums, block, strict=True):
-                total += part
-            if block[2].any() and block[3].any():  # what an inserted block computes is often nothing
+            norms = [torch.linalg.vector_norm(one, dim=1) for one in (a, b)]
+            blocks.append((a.sum(1), b.sum(1), *norms))
+            if all(norm.any() for norm in norms):  # what an inserted block computes is often nothing
                 products += a @ b.T
-        total_x, total_y, xx, yy = sums
-        around = cls(len(x) * positions, total_x, total_y, xx, yy, products)
-        return around._shifted(*(centre.double() for centre in centres))
-
-    def _shifted(self, x: Tensor, y: Tensor) -> "Moments":
-        """The moments of neurons to which constants are added, [n] and [m]; takes the products over."""
-        total_y = self.y + self.count * y
-        return Moments(
-            self.count,
-            self.x + self.count * x,
-            total_y,
-            self.xx + 2 * x * self.x + self.count * x.square(),
-            self.yy + 2 * y * self.y + self.count * y.square(),
-            self.xy.addr_(x, total_y).addr_(self.x, y),
-        )
+        sums = [torch.stack(parts).double() for parts in zip(*blocks, strict=True)]
+        centred = sums[0].sum(0), sums[1].sum(0), sums[2].square().sum(0), sums[3].square().sum(0)
+        found = _shifted(len(x) * positions, *centred, products, *(centre.double() for centre in centres))
+        if onto is None:
+            return found
+        count, x, y = onto.count + found.count, onto.x + found.x, onto.y + found.y
+        return cls(count, x, y, onto.xx + found.xx, onto.yy + found.yy, products)
 
     def __add__(self, other: "Moments") -> "Moments":
         names = ("count", "x", "y", "xx", "yy", "xy")
         return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in names})
+
+
+def _shifted(
+    count: int, x: Tensor, y: Tensor, xx: Tensor, yy: Tensor, xy: Tensor, by_x: Tensor, by_y: Tensor
+) -> Moments:
+    """The moments of neurons to which constants are added, [n] and [m]; the products are changed in place."""
+    total_y = y + count * by_y
+    return Moments(
+        count,
+        x + count * by_x,
+        total_y,
+        xx + 2 * by_x * x + count * by_x.square(),
+        yy + 2 * by_y * y + count * by_y.square(),
+        xy.addr_(by_x, total_y).addr_(x, by_y),
+    )
 
 
 def _precision(x: Tensor, y: Tensor) -> torch.dtype:
@@ -86,11 +97,6 @@ def _precision(x: Tensor, y: Tensor) -> torch.dtype:
 def _by_neuron(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[samples, neurons, ...] as [neurons, observations]."""
     return x.movedim(1, 0).flatten(1).to(dtype)
-
-
-def _squares(x: Tensor) -> Tensor:
-    """The sum of squares of every row, float64."""
-    return torch.linalg.vector_norm(x, dim=1).double().square()
 
 
 def collect(batches: Iterable[Any], num_samples: int) -> Tensor:
@@ -178,7 +184,6 @@ def paired_moments(
     for chunk in chunks(samples):
         for name, outputs in zip(order, in_step(structures, [order] * len(structures), chunk), strict=True):
             for one, other in pairs[name]:
-                moments = Moments.of(outputs[one], outputs[other])
                 key = name, one, other
-                sums[key] = sums[key] + moments if key in sums else moments
+                sums[key] = Moments.of(outputs[one], outputs[other], onto=sums.get(key))
     return sums
