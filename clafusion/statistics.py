@@ -61,31 +61,29 @@ class Moments:
             if all(norm.any() for norm in norms):  # what an inserted block computes is often nothing
                 products += a @ b.T
         sums = [torch.stack(parts).double() for parts in zip(*blocks, strict=True)]
-        centred = sums[0].sum(0), sums[1].sum(0), sums[2].square().sum(0), sums[3].square().sum(0)
-        found = _shifted(len(x) * positions, *centred, products, *(centre.double() for centre in centres))
+        x_sum, y_sum, xx, yy = sums[0].sum(0), sums[1].sum(0), sums[2].square().sum(0), sums[3].square().sum(0)
+        around = cls(len(x) * positions, x_sum, y_sum, xx, yy, products)
+        found = around._shifted(*(centre.double() for centre in centres))
         if onto is None:
             return found
-        count, x, y = onto.count + found.count, onto.x + found.x, onto.y + found.y
-        return cls(count, x, y, onto.xx + found.xx, onto.yy + found.yy, products)
+        count, x_sum, y_sum = onto.count + found.count, onto.x + found.x, onto.y + found.y
+        return cls(count, x_sum, y_sum, onto.xx + found.xx, onto.yy + found.yy, products)
+
+    def _shifted(self, x: Tensor, y: Tensor) -> "Moments":
+        """The moments of the neurons plus constants, [n] and [m]; the products are changed in place."""
+        total_y = self.y + self.count * y
+        return Moments(
+            self.count,
+            self.x + self.count * x,
+            total_y,
+            self.xx + 2 * x * self.x + self.count * x.square(),
+            self.yy + 2 * y * self.y + self.count * y.square(),
+            self.xy.addr_(x, total_y).addr_(self.x, y),
+        )
 
     def __add__(self, other: "Moments") -> "Moments":
         names = ("count", "x", "y", "xx", "yy", "xy")
         return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in names})
-
-
-def _shifted(
-    count: int, x: Tensor, y: Tensor, xx: Tensor, yy: Tensor, xy: Tensor, by_x: Tensor, by_y: Tensor
-) -> Moments:
-    """The moments of neurons to which constants are added, [n] and [m]; the products are changed in place."""
-    total_y = y + count * by_y
-    return Moments(
-        count,
-        x + count * by_x,
-        total_y,
-        xx + 2 * by_x * x + count * by_x.square(),
-        yy + 2 * by_y * y + count * by_y.square(),
-        xy.addr_(by_x, total_y).addr_(x, by_y),
-    )
 
 
 def _precision(x: Tensor, y: Tensor) -> torch.dtype:
