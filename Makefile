@@ -1,11 +1,11 @@
-# make demo | make test | make test-slurm | make lint | make format          VENV and PYTHON may be given: make test VENV=~/venvs/clafusion
+# make demo | make test | make test-slurm | make bench | make lint | make format          VENV and PYTHON may be given: make test VENV=~/venvs/clafusion
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 # Newer than setup.cfg: what is installed is what setup.cfg asks for.
 STAMP := $(VENV)/.clafusion-installed
 
-.PHONY: demo test test-slurm lint format
+.PHONY: demo test test-slurm bench lint format
 
 # Trains a deep and a shallow parent on real digits, fuses them and shows how the result compares (about a minute).
 demo: $(STAMP)
@@ -22,6 +22,10 @@ test: $(STAMP)
 # As root, on a Debian or Ubuntu without SLURM: installs it, trains with two tasks, requeues the job, removes SLURM.
 test-slurm: $(STAMP)
 	scripts/slurm/test.sh $(BIN)
+
+# What fusing, data, training and solvers cost, side by side on one thread (about ten minutes; plots in docs/plots).
+bench: $(STAMP)
+	for name in fusion data train solvers; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -4,10 +4,11 @@ An alignment names, for every stage (the head included), the unit of the deep ne
 stands for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from clafusion.errors import FusionError
 from clafusion.matching import Alignment, check_shapes, copied_state, match_layers, matched_units
@@ -49,7 +50,7 @@ def insert_identities(
     example = example_for(shallow) if example is None else example
     a, b = trace(deep, as_input(example, deep)), trace(shallow, as_input(example, shallow))
     network = inserted(deep, a, b, alignment, zero_branches)
-    check_same_function(network, shallow, example)
+    check_same_function(trace(network, as_input(example, network)), b)
     return network
 
 
@@ -101,11 +102,15 @@ def _identity(network: nn.Module, unit: Unit, zero_branches: bool) -> dict[str, 
     state: dict[str, Tensor] = {}
     for layer in unit.layers:
         module = network.get_submodule(layer.name)
-        closes = unit.kind == "residual" and layer.name == unit.closing
-        silent = closes or (zero_branches and unit.kind == "residual" and layer.weighted)
+        silent = _is_silent(unit, layer, zero_branches)
         for key, value in state_of(module).items():
             state[f"{layer.name}.{key}"] = _identity_value(module, layer, key, value, silent)
     return state
+
+
+def _is_silent(unit: Unit, layer: Layer, zero_branches: bool) -> bool:
+    """Whether a layer of an inserted unit gives nothing but zeros."""
+    return unit.kind == "residual" and (layer.name == unit.closing or (zero_branches and layer.weighted))
 
 
 def _identity_value(module: nn.Module, layer: Layer, key: str, value: Tensor, silent: bool) -> Tensor:
@@ -118,14 +123,63 @@ def _identity_value(module: nn.Module, layer: Layer, key: str, value: Tensor, si
         return fresh
     if layer.kind == "linear":
         return nn.init.eye_(fresh)
-    return nn.init.dirac_(fresh, groups=getattr(module, "groups", 1))
+    # As `nn.init.dirac_`, at once instead of filter by filter; a depthwise filter has one input.
+    middle = fresh[:, :, fresh.shape[2] // 2, fresh.shape[3] // 2]
+    middle.fill_diagonal_(1) if getattr(module, "groups", 1) == 1 else middle.fill_(1)
+    return fresh
 
 
-def check_same_function(network: nn.Module, original: nn.Module, example: Tensor) -> None:
-    """Run both; an inserted identity is exact for ReLU-like activations only."""
-    with_identities, without = (trace(model, as_input(example, model)).module for model in (network, original))
-    before = without(as_input(example, without))
-    after = with_identities(as_input(example, with_identities))
+def pass_on(structure: Structure, inserted_units: Collection[str], zero_branches: bool) -> None:
+    """Let the graph of a network take what its inserted units give for granted instead of computing it.
+
+    The graph of the structure is changed; the modules are not, nor the names of the nodes. Valid where
+    `check_same_function` has found nothing.
+
+    Args:
+        structure: of a network that `inserted` has made.
+        inserted_units: the names of the units that are identities.
+        zero_branches: as it was inserted with.
+    """
+    nodes = {node.name: node for node in structure.module.graph.nodes}
+    layers = {node.target: node for node in nodes.values() if node.op == "call_module"}
+    for unit in structure.units:
+        if unit.name not in inserted_units:
+            continue
+        for layer in (layer for layer in unit.layers if layer.weighted):
+            node = layers[layer.name]
+            if _is_silent(unit, layer, zero_branches):
+                _give(node, _nothing, (nodes[unit.input], tuple(node.meta["shape"][1:])))
+            elif unit.kind == "plain":
+                _give(node, _same, (node.all_input_nodes[0],))
+        if unit.kind == "residual":
+            _give(nodes[unit.output.pre], _same, (nodes[unit.input],))
+            if unit.output.post != unit.output.pre:
+                _give(nodes[unit.output.post], _same, (nodes[unit.output.pre],))
+
+
+def _give(node: fx.Node, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> None:
+    node.op, node.target, node.args, node.kwargs = "call_function", function, arguments, {}
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _nothing(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return x.new_zeros(()).expand(len(x), *shape)
+
+
+def check_same_function(network: Structure, original: Structure) -> None:
+    """Compare what both gave for the example of their traces: an inserted identity is exact for ReLU-like activations.
+
+    Args:
+        network: with inserted units.
+        original: without them, traced on the same example.
+
+    Raises:
+        FusionError: if they differ.
+    """
+    before, after = original.logits, network.logits
     error = float((after - before).abs().max() / before.abs().max().clamp_min(torch.finfo(before.dtype).tiny))
     if not error <= TOLERANCE.get(before.dtype, 1e-4):
         raise FusionError(

@@ -28,33 +28,41 @@ def combine(
     """
     structure = balanced.structure
     network = resized(anchor, structure, _sizes(balanced, options))
-    fused: dict[str, Tensor] = {}
+    fused = state_of(network)
+    states = [state_of(parent.module) for parent in balanced.structures]
     for unit in structure.units:
         for layer in unit.layers:
             for name in (key for key in structure.axes if key.rpartition(".")[0] == layer.name):
                 shares = _shares(balanced, unit, layer, name, weights, options)
-                fused[name] = _weighted_sum(balanced, name, maps, shares, options)
-    return load_state(network, fused)
+                tensors = [state[name] for state in states]
+                _add_up(fused[name], balanced, name, tensors, maps, shares, options)
+    return network
 
 
-def _weighted_sum(
-    balanced: Balanced, name: str, maps: Sequence[Maps], shares: Sequence[float], options: FusionOptions
-) -> Tensor:
-    """One parameter of the result; a counter of batches is the anchor's."""
-    states = [state_of(parent.module)[name] for parent in balanced.structures]
-    anchors = states[balanced.anchor]
-    if not anchors.is_floating_point():
-        return anchors
-    total = torch.zeros((), dtype=torch.float64, device=anchors.device)
+def _add_up(
+    fused: Tensor,
+    balanced: Balanced,
+    name: str,
+    tensors: Sequence[Tensor],
+    maps: Sequence[Maps],
+    shares: Sequence[float],
+    options: FusionOptions,
+) -> None:
+    """Fill in one parameter of the result, which is zero so far; a counter of batches is the anchor's."""
+    if not fused.is_floating_point():
+        fused.copy_(tensors[balanced.anchor])
+        return
+    total = fused.to(torch.promote_types(fused.dtype, torch.float32))
     for k, share in enumerate(shares):
         if share:
-            total = total + share * _moved(balanced, k, name, states[k], maps[k], options)
-    return total
+            total.add_(_moved(balanced, k, name, tensors[k].to(total.dtype), maps[k], options), alpha=share)
+    if total is not fused:
+        fused.copy_(total)
 
 
 def _moved(balanced: Balanced, k: int, name: str, tensor: Tensor, maps: Maps, options: FusionOptions) -> Tensor:
     axes = balanced.structures[k].axes[name]
-    return move(tensor.double(), axes, [axis_map(axis, maps, options) for axis in axes])
+    return move(tensor, axes, [axis_map(axis, maps, options) for axis in axes])
 
 
 def _sizes(balanced: Balanced, options: FusionOptions) -> dict[str, int]:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import Tensor, fx
 
+from clafusion.graph import needed
 from clafusion.statistics import as_input
 from clafusion.structure import Structure
 
@@ -38,7 +39,7 @@ class Cursor:
         """
         overridden = {self.by_name[name]: value for name, value in (given or {}).items()}
         wanted = [self.by_name[name] for name in names]
-        plan = self._plan(wanted, {*self.states[0], *overridden})
+        plan = needed(self.nodes, wanted, {*self.states[0], *overridden})
         for state in self.states:
             values = self._run({**state, **overridden}, wanted, plan)
             yield {node.name: values[node] for node in wanted}
@@ -46,24 +47,13 @@ class Cursor:
     def advance(self, names: Collection[str]) -> None:
         """Move on to where exactly these nodes are held, from which all that is asked for later must follow."""
         wanted = [self.by_name[name] for name in names]
-        plan = self._plan(wanted, self.states[0])
+        plan = needed(self.nodes, wanted, self.states[0])
         for number, state in enumerate(self.states):
             self.states[number] = self._run(state, wanted, plan)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a node's output for one sample."""
         return tuple(self.by_name[name].meta["shape"][1:])
-
-    def _plan(self, wanted: Sequence[fx.Node], known: Collection[fx.Node]) -> list[fx.Node]:
-        """The nodes to run, in graph order, to get from what is known to what is wanted."""
-        needed: set[fx.Node] = set()
-        open_nodes = list(wanted)
-        while open_nodes:
-            node = open_nodes.pop()
-            if node not in known and node not in needed:
-                needed.add(node)
-                open_nodes += node.all_input_nodes
-        return [node for node in self.nodes if node in needed]
 
     def _run(
         self, known: Mapping[fx.Node, Tensor], wanted: Sequence[fx.Node], plan: Sequence[fx.Node]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clafusion.balance import check_same_function, inserted
+from clafusion.balance import check_same_function, inserted, pass_on
 from clafusion.combination import combine, normalized
 from clafusion.correction import correct
 from clafusion.errors import FusionError
@@ -121,9 +121,10 @@ def _fuse_at_once(
     sides = [deep_and_shallow(structures, template, k, options) for k in range(len(models))]
     costs = [open_costs(*side, samples, options) for side in sides]
     alignments = tuple(map_stages(*side, cost, options) for side, cost in zip(sides, costs, strict=True))
-    parents = tuple(_balance(models, k, template, sides[k], alignments[k], samples, options) for k in range(len(sides)))
+    parts = [_balance(models, structures, k, template, alignments[k], samples, options) for k in range(len(models))]
+    parents = tuple(network for network, _ in parts)
     balanced = Balanced(
-        structures=tuple(trace(parent, as_input(samples[:2], parent)) for parent in parents),
+        structures=tuple(structure for _, structure in parts),
         owners=_owners(structures[template], template, alignments, held, options),
         anchor=options.anchor,
         template=template,
@@ -183,21 +184,28 @@ def _held(step: Fusion, before: Held | None) -> Held | None:
 
 def _balance(
     models: Sequence[nn.Module],
+    structures: Sequence[Structure],
     k: int,
     template: int,
-    side: tuple[Structure, Structure],
     alignment: Alignment,
     samples: Tensor,
     options: FusionOptions,
-) -> nn.Module:
-    """One parent at the template's depth, from its and the template's structure, the deeper first."""
+) -> tuple[nn.Module, Structure]:
+    """One parent at the template's depth, and its structure; what its inserted units give is not computed any more."""
     if k == template:
-        return independent_copy(models[k])
+        return independent_copy(models[k]), structures[k]
+    deep, shallow = deep_and_shallow(structures, template, k, options)
     if options.balance == "merge":
-        return merged(models[template], *side, alignment, samples, options.relu).requires_grad_(True)
-    network = inserted(models[template], *side, alignment, zero_branches=options.streams == "per_layer")
-    check_same_function(network, models[k], samples[:8])
-    return network.requires_grad_(True)
+        network = merged(models[template], deep, shallow, alignment, samples, options.relu).requires_grad_(True)
+        return network, trace(network, as_input(samples[:2], network))
+    zero_branches = options.streams == "per_layer"
+    network = inserted(models[template], deep, shallow, alignment, zero_branches).requires_grad_(True)
+    structure = trace(network, as_input(samples[:2], network))
+    check_same_function(structure, shallow)
+    stages = zip(deep.stages, alignment, strict=True)
+    new = {unit.name for stage, places in stages for place, unit in enumerate(stage) if place not in places}
+    pass_on(structure, new, zero_branches)
+    return network, structure
 
 
 def _owners(

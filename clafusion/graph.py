@@ -1,7 +1,7 @@
 """Networks as `torch.fx` graphs: captured without touching the model, cut into segments, run with observers."""
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def strip_hooks(model: nn.Module) -> nn.Module:
     return model
 
 
-def capture(model: nn.Module, example: Tensor) -> fx.GraphModule:
+def capture(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, Any]:
     """Trace `model` symbolically and run it once: every node's `meta["shape"]` is its output's shape, or None.
 
     Args:
@@ -45,7 +45,8 @@ def capture(model: nn.Module, example: Tensor) -> fx.GraphModule:
         example: a batch that it accepts, [samples, ...].
 
     Returns:
-        A graph module that shares the tensors of `model`, in eval mode, with every operation out of place.
+        A graph module that shares the tensors of `model`, in eval mode, with every operation out of place; and what it
+        gives for the example.
 
     Raises:
         FusionError: if torch.fx cannot trace the network, a parameter is not used, or it does not accept the example.
@@ -63,28 +64,38 @@ def capture(model: nn.Module, example: Tensor) -> fx.GraphModule:
         if node.op == "call_function" and "inplace" in node.kwargs:
             node.kwargs = {**node.kwargs, "inplace": False}
     module.recompile()
-    _record_shapes(module, example, type(model).__name__)
-    return module
+    return module, _record_shapes(module, example, type(model).__name__)
 
 
 def observe(module: fx.GraphModule, batch: Tensor, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
     """Run a captured network and yield (node, output) for the nodes in `names`, in graph order.
 
-    Each output is yielded the moment it is computed and dropped when nothing needs it any more, so that two networks
-    with the same graph can be run in step, and never hold more than a few activations.
+    Only what these need is run. Each output is yielded the moment it is computed and dropped when nothing needs it any
+    more, so that two networks with the same graph can be run in step, and never hold more than a few activations.
     """
-    interpreter = fx.Interpreter(module)
+    interpreter = fx.Interpreter(module, garbage_collect_values=False)
     interpreter.args_iter = iter([batch])
-    remaining = len(set(names))
-    for node in module.graph.nodes:
-        if remaining == 0:
-            return
-        interpreter.env[node] = interpreter.run_node(node)
-        for used in interpreter.user_to_last_uses.get(node, []):
-            del interpreter.env[used]
+    steps = needed(module.graph.nodes, [node for node in module.graph.nodes if node.name in names])
+    last_use = {used: node for node in steps for used in (node, *node.all_input_nodes)}
+    for node in steps:
+        value = interpreter.env[node] = interpreter.run_node(node)
+        for used in {node, *node.all_input_nodes}:
+            if last_use[used] is node:
+                del interpreter.env[used]
         if node.name in names:
-            remaining -= 1
-            yield node.name, interpreter.env[node]
+            yield node.name, value
+
+
+def needed(nodes: Iterable[fx.Node], wanted: Iterable[fx.Node], known: Collection[fx.Node] = ()) -> list[fx.Node]:
+    """The nodes to run, in the order given, to get from what is known to what is wanted."""
+    found: set[fx.Node] = set()
+    open_nodes = list(wanted)
+    while open_nodes:
+        node = open_nodes.pop()
+        if node not in known and node not in found:
+            found.add(node)
+            open_nodes += node.all_input_nodes
+    return [node for node in nodes if node in found]
 
 
 def tensor_nodes(module: fx.GraphModule) -> list[fx.Node]:
@@ -124,20 +135,22 @@ def _check_all_run(model: nn.Module, module: fx.GraphModule) -> None:
             )
 
 
-def _record_shapes(module: fx.GraphModule, example: Tensor, name: str) -> None:
-    """Run the network once and note the shape of every tensor on its node."""
+def _record_shapes(module: fx.GraphModule, example: Tensor, name: str) -> Any:
+    """Run the network once and note the shape of every tensor on its node; returns its output."""
     for node in module.graph.nodes:
         node.meta["shape"] = None
-    names = {node.name for node in module.graph.nodes if node.op != "output"}
     by_name = {node.name: node for node in module.graph.nodes}
+    value: Any = None
     try:
         with torch.no_grad():
-            for node_name, value in observe(module, example, names):
-                by_name[node_name].meta["shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
+            for node_name, value in observe(module, example, by_name):
+                is_tensor = isinstance(value, Tensor) and by_name[node_name].op != "output"
+                by_name[node_name].meta["shape"] = tuple(value.shape) if is_tensor else None
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise FusionError(
             f"Expected samples that {name} accepts, got a batch of shape {list(example.shape)}: {_first_line(error)}"
         ) from error
+    return value
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from clafusion.errors import FusionError
 from clafusion.graph import observe
 from clafusion.similarity import MIN_SAMPLES, cca, cka_from_hsic, gram, hsic
-from clafusion.statistics import Moments, as_input, chunks, collect, rows
+from clafusion.statistics import Moments, as_input, chunks, collect
 from clafusion.structure import Structure, Unit, trace
 from clafusion.transport import ground_cost, transport_plan
 
@@ -123,13 +123,12 @@ def _wasserstein_costs(deep: Structure, shallow: Structure, samples: Tensor, pai
     """The optimal transport cost between the neurons of two layers, per observation (root mean square distance)."""
     sums: dict[tuple[str, str], Moments] = {}
     for chunk in chunks(samples):
-        of_shallow = {name: rows(value) for name, value in _features(shallow, chunk, pairs, 1)}
+        of_shallow = dict(_features(shallow, chunk, pairs, 1))
         partners = {a.output.pre: theirs for ours, theirs in pairs.values() for a in ours}
         for name, value in _features(deep, chunk, pairs, 0):
             for unit in partners[name]:
                 key = name, unit.output.pre
-                moments = Moments.of(rows(value), of_shallow[unit.output.pre])
-                sums[key] = sums[key] + moments if key in sums else moments
+                sums[key] = Moments.of(value, of_shallow[unit.output.pre], onto=sums.get(key))
     distances = {}
     for key, moments in sums.items():
         cost = ground_cost(moments, "euclidean") / moments.count**0.5

@@ -184,7 +184,7 @@ def _incoming(structure: Structure, layer: Layer, maps: Maps, options: FusionOpt
     state = state_of(structure.module.get_submodule(layer.name))
     axes = structure.axes[f"{layer.name}.weight"]
     mappings = [None, *(axis_map(axis, maps, options) for axis in axes[1:])]
-    weight = move(state["weight"], axes, mappings).flatten(1)
+    weight = move(state["weight"].double(), axes, mappings).flatten(1)
     return torch.cat([weight, state["bias"][:, None].to(weight)], 1) if "bias" in state else weight
 
 

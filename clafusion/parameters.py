@@ -29,16 +29,27 @@ def move(tensor: Tensor, axes: Sequence[Axis | None], maps: Sequence[Tensor | No
         maps: for every axis a map [old neurons, new neurons], or None to leave the axis as it is.
 
     Returns:
-        The moved parameter, float64 where anything moved.
+        The moved parameter, in its own precision.
     """
     for dim, (axis, mapping) in enumerate(zip(axes, maps, strict=True)):
         if axis is None or mapping is None:
             continue
-        blocks = tensor.to(mapping.dtype).movedim(dim, 0)
+        if (copied := _copied_rows(mapping)) is not None:
+            places = copied[:, None] * axis.repeat + torch.arange(axis.repeat, device=copied.device)
+            tensor = tensor.index_select(dim, places.flatten())
+            continue
+        blocks = tensor.movedim(dim, 0)
         rest = blocks.shape[1:]
         blocks = blocks.reshape(mapping.shape[0], -1)
-        tensor = (mapping.T @ blocks).reshape(mapping.shape[1] * axis.repeat, *rest).movedim(0, dim)
+        moved = mapping.T.to(tensor.dtype) @ blocks
+        tensor = moved.reshape(mapping.shape[1] * axis.repeat, *rest).movedim(0, dim)
     return tensor
+
+
+def _copied_rows(mapping: Tensor) -> Tensor | None:
+    """The neuron that each new one is a copy of; None where some are mixtures."""
+    largest, places = mapping.max(0)
+    return places if (largest == 1).all() and mapping.count_nonzero() == len(places) else None
 
 
 def resized(model: nn.Module, structure: Structure, sizes: Mapping[str, int]) -> nn.Module:

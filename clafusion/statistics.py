@@ -13,6 +13,8 @@ from clafusion.structure import Structure
 
 #: Samples that are run at once: activations of one such chunk are all that is ever held.
 CHUNK = 32
+#: Observations whose products are summed in single precision before they are added to sums in float64.
+BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,65 @@ class Moments:
     xy: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor) -> "Moments":
-        """The sums of one batch of rows, x [observations, n] and y [observations, m]."""
-        x, y = x.double(), y.double()
-        return cls(x.shape[0], x.sum(0), y.sum(0), x.square().sum(0), y.square().sum(0), x.T @ y)
+    def of(cls, x: Tensor, y: Tensor, onto: "Moments | None" = None) -> "Moments":
+        """The sums of one batch, x [samples, n, ...] and y [samples, m, ...], every position an observation.
+
+        What is in single precision is multiplied in it, in blocks of a few thousand observations around a mean, and
+        summed in float64: the rounding is relative to what varies, not to the mean, and does not pile up.
+
+        Args:
+            x: features of one network.
+            y: features of the other.
+            onto: sums of earlier batches to add these to; they are used up.
+        """
+        dtype = _precision(x, y)
+        # Any constant near the mean will do; the sums are shifted back below.
+        centres = [_by_neuron(one[: max(1, len(one) // 32)], dtype).mean(1) for one in (x, y)]
+        products = x.new_zeros(x.shape[1], y.shape[1], dtype=torch.float64) if onto is None else onto.xy
+        positions = x[0, 0].numel()
+        step = len(x) if dtype == torch.float64 else max(1, BLOCK // positions)
+        blocks: list[tuple[Tensor, ...]] = []
+        for parts in zip(x.split(step), y.split(step), strict=True):
+            a, b = (_by_neuron(part, dtype) - c[:, None] for part, c in zip(parts, centres, strict=True))
+            norms = [torch.linalg.vector_norm(one, dim=1) for one in (a, b)]
+            blocks.append((a.sum(1), b.sum(1), *norms))
+            if all(norm.any() for norm in norms):  # what an inserted block computes is often nothing
+                products += a @ b.T
+        sums = [torch.stack(parts).double() for parts in zip(*blocks, strict=True)]
+        x_sum, y_sum, xx, yy = sums[0].sum(0), sums[1].sum(0), sums[2].square().sum(0), sums[3].square().sum(0)
+        around = cls(len(x) * positions, x_sum, y_sum, xx, yy, products)
+        found = around._shifted(*(centre.double() for centre in centres))
+        if onto is None:
+            return found
+        count, x_sum, y_sum = onto.count + found.count, onto.x + found.x, onto.y + found.y
+        return cls(count, x_sum, y_sum, onto.xx + found.xx, onto.yy + found.yy, products)
+
+    def _shifted(self, x: Tensor, y: Tensor) -> "Moments":
+        """The moments of the neurons plus constants, [n] and [m]; the products are changed in place."""
+        total_y = self.y + self.count * y
+        return Moments(
+            self.count,
+            self.x + self.count * x,
+            total_y,
+            self.xx + 2 * x * self.x + self.count * x.square(),
+            self.yy + 2 * y * self.y + self.count * y.square(),
+            self.xy.addr_(x, total_y).addr_(self.x, y),
+        )
 
     def __add__(self, other: "Moments") -> "Moments":
         names = ("count", "x", "y", "xx", "yy", "xy")
         return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in names})
+
+
+def _precision(x: Tensor, y: Tensor) -> torch.dtype:
+    """The precision to multiply in: at least single; on an accelerator double, where single may mean much less."""
+    wider = torch.promote_types(x.dtype, y.dtype)
+    return torch.promote_types(wider, torch.float32) if x.device.type == "cpu" else torch.float64
+
+
+def _by_neuron(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[samples, neurons, ...] as [neurons, observations]."""
+    return x.movedim(1, 0).flatten(1).to(dtype)
 
 
 def collect(batches: Iterable[Any], num_samples: int) -> Tensor:
@@ -71,7 +124,7 @@ def collect(batches: Iterable[Any], num_samples: int) -> Tensor:
             break
     if not parts:
         raise FusionError("Expected at least one batch of samples, got none; pass unlabelled inputs")
-    samples = torch.cat(parts)
+    samples = torch.cat(parts) if len(parts) > 1 else parts[0]
     if not samples.isfinite().all():
         raise FusionError("Expected finite samples, got NaN or infinity; check the data")
     return samples
@@ -129,7 +182,6 @@ def paired_moments(
     for chunk in chunks(samples):
         for name, outputs in zip(order, in_step(structures, [order] * len(structures), chunk), strict=True):
             for one, other in pairs[name]:
-                moments = Moments.of(rows(outputs[one]), rows(outputs[other]))
                 key = name, one, other
-                sums[key] = sums[key] + moments if key in sums else moments
+                sums[key] = Moments.of(outputs[one], outputs[other], onto=sums.get(key))
     return sums

@@ -106,6 +106,7 @@ class Structure:
         output: the space of the logits; permuted only where that is asked for.
         stages: the units, stage by stage, in forward order; the last stage is the head alone.
         module: the captured graph, sharing the tensors of the network.
+        logits: what the network gave for the example.
     """
 
     axes: Mapping[str, tuple[Axis | None, ...]]
@@ -114,6 +115,7 @@ class Structure:
     output: str
     stages: tuple[tuple[Unit, ...], ...]
     module: fx.GraphModule = field(repr=False, compare=False)
+    logits: Tensor = field(repr=False, compare=False)
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -136,7 +138,7 @@ def trace(model: nn.Module, example: Tensor) -> Structure:
 
     Args:
         model: a classifier whose forward takes one tensor and returns logits [samples, classes].
-        example: a batch that it accepts, [samples, ...]; only its shape matters.
+        example: a batch that it accepts, [samples, ...].
 
     Raises:
         FusionError: if torch.fx cannot trace the network, or for the first operation or parameter that is not
@@ -151,14 +153,15 @@ def trace(model: nn.Module, example: Tensor) -> Structure:
         >>> structure.free_spaces
         ('fc1', 'fc2')
     """
-    found = walk(capture(model, example))
+    module, logits = capture(model, example)
+    found = walk(module)
     axes = {name: tuple(_axis(signal, found) for signal in signals) for name, signals in found.axes.items()}
     sizes: dict[str, int] = {}
     for name, size in found.sizes.items():
         sizes.setdefault(found.root(name), size)
     output = found.root(found.output.space)
     units = [_unit(draft, found) for draft in found.units]
-    return Structure(axes, sizes, found.root("input"), output, _stages(units, output), found.module)
+    return Structure(axes, sizes, found.root("input"), output, _stages(units, output), module, logits)
 
 
 def _axis(signal: Signal | None, found: Walk) -> Axis | None:

@@ -37,7 +37,8 @@ class ImageClassifier(LightningModule):
         milestones: Epochs at which the learning rate is multiplied by `gamma`.
         gamma: See `milestones`.
         channels_last: Lay images and weights out with the channels last: faster convolutions on GPUs.
-        compile: Compile the network with `torch.compile` before it is used. Like `channels_last` it belongs to a
+        compile: Compile the network with `torch.compile` before it is used.
+        fused: Let the optimizer update all weights in one kernel. Like `channels_last` and `compile` it belongs to a
             command, not to the network, and is not saved.
 
     Raises:
@@ -59,6 +60,7 @@ class ImageClassifier(LightningModule):
         gamma: float = 0.1,
         channels_last: bool = False,
         compile: bool = False,
+        fused: bool = False,
     ) -> None:
         super().__init__()
         _check_recipe(lr=lr, momentum=momentum, weight_decay=weight_decay, gamma=gamma)
@@ -70,6 +72,7 @@ class ImageClassifier(LightningModule):
         self.gamma = gamma
         self._channels_last = channels_last
         self._compiled = compile
+        self._fused = fused
         #: How this network was fused, as plain containers; it stays in every later checkpoint.
         self.fusion: dict[str, Any] | None = None
         self.metrics = nn.ModuleDict(
@@ -82,7 +85,7 @@ class ImageClassifier(LightningModule):
         # What is saved is the canonical description, never the class_path the user may have given.
         architecture = None if self.network is None else describe(self.network)
         milestones = self.milestones
-        self.save_hyperparameters(ignore=["channels_last", "compile"])
+        self.save_hyperparameters(ignore=["channels_last", "compile", "fused"])
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "ImageClassifier":
@@ -144,7 +147,11 @@ class ImageClassifier(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD, with a step schedule if there are milestones."""
         optimizer = torch.optim.SGD(
-            self._network().parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+            self._network().parameters(),
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            fused=self._fused or None,
         )
         if not self.milestones:
             return optimizer
@@ -171,6 +178,9 @@ class ImageClassifier(LightningModule):
                 f"{saved['architecture']}; leave out --model.architecture"
             )
         self.fusion = checkpoint.get("fusion")
+        for state in checkpoint.get("optimizer_states", []):
+            for group in state["param_groups"]:
+                group["fused"] = self._fused or None
         recipe = ("lr", "momentum", "weight_decay", "milestones", "gamma")
         if any(self.hparams[name] != saved.get(name) for name in recipe):
             self._override_recipe(checkpoint)

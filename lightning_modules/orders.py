@@ -126,7 +126,7 @@ def prepare(
         raise FusionError("Expected a strategy that starts its processes by running the command, got another; use ddp")
     whole, changes = from_plain(Experiment, experiment, "experiment").at(scale)
     data = changed(datamodule, changes)
-    module = {"channels_last": model._channels_last, "compile": model._compiled}
+    module = {"channels_last": model._channels_last, "compile": model._compiled, "fused": model._fused}
     workshop = Workshop(trainer, data, module)
     folder = Path(output) if output else Path(root) / whole.name
     chosen = tuple(whole.seeds if seeds is None else seeds)

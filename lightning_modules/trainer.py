@@ -175,7 +175,7 @@ class FusionTrainer(Trainer):
         networks is printed and lies in `results.json`, `results.csv` and `results.md`.
 
         Args:
-            model: Its `channels_last` and `compile` apply to every stage; the rest is the experiment's.
+            model: Its `channels_last`, `compile` and `fused` apply to every stage; the rest is the experiment's.
             datamodule: Images to train, validate and fuse on; the test images are for the evaluations.
             experiment: name, parents, fusions, transfers, finetune, distill, published, small, ...: see
                 docs/experiments.md.

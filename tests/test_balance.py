@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from clafusion import FusionError, insert_identities, networks, trace
+from clafusion.balance import pass_on
+from clafusion.graph import observe
 from tests import helpers
 from tests.helpers import foreign, images, mlp, relative_error, resnet, vectors, vgg
 
@@ -123,6 +125,31 @@ def test_networks_are_left_as_they_are():
     for model, kept in zip((deep, shallow), before, strict=True):
         assert model.training and helpers.largest_difference(model, kept) == 0
         assert not {t.data_ptr() for t in network.parameters()} & {t.data_ptr() for t in model.parameters()}
+
+
+@pytest.mark.parametrize("zero_branches", [False, True])
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("case", ["mlp", "vgg13 vgg11", "resnet34 resnet18"])
+def test_what_inserted_units_give_is_taken_for_granted(case, flags, zero_branches, monkeypatch):
+    make, example = CASES[case]
+    deep, shallow = make(flags)
+    alignment = last_places(deep, shallow, example)
+    network = insert_identities(shallow, deep, alignment, example, zero_branches)
+    places = zip(trace(deep, example).stages, alignment, strict=True)
+    new = {unit.name for stage, kept in places for place, unit in enumerate(stage) if place not in kept}
+    whole, passing = trace(network, example), trace(network, example)
+    pass_on(passing, new, zero_branches)
+    names = {node for unit in whole.units for layer in unit.layers for node in (layer.pre, layer.post)}
+    expected = dict(observe(whole.module, example, names))
+    found = dict(observe(passing.module, example, names))
+    assert new and found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-12) for name in names)
+    weighted = [layer.name for unit in whole.units if unit.name in new for layer in unit.layers if layer.weighted]
+    run = []
+    for name in weighted:
+        passing.module.get_submodule(name).register_forward_hook(lambda *_, name=name: run.append(name))
+    dict(observe(passing.module, example, {whole.units[-1].output.pre}))
+    assert not run
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -406,7 +406,7 @@ def test_the_trainer_is_a_lightning_trainer(tmp_path):
 # --- how fast ---
 
 
-@pytest.mark.parametrize("options", [{"channels_last": True}, {"compile": True}], ids=str)
+@pytest.mark.parametrize("options", [{"channels_last": True}, {"compile": True}, {"fused": True}], ids=str)
 def test_a_faster_network_is_the_same_network_in_its_checkpoints(tmp_path, options, monkeypatch):
     # "eager" compiles as far as it can be done without a C++ compiler.
     compiled = torch.compile
@@ -424,11 +424,17 @@ def test_a_faster_network_is_the_same_network_in_its_checkpoints(tmp_path, optio
     plain, fast = results
     assert plain["hyper_parameters"] == fast["hyper_parameters"] and bool(calls) == ("compile" in options)
     assert list(plain["state_dict"]) == list(fast["state_dict"])
+    [group] = fast["optimizer_states"][0]["param_groups"]
+    assert bool(group["fused"]) == ("fused" in options)
     for name, tensor in plain["state_dict"].items():
         assert torch.allclose(tensor, fast["state_dict"][name], atol=1e-4), name
     resumed = ImageClassifier(**options)
     trainer = make_trainer(tmp_path / "fast", max_epochs=1)
     trainer.test(resumed, data(), ckpt_path=str(tmp_path / "fast" / "last.ckpt"), verbose=False, weights_only=True)
+    trainer = make_trainer(tmp_path / "fast", max_epochs=2, limit_train_batches=1)
+    plainly = ImageClassifier(lr=0.01)
+    trainer.fit(plainly, data(), ckpt_path=str(tmp_path / "fast" / "last.ckpt"), weights_only=True)
+    assert not trainer.optimizers[0].param_groups[0]["fused"]
     if "channels_last" in options:
         assert any(
             parameter.is_contiguous(memory_format=torch.channels_last) and not parameter.is_contiguous()

@@ -6,6 +6,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from clafusion import FusionError, statistics, trace
 from clafusion.statistics import CHUNK, Moments, chunks, collect, paired_moments, rows
+from clafusion.transport import ground_cost
 from tests.helpers import images, mlp, resnet, vectors
 
 
@@ -31,6 +32,44 @@ def test_moments_of_parts_add_up():
 
 def test_moments_are_float64_whatever_comes():
     assert Moments.of(torch.ones(2, 3).bfloat16(), torch.ones(2, 3)).xy.dtype == torch.float64
+
+
+def test_a_batch_is_added_onto_earlier_ones():
+    x, y = images(20, 3), images(20, 3, 1)
+    whole = Moments.of(x, y)
+    total = Moments.of(x[12:], y[12:], onto=Moments.of(x[:12], y[:12]))
+    assert total.count == whole.count == 180
+    for name in ("x", "y", "xx", "yy", "xy"):
+        assert torch.allclose(getattr(total, name), getattr(whole, name))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("count", [30, 300])
+def test_single_precision_gives_the_sums_of_one_sample_at_a_time_in_double(count, offset):
+    """Stacked sample by sample, the straightforward way; a mean a thousand times the spread loses nothing."""
+    x, y = images(count, 8).float() + offset, images(count, 8, 1).float() - 2 * offset
+    stacked = [torch.cat([rows(sample[None]) for sample in one]).double() for one in (x, y)]
+    moments = Moments.of(x, y)
+    assert moments.count == len(stacked[0])
+    for got, expected in [
+        (moments.x, stacked[0].sum(0)), (moments.yy, stacked[1].square().sum(0)),
+        (moments.xy, stacked[0].T @ stacked[1]),
+    ]:  # fmt: skip
+        assert torch.allclose(got, expected, rtol=1e-6, atol=1e-3)
+    correlation = 1 - torch.corrcoef(torch.cat(stacked, 1).T)[:3, 3:]
+    assert torch.allclose(ground_cost(moments), correlation, atol=1e-5)
+
+
+def test_neurons_that_differ_little_are_told_apart_in_single_precision():
+    x = images(300, 8).float()
+    y = x + 1e-2 * images(300, 8, 1).float()
+    expected = (rows(x).double() - rows(y).double()).norm(dim=0)
+    assert torch.allclose(ground_cost(Moments.of(x, y), "euclidean").diagonal(), expected, rtol=1e-2)
+
+
+def test_what_is_zero_stays_zero():
+    moments = Moments.of(torch.zeros(5, 3, 4, 4), images(5, 4).float())
+    assert not moments.xy.any() and not moments.xx.any() and moments.yy.all()
 
 
 @pytest.mark.parametrize("make", [lambda seed: resnet([1, 1], seed, batch_norm=True), lambda seed: mlp([6, 5], seed)])
@@ -71,7 +110,7 @@ def test_measuring_leaves_gradients_as_they_were():
 def test_an_error_while_measuring_does_not_leave_inference_mode_on(monkeypatch):
     a, samples = mlp([6]), vectors(10)
     structure = trace(a, samples[:2])
-    monkeypatch.setattr(Moments, "of", classmethod(lambda cls, x, y: 1 / 0))
+    monkeypatch.setattr(Moments, "of", classmethod(lambda cls, x, y, onto: 1 / 0))
     try:
         paired_moments([structure, structure], {structure.layers[0].pre: [(0, 1)]}, samples)
     except ZeroDivisionError as error:

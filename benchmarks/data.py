@@ -1,0 +1,117 @@
+"""How fast images reach the network: the data modules here against torchvision's transforms in a DataLoader.
+
+    python benchmarks/data.py
+
+50,000 images of 3x32x32 in memory, shuffled, in batches of 128, random crop with padding 4 and flip, normalised, in one
+process of one thread and without worker processes. Both `torchvision` rows do the same image by image: on PIL images,
+as in most recipes, and on uint8 tensors with `torchvision.transforms.v2`.
+"""
+
+import torch
+from common import fastest, print_machine, print_table
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.transforms import v2
+
+from datamodules import ImageDataModule
+from datamodules.sampling import ImageSet
+
+SIZE, BATCH, MEAN, STD = 50_000, 128, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
+def images_of(count: int, seed: int = 0) -> ImageSet:
+    """Random bytes with labels."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return ImageSet(images, torch.arange(count) % 10)
+
+
+class RandomImages(ImageDataModule):
+    """Random images through the base of all data modules."""
+
+    def __init__(self, augment: bool, size: int = SIZE) -> None:
+        self.num_classes, self.raw_shape, self.mean, self.std = 10, (3, 32, 32), MEAN, STD
+        self.size = size
+        super().__init__(batch_size=BATCH, augment=augment, val_fraction=0.0)
+
+    def read(self) -> tuple[ImageSet, ImageSet]:
+        """The training and a small test set."""
+        return images_of(self.size), images_of(100)
+
+
+class Single(Dataset[tuple[Tensor, int]]):
+    """The same images one by one, each transformed, as torchvision's data sets give them."""
+
+    def __init__(self, images: ImageSet, transform: transforms.Compose | v2.Compose, pil: bool) -> None:
+        self.labels = images.labels.tolist()
+        self.images = [transforms.ToPILImage()(image) for image in images.images] if pil else list(images.images)
+        self.transform = transform
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """One transformed image and its label."""
+        return self.transform(self.images[index]), self.labels[index]
+
+
+def ours(augment: bool) -> RandomImages:
+    """A data module that is set up."""
+    module = RandomImages(augment)
+    module.setup()
+    return module
+
+
+def pass_over(module: RandomImages) -> None:
+    """One epoch, as the trainer goes through it."""
+    generator = torch.Generator().manual_seed(0) if module.augment else None
+    for images, _ in module.train_dataloader():
+        module.preprocess(images, generator)
+
+
+def theirs(images: ImageSet, pil: bool, augment: bool) -> DataLoader:
+    """The transforms of torchvision in a DataLoader."""
+    if pil:
+        chosen = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()] if augment else []
+        transform = transforms.Compose([*chosen, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+        return DataLoader(Single(images, transform, pil), BATCH, shuffle=True)
+    chosen = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if augment else []
+    scaled = v2.Compose([*chosen, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    return DataLoader(Single(images, scaled, pil), BATCH, shuffle=True)
+
+
+def main(few: int = 5_000) -> None:
+    """The table; torchvision's rows go over `few` images, which is enough to know their speed."""
+    print_machine()
+    some = images_of(few)
+    rows = []
+    for augment in (True, False):
+        module = ours(augment)
+        loaders = {
+            "torchvision, PIL": theirs(some, True, augment),
+            "torchvision, v2 on tensors": theirs(some, False, augment),
+        }
+        seconds = fastest(
+            {
+                "here": lambda module=module: pass_over(module),
+                **{name: lambda loader=loader: sum(1 for _ in loader) for name, loader in loaders.items()},
+            },
+            rounds=3,
+        )
+        speeds = {name: (SIZE if name == "here" else few) / value for name, value in seconds.items()}
+        rows += [
+            {
+                "crop and flip": "yes" if augment else "no",
+                "": name,
+                "images per CPU second": speed,
+                "here is faster by": speeds["here"] / speed,
+            }
+            for name, speed in speeds.items()
+        ]
+    print_table("One epoch of batches of 128", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""What fusing costs, against running the parents once: CPU seconds and peak memory.
+
+    python benchmarks/fusion.py [FOLDER]        where the plots go; default: docs/plots
+
+Every row is a fresh process of one thread that first runs the bare networks over the samples, without gradients and in
+batches of 32, and then fuses them: the ratio is that of neighbouring minutes, and "MiB above" is how much the peak of
+memory grew by when the fusion followed. The straightforward implementation runs one sample at a time, every inserted
+layer too, stacks all features in double precision and compares them then.
+"""
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from common import case_of_this_process, cpu_seconds, in_fresh_process, peak_mib, plot, print_machine, print_table
+from torch import Tensor
+
+from clafusion import FusionOptions, fuse, fusion, maps, networks
+from clafusion.graph import observe
+from clafusion.statistics import Moments, rows
+from clafusion.structure import Structure
+
+PAIRS = {"ResNet34 + ResNet18": ["resnet34", "resnet18"], "VGG13_doub + VGG11_half": ["vgg13_doub", "vgg11_half"]}
+#: What the phases of `fuse` are called where its modules look them up.
+PHASES = {
+    "trace": (fusion, "trace_all"),
+    "balance": (fusion, "_balance"),
+    "statistics": (maps, "paired_moments"),
+    "solve": (maps, "_solve"),
+    "average": (fusion, "combine"),
+    "correct": (fusion, "correct"),
+}
+
+
+def options_of(name: str, num_samples: int) -> FusionOptions:
+    """The options by the name of the correction, or the published ones."""
+    if name == "paper":
+        return FusionOptions.paper(num_samples=num_samples)
+    return FusionOptions(correction=name, num_samples=num_samples)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def measure(
+    models: Sequence[str], samples: int, options: str, slow: bool = False, compare: bool = False
+) -> dict[str, Any]:
+    """One case in this process."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    parents = [networks.build({"name": name, "num_classes": 10}).eval() for name in models]
+    images = torch.randn(samples, 3, 32, 32)
+    for parent in parents:
+        parent(images[:2])
+
+    def bare() -> None:
+        for parent in parents:
+            for batch in images.split(32):
+                parent(batch)
+
+    seconds = {"bare": cpu_seconds(bare)}
+    before = peak_mib()
+    phases = timed_phases()
+    found: list[Any] = []
+    chosen = options_of(options, samples)
+    if slow:
+        with_straightforward(lambda: found.append(fuse(parents, [images], chosen)), seconds)
+    else:
+        seconds["fuse"] = cpu_seconds(lambda: found.append(fuse(parents, [images], chosen)))
+    after = peak_mib()
+    result = {**seconds, "phases": phases, "bare_peak": before, "peak": after}
+    if compare:
+        fast = found[0]
+        with_straightforward(lambda: found.append(fuse(parents, [images], chosen)), {})
+        result["difference"] = difference(fast, found[1])
+    return result
+
+
+def timed_phases() -> dict[str, float]:
+    """Wraps the phases of `fuse`; the CPU seconds of each appear in what is returned."""
+    seconds = dict.fromkeys(PHASES, 0.0)
+
+    def wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            found: list[Any] = []
+            seconds[name] += cpu_seconds(lambda: found.append(function(*args, **kwargs)))
+            return found[0]
+
+        return timed
+
+    for name, (module, attribute) in PHASES.items():
+        setattr(module, attribute, wrap(name, getattr(module, attribute)))
+    return seconds
+
+
+def one_at_a_time(
+    structures: Sequence[Structure], pairs: Mapping[str, Sequence[tuple[int, int]]], samples: Tensor
+) -> dict[tuple[str, int, int], Moments]:
+    """`paired_moments`, the straightforward way."""
+    names = frozenset(name for name, wanted in pairs.items() if wanted)
+    stacks: list[dict[str, list[Tensor]]] = [{name: [] for name in names} for _ in structures]
+    for structure, stack in zip(structures, stacks, strict=True):
+        for sample in samples:
+            for name, value in observe(structure.module, sample[None], names):
+                stack[name].append(rows(value))
+    stacked = [{name: torch.cat(values).double() for name, values in stack.items()} for stack in stacks]
+    return {
+        (name, one, other): Moments.of(stacked[one][name], stacked[other][name])
+        for name in names
+        for one, other in pairs[name]
+    }
+
+
+def with_straightforward(run: Callable[[], object], seconds: dict[str, float]) -> None:
+    """Runs a fusion whose statistics are collected the straightforward way."""
+    kept = maps.paired_moments, fusion.pass_on
+    maps.paired_moments, fusion.pass_on = one_at_a_time, lambda *_: None
+    seconds["fuse"] = cpu_seconds(run)
+    maps.paired_moments, fusion.pass_on = kept
+
+
+def difference(one: fusion.Fusion, other: fusion.Fusion) -> float:
+    """The largest relative difference between the transport costs of two fusions."""
+    pairs = [(a[key], b[key]) for a, b in zip(one.costs, other.costs, strict=True) for key in a]
+    return max(abs(a - b) / max(abs(b), 1e-9) for a, b in pairs)
+
+
+def run(models: Sequence[str], samples: int, options: str, **more: bool) -> dict[str, Any]:
+    """One case in a fresh process."""
+    return in_fresh_process(__file__, {"models": models, "samples": samples, "options": options, **more})
+
+
+def row(found: Mapping[str, Any], **first: object) -> dict[str, object]:
+    """What most tables say about a case."""
+    return {
+        **first,
+        "bare, CPU s": found["bare"],
+        "fuse, CPU s": found["fuse"],
+        "ratio": found["fuse"] / found["bare"],
+        "bare, peak MiB": found["bare_peak"],
+        "MiB above": found["peak"] - found["bare_peak"],
+    }
+
+
+def main(folder: str = "docs/plots") -> None:
+    """All tables."""
+    print_machine()
+    full = {
+        (pair, options): run(models, 200, options) for pair, models in PAIRS.items() for options in ("none", "paper")
+    }
+    print_table(
+        "Full width, 200 samples of 3x32x32, without correction",
+        [row(found, pair=pair, options=options) for (pair, options), found in full.items()],
+    )
+    print_table(
+        "The same: CPU seconds of each phase",
+        [{"pair": pair, "options": options, **found["phases"]} for (pair, options), found in full.items()],
+    )
+    small = ["resnet34_fourth", "resnet18_fourth"]
+    counts = (100, 200, 400, 800, 1600, 3200)
+    by_samples = {count: run(small, count, "none") for count in counts}
+    print_table("A fourth of the width, by samples", [row(by_samples[n], samples=n) for n in counts])
+    slow = {count: run(small, count, "none", slow=True) for count in counts[:3]}
+    print_table("The straightforward implementation", [row(slow[n], samples=n) for n in slow])
+    compared = {options: run(small, 200, options, compare=True)["difference"] for options in ("none", "paper")}
+    print_table(
+        "Largest relative difference of a transport cost to the straightforward implementation",
+        [{"options": name, "difference": value} for name, value in compared.items()],
+    )
+    widths = {suffix: [f"resnet34{suffix}", f"resnet18{suffix}"] for suffix in ("_eighth", "_fourth", "_half")}
+    print_table("By width, 200 samples", [row(run(m, 200, "none"), width=s[1:]) for s, m in widths.items()])
+    deep = {"18 + 18": (18, 18), "34 + 18": (34, 18), "50 + 50": (50, 50), "101 + 50": (101, 50)}
+    depths = {name: [f"resnet{depth}_eighth" for depth in pair] for name, pair in deep.items()}
+    print_table(
+        "By depth, an eighth of the width, 200 samples", [row(run(m, 200, "none"), depths=d) for d, m in depths.items()]
+    )
+    many = {k: run([*small * 4][:k], 200, "none") for k in (2, 4, 6, 8)}
+    print_table("By number of models, a fourth of the width, 200 samples", [row(many[k], models=k) for k in many])
+    refit = {count: run(small, count, "refit") for count in (200, 800)}
+    print_table("With refit, a fourth of the width", [row(refit[n], samples=n) for n in refit])
+    series = {"bare networks": ("bare", by_samples), "fused": ("fuse", by_samples), "straightforward": ("fuse", slow)}
+    lines = {name: [(float(n), found[n][key]) for n in found] for name, (key, found) in series.items()}
+    plot(f"{folder}/seconds.svg", "ResNet34 + ResNet18, a fourth of the width", "samples", "CPU seconds", lines)
+    memory = {"fused": by_samples, "straightforward": slow}
+    lines = {
+        name: [(float(n), found[n]["peak"] - found[n]["bare_peak"] + 1) for n in found]
+        for name, found in memory.items()
+    }
+    plot(f"{folder}/memory.svg", "Memory above the bare networks", "samples", "MiB", lines)
+
+
+if __name__ == "__main__":
+    case = case_of_this_process()
+    print(json.dumps(measure(**case))) if case else main(*sys.argv[1:])
