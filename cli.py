@@ -1,4 +1,4 @@
-"""The command line: `clafusion fit | validate | test | predict | fuse | transfer | pipeline | convert`.
+"""The command line: `clafusion fit | validate | test | predict | fuse | transfer | pipeline | convert | export | report`.
 
 Each has `--help` and `--config`.
 """
@@ -24,6 +24,7 @@ import datamodules
 from clafusion.errors import FusionError
 from lightning_modules import FusionTrainer, ImageClassifier, catalogue, read_checkpoint
 from lightning_modules.converting import convert_file
+from lightning_modules.exporting import export_file
 from lightning_modules.pipeline import ExperimentFailed
 from lightning_modules.reporting import report_file
 
@@ -63,7 +64,11 @@ _FLAGS = frozenset(
 _COMMON: dict[str, Any] = {"allow_abbrev": False, "default_env": True, "env_prefix": "CLAFUSION"}
 
 # The subcommands that need no trainer: a function each.
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"convert": convert_file, "report": report_file}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "convert": convert_file,
+    "export": export_file,
+    "report": report_file,
+}
 # The subcommands that Lightning does not have.
 _OURS = ("fuse", "transfer", "pipeline")
 
