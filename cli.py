@@ -1,6 +1,7 @@
-"""The command line: `clafusion fit | validate | test | predict | fuse | transfer | pipeline | convert | export | report`.
+"""The command line.
 
-Each has `--help` and `--config`.
+`clafusion fit | validate | test | predict | fuse | transfer | pipeline`, and `convert | export | report`, which need no
+trainer. Each has `--help` and `--config`.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python examples/skill_transfer.py
 
-One sees all images of a 4 and a tenth of the others, the other the rest and never a 4: the real 8x8 digits that come with
-scikit-learn. It takes seconds.
+One sees all images of a 4 and a tenth of the others, the other the rest and never a 4: the real 8x8 digits that come
+with scikit-learn. It takes seconds.
 """
 
 import argparse
