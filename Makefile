@@ -1,11 +1,13 @@
-# make demo | make test | make test-slurm | make bench | make lint | make format          VENV and PYTHON may be given: make test VENV=~/venvs/clafusion
+# make demo | make test | make test-slurm | make bench | make docs | make lint | make format
+# VENV and PYTHON may be given: make test VENV=~/venvs/clafusion
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 # Newer than setup.cfg: what is installed is what setup.cfg asks for.
 STAMP := $(VENV)/.clafusion-installed
+DOCS_STAMP := $(VENV)/.clafusion-docs-installed
 
-.PHONY: demo test test-slurm bench lint format
+.PHONY: demo test test-slurm bench docs lint format
 
 # Trains a deep and a shallow parent on real digits, fuses them and shows how the result compares (about a minute).
 demo: $(STAMP)
@@ -35,6 +37,14 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, in build/site: a warning or a dead link is an error. The notice about future releases of MkDocs is no warning.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
 
 $(STAMP): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,6 +1,7 @@
-"""The command line: `clafusion fit | validate | test | predict | fuse | transfer | pipeline | convert`.
+"""The command line.
 
-Each has `--help` and `--config`.
+`clafusion fit | validate | test | predict | fuse | transfer | pipeline`, and `convert | export | report`, which need no
+trainer. Each has `--help` and `--config`.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import datamodules
 from clafusion.errors import FusionError
 from lightning_modules import FusionTrainer, ImageClassifier, catalogue, read_checkpoint
 from lightning_modules.converting import convert_file
+from lightning_modules.exporting import export_file
 from lightning_modules.pipeline import ExperimentFailed
 from lightning_modules.reporting import report_file
 
@@ -63,7 +65,11 @@ _FLAGS = frozenset(
 _COMMON: dict[str, Any] = {"allow_abbrev": False, "default_env": True, "env_prefix": "CLAFUSION"}
 
 # The subcommands that need no trainer: a function each.
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"convert": convert_file, "report": report_file}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "convert": convert_file,
+    "export": export_file,
+    "report": report_file,
+}
 # The subcommands that Lightning does not have.
 _OURS = ("fuse", "transfer", "pipeline")
 

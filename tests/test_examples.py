@@ -1,0 +1,42 @@
+"""The examples, at tiny scale."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from test_folders import write_class_folders
+
+from clafusion import load_network
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_networks_of_torchvision_on_a_folder_of_images(tmp_path):
+    write_class_folders(tmp_path / "images", 20)
+    output = tmp_path / "fused.safetensors"
+    scale = ["--size", "32", "--epochs", "1", "--samples", "40", "--correction", "repair"]
+    accuracies = example("torchvision_folder").main([str(tmp_path / "images"), *scale, "--output", str(output)])
+    assert list(accuracies) == ["deep", "shallow", "ensemble", "fused"]
+    assert load_network(output).fc.out_features == 3
+
+
+@pytest.mark.slow
+def test_different_skills_become_one():
+    accuracies = example("skill_transfer").main(["--epochs", "20"])
+    assert accuracies["ensemble"] > max(accuracies["general"], accuracies["personal"])
+    best = max(value for name, value in accuracies.items() if name.startswith("fused"))
+    assert best > max(accuracies["general"], accuracies["personal"])
+
+
+def test_every_example_is_tested():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"torchvision_folder", "skill_transfer"}
