@@ -56,7 +56,7 @@ def check_number(paths: list[str]) -> None:
         FusionError: There are fewer.
     """
     if len(paths) < 2:
-        raise FusionError(f"Expected two or more parents, got {len(paths)}; give --parents '[a.ckpt, b.ckpt]'")
+        raise FusionError(f"Expected two or more parents, got {len(paths)}; name them, such as a.ckpt b.ckpt")
 
 
 def parents_of(paths: list[str]) -> list[dict[str, str]]:
