@@ -1,8 +1,8 @@
 """A report a person wants to look at: one HTML file that loads nothing, of a fusion or of a whole experiment.
 
-`report_data` measures what `Fusion.summary` does not hold; `report_fusion` and `report_experiment` write the pages from
-plain values alone, out of `report_charts` and `report_pixels` (pictures), `report_page` (style), `report_markup`
-(escaping).
+`report_data` and `line_accuracies` measure what `Fusion.summary` does not hold; `report_fusion` and `report_experiment`
+write the pages from plain values alone, out of `report_charts` and `report_pixels` (pictures), `report_page` (style),
+`report_markup` (escaping).
 """
 
 import zlib
@@ -13,8 +13,9 @@ from clafusion.errors import FusionError
 from clafusion.report_data import report_data
 from clafusion.report_experiment import Courses, experiment_page
 from clafusion.report_fusion import fusion_page
+from clafusion.report_line import line_accuracies
 
-__all__ = ["experiment_report", "fusion_report", "report_data"]
+__all__ = ["experiment_report", "fusion_report", "line_accuracies", "report_data"]
 
 
 def fusion_report(record: dict[str, Any]) -> str:

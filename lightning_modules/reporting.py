@@ -3,18 +3,20 @@
 import csv
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor
 
-from clafusion import Fusion
 from clafusion.errors import FusionError
-from clafusion.report import experiment_report, fusion_report, report_data
+from clafusion.report import experiment_report, fusion_report, line_accuracies, report_data
+from clafusion.report_data import SAMPLES
 from clafusion.statistics import collect
 from lightning_modules.checkpoints import write_text
 from lightning_modules.checks import ImageData
+from lightning_modules.fusing import Fused
 from lightning_modules.outputs import check_new, check_output
 
 #: A record of a fusion of large networks takes a few MiB; what takes more is something else.
@@ -39,26 +41,45 @@ def report_file(input: str, output: str = "report.html", overwrite: bool = False
     source = Path(input)
     if source.is_dir():
         source = source / ("results.json" if (source / "results.json").exists() else "fusion.json")
-    record = _read(source)
-    if "networks" in record and "experiment" in record:
-        text = experiment_report(record, _courses(source.parent))
-    else:
-        text = fusion_report(record)
-    write_text(path, text)
+    write_text(path, experiment_text(source) if "experiment" in _read(source) else fusion_report(_read(source)))
     print(f"wrote {output}")
 
 
-def drawn(fusion: Fusion, networks: Sequence[nn.Module], data: ImageData) -> dict[str, Any]:
-    """What the report shows beyond the other figures of `fusion.json`, measured on the samples of the fusion.
+def experiment_text(path: Path) -> str:
+    """The report on an experiment.
 
     Args:
-        fusion: What `fuse` returned.
-        networks: The parents, on the device of the fused network.
-        data: The images that the fusion measured on.
+        path: Of its results.json, beside the folders of its stages.
+
+    Raises:
+        FusionError: One of the files cannot be used.
     """
-    options = fusion.options
-    samples = collect(data.alignment_batches(options.num_samples, options.seed), options.num_samples)
-    return report_data(fusion, networks, samples)
+    return experiment_report(_read(path), _courses(path.parent))
+
+
+def drawn(fused: Fused, data: ImageData) -> dict[str, Any]:
+    """What the report shows beyond the other figures of `fusion.json`.
+
+    Args:
+        fused: What `fuse_checkpoints` returned; its samples are used again.
+        data: The images; where it has validation images, their accuracy along the line between the parents is shown.
+    """
+    found = report_data(fused.fusion, fused.parents, collect(fused.batches, SAMPLES))
+    labelled = list(_labelled(data, fused.batches[0].device))
+    if sum(len(labels) for _, labels in labelled) > 1:
+        images, labels = (torch.cat(parts) for parts in zip(*labelled, strict=True))
+        found["line"] = line_accuracies(fused.fusion, images, labels)
+    return found
+
+
+def _labelled(data: ImageData, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first validation images, as many as are looked at, with their labels."""
+    missing = SAMPLES
+    for images, labels in getattr(data, "validation_batches", lambda: ())():
+        if missing <= 0:
+            return
+        yield images[:missing].to(device), labels[:missing].to(device)
+        missing -= len(labels)
 
 
 def _read(path: Path) -> dict[str, Any]:
