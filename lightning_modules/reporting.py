@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from clafusion.errors import FusionError
 from clafusion.report import experiment_report, fusion_report, line_accuracies, report_data
+from clafusion.report import figures as all_figures
 from clafusion.report_data import SAMPLES
 from clafusion.statistics import collect
-from lightning_modules.checkpoints import write_text
+from lightning_modules.checkpoints import write_atomically, write_text
 from lightning_modules.checks import ImageData
 from lightning_modules.fusing import Fused
 from lightning_modules.outputs import check_new, check_output
@@ -25,13 +27,15 @@ _QUANTITIES = ("val_acc", "train_loss")
 Course = dict[str, dict[int, float]]
 
 
-def report_file(input: str, output: str = "report.html", overwrite: bool = False) -> None:
+def report_file(input: str, output: str = "report.html", figures: str | None = None, overwrite: bool = False) -> None:
     """Shows a fusion or an experiment as one HTML file, which needs no network.
 
     Args:
         input: A fusion.json as fuse writes it; or the folder of a pipeline, or its results.json.
         output: The file to write, NAME.html.
-        overwrite: Whether output may replace an existing file.
+        figures: A folder for every figure as a file of its own, too: SVG, maps of neurons as PNG; none given: no such
+            files.
+        overwrite: Whether existing files may be replaced.
 
     Raises:
         FusionError: The input or the output cannot be used; nothing is written then.
@@ -41,8 +45,26 @@ def report_file(input: str, output: str = "report.html", overwrite: bool = False
     source = Path(input)
     if source.is_dir():
         source = source / ("results.json" if (source / "results.json").exists() else "fusion.json")
-    write_text(path, experiment_text(source) if "experiment" in _read(source) else fusion_report(_read(source)))
-    print(f"wrote {output}")
+    text = experiment_text(source) if "experiment" in _read(source) else fusion_report(_read(source))
+    pictures = {} if figures is None else {Path(figures) / name: data for name, data in all_figures(text).items()}
+    check_new(pictures, overwrite)
+    if figures is not None:
+        _make_folder(Path(figures))
+    write_text(path, text)
+    for place, data in pictures.items():
+        write_atomically(place, partial(_write_bytes, data))
+    print(f"wrote {output}" + (f" and {len(pictures)} figures in {figures}" if figures is not None else ""))
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FusionError(f"Expected a folder for the figures, got {path}: {error}; change --figures") from error
+
+
+def _write_bytes(data: bytes, path: str) -> None:
+    Path(path).write_bytes(data)
 
 
 def experiment_text(path: Path) -> str:
@@ -54,7 +76,7 @@ def experiment_text(path: Path) -> str:
     Raises:
         FusionError: One of the files cannot be used.
     """
-    return experiment_report(_read(path), _courses(path.parent))
+    return experiment_report(_read(path), _courses(path.parent), _fusions(path.parent))
 
 
 def drawn(fused: Fused, data: ImageData) -> dict[str, Any]:
@@ -101,6 +123,22 @@ def _refuse(word: str) -> float:
     raise ValueError(f"{word} is no number of JSON")
 
 
+def _fusions(folder: Path) -> dict[str, Any]:
+    """Every fusion by name, of the first seed that has it."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.glob("seed_*/fuse_*/fusion.json"), key=lambda path: _number_of(path.parents[1])):
+        name = path.parent.name.partition("_")[2].replace("_", " ")
+        if name not in found:
+            found[name] = _read(path)
+    return found
+
+
+def _number_of(folder: Path) -> tuple[int, str]:
+    """The number that the name of a folder ends with, for its place among others."""
+    number = folder.name.rpartition("_")[2]
+    return (int(number) if number.isdecimal() else -1), folder.name
+
+
 def _courses(folder: Path) -> dict[str, list[Course]]:
     """The trainings after the fusion and their controls, by name, one course for each seed that there is."""
     found: dict[str, list[Course]] = {}
@@ -118,18 +156,13 @@ def _courses(folder: Path) -> dict[str, list[Course]]:
 def _course(stage: Path) -> Course:
     """What was logged after every epoch; where a training went on in another version, that one counts."""
     course: Course = {name: {} for name in _QUANTITIES}
-    for log in sorted(stage.glob("logs/version_*/metrics.csv"), key=_version):
+    for log in sorted(stage.glob("logs/version_*/metrics.csv"), key=lambda log: _number_of(log.parent)):
         for row in _rows(log):
             for name in _QUANTITIES:
                 value, epoch = _number(row.get(name), float), _number(row.get("epoch"), int)
                 if value is not None and epoch is not None and 0 <= epoch < 100_000 and math.isfinite(value):
                     course[name][epoch] = value
     return course
-
-
-def _version(log: Path) -> tuple[int, str]:
-    number = log.parent.name.rpartition("_")[2]
-    return (int(number) if number.isdecimal() else -1), number
 
 
 def _rows(log: Path) -> list[dict[str, str]]:
