@@ -24,6 +24,7 @@ import callbacks  # noqa: F401 (FusionCallback is known by its short name once i
 import datamodules
 from clafusion.errors import FusionError
 from lightning_modules import FusionTrainer, ImageClassifier, catalogue, read_checkpoint
+from lightning_modules.arguments import spell_out
 from lightning_modules.converting import convert_file
 from lightning_modules.exporting import export_file
 from lightning_modules.pipeline import ExperimentFailed
@@ -56,11 +57,6 @@ _DEFAULTS = {
 }
 
 
-# The arguments that may stand without a value, which is then true.
-_FLAGS = frozenset(
-    f"--{name}" for name in ("overwrite", "align_only", "report", "classifier", "shortcuts", "reinitialize")
-)
-
 # What all parsers have in common.
 _COMMON: dict[str, Any] = {"allow_abbrev": False, "default_env": True, "env_prefix": "CLAFUSION"}
 
@@ -86,6 +82,8 @@ class FusionParser(LightningArgumentParser):
         """Ends the program with one line and exit code 2."""
         # "model": "lr": ... and "model": Option 'lr' ... are both about --model.lr.
         message = re.sub(r'Parser key "(model|data)":\s+(Parser key "|Option \')', r"\2\1.", message)
+        missing = r"the following arguments are required: (\w+)\.([\w.]+)"
+        message = re.sub(missing, r"Expected --\2, got none; give it, see clafusion \1 --help", message)
         raise FusionError(message) from ex
 
 
@@ -125,7 +123,7 @@ class FusionCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the arguments; a configuration of ours is found in the installed package as well."""
-        arguments = _spell_out([_find_config(argument) for argument in args])
+        arguments = spell_out([_find_config(argument) for argument in args])
         if arguments[:1] == ["pipeline"]:
             arguments = ["pipeline", *catalogue.at_scale(catalogue.named(arguments[1:]))]
         self._arguments = [*arguments[:1], *_from_environment(*arguments[:1]), *arguments[1:]]
@@ -142,6 +140,8 @@ class FusionCLI(LightningCLI):
             parser.set_defaults({"trainer.logger": True, "trainer.enable_model_summary": False})
             parser.usage = "%(prog)s [NAME] [options]"
             parser.add_argument("--list", action=ListExperiments)
+        if subcommand == "fuse":
+            parser.usage = "%(prog)s A.ckpt B.ckpt ... -o NAME.ckpt [options]"
         return parser
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
@@ -285,15 +285,6 @@ def _from_environment(subcommand: str = "") -> list[str]:
     found = {name.removeprefix(prefix): value for name, value in os.environ.items() if name.startswith(prefix)}
     nested = {name: value for name, value in sorted(found.items()) if re.match("(MODEL|DATA)__", name)}
     return [f"--{name.lower().replace('__', '.')}={value}" for name, value in nested.items()]
-
-
-def _spell_out(arguments: Sequence[str]) -> list[str]:
-    """Gives a lone flag its value: it reads as one, while the parser wants true or false after it."""
-    followers = [*arguments[1:], "--"]
-    return [
-        f"{argument}=true" if argument in _FLAGS and follower.startswith("--") else argument
-        for argument, follower in zip(arguments, followers, strict=False)
-    ]
 
 
 def _find_config(argument: str) -> str:

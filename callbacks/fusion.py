@@ -134,7 +134,8 @@ class FusionCallback(Callback):
 
     def _fuse(self, data: FusionData, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
         """The architecture and the weights of the fused network, and the record."""
-        parents, result, record = fuse_checkpoints(self.parents, data, self.options, device)
+        made = fuse_checkpoints(self.parents, data, self.options, device)
+        parents, result, record = made.parents, made.fusion, made.record
         networks = {**{f"parent {number}": network for number, network in enumerate(parents, 1)}, "fused": result.model}
         record["networks"] = [
             {

@@ -1,8 +1,8 @@
 """A report a person wants to look at: one HTML file that loads nothing, of a fusion or of a whole experiment.
 
-`report_data` measures what `Fusion.summary` does not hold; `report_fusion` and `report_experiment` write the pages from
-plain values alone, out of `report_charts` and `report_pixels` (pictures), `report_page` (style), `report_markup`
-(escaping).
+`report_data` and `line_accuracies` measure what `Fusion.summary` does not hold; `report_fusion` and `report_experiment`
+write the pages from plain values alone, out of `report_charts` and `report_pixels` (pictures), `report_page` (style),
+`report_markup` (escaping); `figures` are the pictures as files of their own.
 """
 
 import zlib
@@ -11,10 +11,12 @@ from typing import Any
 
 from clafusion.errors import FusionError
 from clafusion.report_data import report_data
-from clafusion.report_experiment import Courses, experiment_page
+from clafusion.report_experiment import Courses, Fusions, experiment_page
+from clafusion.report_files import figures
 from clafusion.report_fusion import fusion_page
+from clafusion.report_line import line_accuracies
 
-__all__ = ["experiment_report", "fusion_report", "report_data"]
+__all__ = ["experiment_report", "figures", "fusion_report", "line_accuracies", "report_data"]
 
 
 def fusion_report(record: dict[str, Any]) -> str:
@@ -42,12 +44,13 @@ def fusion_report(record: dict[str, Any]) -> str:
     return _written(lambda: fusion_page(record), "the record of a fusion as `clafusion fuse` writes it")
 
 
-def experiment_report(results: dict[str, Any], courses: Courses) -> str:
+def experiment_report(results: dict[str, Any], courses: Courses, fusions: Fusions | None = None) -> str:
     """The report on an experiment.
 
     Args:
         results: the content of `results.json`.
         courses: by the name of a training, for each seed: by the name of a quantity its value after every epoch.
+        fusions: by the name of a fusion, what its `fusion.json` holds.
 
     Returns:
         An HTML document.
@@ -55,7 +58,9 @@ def experiment_report(results: dict[str, Any], courses: Courses) -> str:
     Raises:
         FusionError: if the results are not of this form.
     """
-    return _written(lambda: experiment_page(results, courses), "results as `clafusion pipeline` writes them")
+    return _written(
+        lambda: experiment_page(results, courses, fusions or {}), "results as `clafusion pipeline` writes them"
+    )
 
 
 def _written(write: Callable[[], str], expected: str) -> str:

@@ -3,7 +3,7 @@
 import base64
 import math
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from clafusion.combination import combine
 from clafusion.fusion import Fusion
-from clafusion.maps import Balanced
+from clafusion.report_line import averages, made_at_once
 from clafusion.similarity import MIN_SAMPLES, cka_from_hsic, gram, hsic
 from clafusion.statistics import as_input, chunks, in_step, rows
 from clafusion.structure import Structure, trace
@@ -154,7 +153,8 @@ def report_data(fusion: Fusion, models: Sequence[nn.Module], samples: Tensor) ->
         or the networks were fused one after another).
     """
     samples = samples[:SAMPLES]
-    before = _uncorrected(fusion, samples)
+    corrected = fusion.options.correction != "none" and made_at_once(fusion)
+    before = next(averages(fusion, samples, [fusion.weights])) if corrected else None
     template = trace(fusion.balanced[fusion.template], as_input(samples[:2], fusion.model))
     inserted = [_inserted(fusion, k, template) for k in range(len(models))]
     found = diagnose([fusion.model, *([before] if before is not None else [])], fusion.balanced, samples)
@@ -221,28 +221,3 @@ def _units(structure: Structure) -> list[list[dict[str, Any]]]:
         [{"name": unit.name, "kind": unit.kind, "neurons": structure.sizes[unit.output.space]} for unit in stage]
         for stage in structure.stages
     ]
-
-
-def _uncorrected(fusion: Fusion, samples: Tensor) -> nn.Module | None:
-    """The average as it was before its correction; None where there was none, or it was made step by step."""
-    options = fusion.options
-    folded = options.many == "iterative" and len(fusion.balanced) > 2
-    if options.correction == "none" or folded:
-        return None
-    structures = tuple(trace(parent, as_input(samples[:2], parent)) for parent in fusion.balanced)
-    balanced = Balanced(structures, _owners(fusion, structures[fusion.template]), options.anchor, fusion.template)
-    return combine(fusion.balanced[options.anchor], balanced, fusion.maps, fusion.weights, options)
-
-
-def _owners(fusion: Fusion, template: Structure) -> Mapping[str, Mapping[int, float]]:
-    """For each unit the parents that really have it."""
-    merging = fusion.options.balance == "merge"
-    return {
-        unit.name: {
-            k: 1.0
-            for k, alignment in enumerate(fusion.alignments)
-            if merging or k == fusion.template or place in alignment[stage]
-        }
-        for stage, units in enumerate(template.stages)
-        for place, unit in enumerate(units)
-    }

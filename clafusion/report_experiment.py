@@ -5,20 +5,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clafusion.report_charts import Line, interval_chart, legend, line_chart
+from clafusion.report_fusion import fusion_sections
 from clafusion.report_markup import Safe, figure, join, section, table, tag
 from clafusion.report_page import folded, page, tiles
 
 #: By the name of a training, for each seed: by the name of a quantity its value after every epoch.
 Courses = Mapping[str, Sequence[Mapping[str, Mapping[int, float]]]]
+#: By its name, what `fusion.json` of a fusion holds.
+Fusions = Mapping[str, dict[str, Any]]
+#: Fusions drawn, at most: a grid may have hundreds, much alike.
+_DRAWN = 8
 _QUANTITIES = (("val_acc", "validation accuracy"), ("train_loss", "training loss"))
 
 
-def experiment_page(results: dict[str, Any], courses: Courses) -> str:
+def experiment_page(results: dict[str, Any], courses: Courses, fusions: Fusions) -> str:
     """The report on an experiment.
 
     Args:
         results: the content of `results.json`.
         courses: of the trainings to draw.
+        fusions: to draw.
 
     Returns:
         An HTML document.
@@ -28,7 +34,8 @@ def experiment_page(results: dict[str, Any], courses: Courses) -> str:
     """
     seeds = results["seeds"]
     words = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
-    parts = [_tiles(results), _table(results), _courses(courses), _failures(results), _made(results)]
+    parts = [_tiles(results), _table(results), _courses(courses), _fusions(fusions), _failures(results),
+             _made(results)]  # fmt: skip
     return page(str(results["experiment"]), f"Experiment at {results['scale']} scale, {words}.", *filter(None, parts))
 
 
@@ -117,6 +124,22 @@ def _means(runs: Sequence[Mapping[int, float]]) -> list[float | None]:
     """The mean of what there is for each epoch, from the first one to the last."""
     found = [[run[epoch] for run in runs if epoch in run] for epoch in range(max(map(max, runs)) + 1)]
     return [statistics.fmean(values) if values else None for values in found]
+
+
+def _fusions(fusions: Fusions) -> Safe | None:
+    if not fusions:
+        return None
+    rows = [
+        [name, f"{record['seconds']:.2f}", f"{record['peak_memory_bytes'] / 2**20:.0f}", record["options"]["seed"]]
+        for name, record in fusions.items()
+    ]
+    drawn = [folded(f"{name}: layers, neurons, features, options, checksums", join(fusion_sections(record)))
+             for name, record in list(fusions.items())[:_DRAWN]]  # fmt: skip
+    about = "What every fusion took, and how it came about, for the first seed that has one."
+    if len(fusions) > _DRAWN:
+        about += f" The first {_DRAWN} of {len(fusions)} are drawn; clafusion report draws any from its fusion.json."
+    numbers = table(["fusion", "seconds", "peak MiB", "seed of its samples"], rows)
+    return section("Fusions", tag("p", about), numbers, *drawn)
 
 
 def _failures(results: dict[str, Any]) -> Safe | None:

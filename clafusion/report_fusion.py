@@ -26,15 +26,18 @@ def fusion_page(record: Record) -> str:
         KeyError, TypeError, ValueError, IndexError: if the record is not of this form.
     """
     count = len(record["alignments"])
-    parts = [
-        _tiles(record), _results(record), _layers(record), _costs(record), _maps(record), _features(record),
-        _made(record),
-    ]  # fmt: skip
     subtitle = f"{count} networks became one: parent {record['template'] + 1} gave the depth, "
     subtitle += f"parent {record['options']['anchor'] + 1} the neurons."
     if "transport_costs" not in record:
         subtitle = f"The layers of {count} networks; nothing was fused."
-    return page("CLAFusion report", subtitle, *(part for part in parts if part))
+    return page("CLAFusion report", subtitle, _tiles(record), *fusion_sections(record))
+
+
+def fusion_sections(record: Record) -> list[Safe]:
+    """The parts of the report on one fusion; `fusion_page` says what the record is."""
+    parts = [_results(record), _layers(record), _costs(record), _maps(record), _features(record), _line(record),
+             _made(record)]  # fmt: skip
+    return [part for part in parts if part]
 
 
 def _tiles(record: Record) -> Safe:
@@ -187,6 +190,27 @@ def _features(record: Record) -> Safe | None:
     grid = tag("div", *drawn, class_="charts")
     numbers = folded("The same in numbers", table(list(header), rows, 2))
     return section("What became of the features", tag("p", about), legend(shown), grid, numbers)
+
+
+def _line(record: Record) -> Safe | None:
+    found = record.get("report", {}).get("line")
+    if not found:
+        return None
+    anchor, shares = record["options"]["anchor"] + 1, found["shares"]
+    drawn, shown = [], []
+    for k, accuracies in found["accuracies"].items():
+        shown = [
+            Line("averaged, not corrected", [100 * float(value) for value in accuracies], "before"),
+            Line("the fused network", [100 * float(found["fused"])] * len(shares), "after flat"),
+        ]
+        names = {0: f"parent {anchor}", 1: f"parent {int(k) + 1}"}
+        places = [names.get(share, f"{share:.0%} parent {int(k) + 1}") for share in shares]
+        label = f"Accuracy along the line from parent {anchor} to parent {int(k) + 1}"
+        drawn.append(figure(line_chart(shown, places, label, "accuracy, %"), f"{label}."))
+    about = f"Accuracy on {found['samples']} validation images of the weighted averages of parent {anchor} and another "
+    about += "one, moved onto its neurons. The deeper the valley between the ends, the more averaging alone broke, "
+    about += "and the correction had to mend."
+    return section("Between the parents", tag("p", about), legend(shown), tag("div", *drawn, class_="charts"))
 
 
 def _made(record: Record) -> Safe:

@@ -1,10 +1,35 @@
 """The page around a report: one file without scripts that loads nothing, for any size of screen, light or dark."""
 
+import re
+
 from clafusion.report_markup import Safe, join, tag
 
-_STYLE = """
-:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b2330; --soft: #5c6675; --line: #dde2ea;
-  --one: #2563eb; --two: #d9620f; --band: #eef2f8; --bright: #fff }
+_LIGHT = """--page: #f6f7f9; --card: #fff; --ink: #1b2330; --soft: #5c6675; --line: #dde2ea;
+  --one: #2563eb; --two: #d9620f; --band: #eef2f8; --bright: #fff"""
+_PICTURES = """
+svg { max-width: 100%; height: auto; display: block; font: 11px system-ui, sans-serif; overflow: visible }
+text { fill: var(--ink) } .tick, .note { fill: var(--soft); font-size: 10.5px }
+.head { font-weight: 650; font-size: 12px }
+.end { text-anchor: end } .middle { text-anchor: middle } .cell { font-size: 11px; text-anchor: middle }
+.heat > rect { fill: var(--one) } .heat .bright { fill: var(--bright) } .heat > .ring { fill: none; stroke: var(--two);
+  stroke-width: 3 } .chosen text { font-weight: 700 }
+.stage { fill: var(--band) } .s1 { fill-opacity: .5 } .link { fill: none; stroke: var(--one); stroke-width: 2 }
+.unit rect { fill: var(--card); stroke: var(--one) } .lone rect { stroke: var(--two); stroke-dasharray: 3 2 }
+.lone .note { fill: var(--two); paint-order: stroke; stroke: var(--card); stroke-width: 4px }
+.grid { stroke: var(--line) } .one { stroke: var(--soft) } .line { fill: none; stroke-width: 2; stroke-linejoin: round }
+.line.before { stroke: var(--soft); stroke-dasharray: 4 3 } .line.after { stroke: var(--two) }
+.flat circle { display: none }
+.dots.before circle { fill: var(--soft) } .dots.after circle { fill: var(--two) }
+.line.c0 { stroke: var(--two) } .line.c1 { stroke: var(--one) } .line.c2 { stroke: #14966b }
+.line.c3 { stroke: #a855c7 }
+.line.c4 { stroke: #b58a00 } .line.c5 { stroke: #d33f6a } .line.c6 { stroke: var(--soft) }
+.c0 circle { fill: var(--two) } .c1 circle { fill: var(--one) } .c2 circle { fill: #14966b }
+.c3 circle { fill: #a855c7 } .c4 circle { fill: #b58a00 } .c5 circle { fill: #d33f6a } .c6 circle { fill: var(--soft) }
+.interval .mean, .interval .single { fill: var(--one) } .interval .spread { stroke: var(--one); stroke-width: 2.5 }
+.interval.fused .mean, .interval.fused .single { fill: var(--two) } .interval.fused .spread { stroke: var(--two) }
+.interval.fused .name { font-weight: 650 } .single { fill-opacity: .45 } .other { stroke: var(--ink); stroke-width: 2 }
+"""
+_PAGE = """
 @media (prefers-color-scheme: dark) { :root { --page: #10141b; --card: #191f29; --ink: #e8ecf2; --soft: #9aa6b6;
   --line: #2e3745; --one: #6ea0ff; --two: #ff9d57; --band: #202835; --bright: #0d1117 }
   img { filter: brightness(1.7) } }
@@ -36,31 +61,17 @@ th { color: var(--soft); font-weight: 500 }
   max-width: 100%; background: var(--band) }
 figure { margin: 0; min-width: 0 } figcaption { font-size: .84rem; overflow-wrap: anywhere }
 figcaption b { color: var(--ink) }
-svg { max-width: 100%; height: auto; display: block; font: 11px system-ui, sans-serif; overflow: visible }
-text { fill: var(--ink) } .tick, .note { fill: var(--soft); font-size: 10.5px }
-.head { font-weight: 650; font-size: 12px }
-.end { text-anchor: end } .middle { text-anchor: middle } .cell { font-size: 11px; text-anchor: middle }
-.heat > rect { fill: var(--one) } .heat .bright { fill: var(--bright) } .heat > .ring { fill: none; stroke: var(--two);
-  stroke-width: 3 } .chosen text { font-weight: 700 }
-.stage { fill: var(--band) } .s1 { fill-opacity: .5 } .link { fill: none; stroke: var(--one); stroke-width: 2 }
-.unit rect { fill: var(--card); stroke: var(--one) } .lone rect { stroke: var(--two); stroke-dasharray: 3 2 }
-.lone .note { fill: var(--two); paint-order: stroke; stroke: var(--card); stroke-width: 4px }
-.grid { stroke: var(--line) } .one { stroke: var(--soft) } .line { fill: none; stroke-width: 2; stroke-linejoin: round }
-.line.before { stroke: var(--soft); stroke-dasharray: 4 3 } .line.after { stroke: var(--two) }
-.dots.before circle { fill: var(--soft) } .dots.after circle { fill: var(--two) }
-.line.c0 { stroke: var(--two) } .line.c1 { stroke: var(--one) } .line.c2 { stroke: #14966b }
-.line.c3 { stroke: #a855c7 }
-.line.c4 { stroke: #b58a00 } .line.c5 { stroke: #d33f6a } .line.c6 { stroke: var(--soft) }
-.c0 circle { fill: var(--two) } .c1 circle { fill: var(--one) } .c2 circle { fill: #14966b }
-.c3 circle { fill: #a855c7 } .c4 circle { fill: #b58a00 } .c5 circle { fill: #d33f6a } .c6 circle { fill: var(--soft) }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 14px 0 6px; padding: 0;
   font-size: .88rem } .legend svg { display: inline-block; margin-right: 6px; vertical-align: -1px }
-.interval .mean, .interval .single { fill: var(--one) } .interval .spread { stroke: var(--one); stroke-width: 2.5 }
-.interval.fused .mean, .interval.fused .single { fill: var(--two) } .interval.fused .spread { stroke: var(--two) }
-.interval.fused .name { font-weight: 650 } .single { fill-opacity: .45 } .other { stroke: var(--ink); stroke-width: 2 }
 summary { cursor: pointer; padding: 4px 0; font-weight: 550 } details td { overflow-wrap: anywhere }
 code { font-size: .85em; overflow-wrap: anywhere }
+@media (max-width: 520px) { td:has(.meter) { display: none } }
+details section { border: 0; padding: 4px 0; margin: 10px 0 }
 """
+_STYLE = f":root {{ color-scheme: light dark; {_LIGHT} }}{_PAGE}{_PICTURES}"
+_COLOURS = dict(re.findall(r"(--\w+): (#\w+)", _LIGHT))
+#: The style of a picture in a file of its own: light, and without variables, which few programs know.
+PLAIN_STYLE = re.sub(r"var\((--\w+)\)", lambda found: _COLOURS[found[1]], _PICTURES) + ".ground { fill: #fff }"
 
 
 def page(title: str, subtitle: str, *parts: Safe) -> str:

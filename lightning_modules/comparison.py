@@ -76,8 +76,8 @@ def write_comparison(results: dict[str, Any], folder: Path) -> None:
         write_text(folder / name, text)
 
 
-def print_comparison(results: dict[str, Any], folder: Path) -> None:
-    """Prints the table on standard output."""
+def print_comparison(results: dict[str, Any], folder: Path, report: bool = False) -> None:
+    """Prints the table on standard output, and which files there are."""
     from rich.console import Console
     from rich.table import Table
 
@@ -89,7 +89,8 @@ def print_comparison(results: dict[str, Any], folder: Path) -> None:
         table.add_row(*line, style="bold" if line[0].startswith("fused") else None)
     console = Console()
     console.print(table)
-    console.print(f"{folder / 'results.json'}, results.csv, results.md", highlight=False, soft_wrap=True)
+    more = ", report.html" if report else ""
+    console.print(f"{folder / 'results.json'}, results.csv, results.md{more}", highlight=False, soft_wrap=True)
 
 
 def _cells(results: dict[str, Any]) -> list[list[str]]:

@@ -2,10 +2,11 @@
 
 import os
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clafusion import Fusion, FusionOptions, fuse
 from clafusion.errors import FusionError
@@ -14,9 +15,25 @@ from lightning_modules.checks import ImageData, check_images
 from lightning_modules.results import peak_memory, versions
 
 
-def fuse_checkpoints(
-    paths: list[str], data: ImageData, options: FusionOptions, device: torch.device
-) -> tuple[list[nn.Module], Fusion, dict[str, Any]]:
+@dataclass(frozen=True)
+class Fused:
+    """What `fuse_checkpoints` made; networks and samples are on the device that was asked for.
+
+    Attributes:
+        parents: as they were loaded.
+        fusion: what `fuse` made of them.
+        record: as plain containers the parents' checksums, the options, alignment, costs, seconds, memory, seeds and
+            versions.
+        batches: the samples that were measured on.
+    """
+
+    parents: list[nn.Module]
+    fusion: Fusion
+    record: dict[str, Any]
+    batches: list[Tensor]
+
+
+def fuse_checkpoints(paths: list[str], data: ImageData, options: FusionOptions, device: torch.device) -> Fused:
     """Fuses the networks of checkpoints.
 
     Args:
@@ -26,8 +43,7 @@ def fuse_checkpoints(
         device: Where to compute.
 
     Returns:
-        The parents and what `fuse` made of them, on the device; and as plain containers the parents' checksums, the
-        options, alignment, costs, seconds, memory, seeds and versions.
+        The networks, the samples, and how it came about.
 
     Raises:
         FusionError: The parents, the data and the options do not fit together.
@@ -37,7 +53,8 @@ def fuse_checkpoints(
     batches = list(data.alignment_batches(options.num_samples, options.seed))
 
     started = time.perf_counter()
-    result = fuse([network.to(device) for network in networks], [batch.to(device) for batch in batches], options)
+    batches = [batch.to(device) for batch in batches]
+    result = fuse([network.to(device) for network in networks], batches, options)
     record = {
         "parents": parents_of(paths),
         **result.summary(),
@@ -46,7 +63,7 @@ def fuse_checkpoints(
         "seeds": seeds(options),
         "versions": versions(),
     }
-    return networks, result, record
+    return Fused(networks, result, record, batches)
 
 
 def check_number(paths: list[str]) -> None:
@@ -56,7 +73,7 @@ def check_number(paths: list[str]) -> None:
         FusionError: There are fewer.
     """
     if len(paths) < 2:
-        raise FusionError(f"Expected two or more parents, got {len(paths)}; give --parents '[a.ckpt, b.ckpt]'")
+        raise FusionError(f"Expected two or more parents, got {len(paths)}; name them, such as a.ckpt b.ckpt")
 
 
 def parents_of(paths: list[str]) -> list[dict[str, str]]:

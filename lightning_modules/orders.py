@@ -102,6 +102,7 @@ def prepare(
     scale: Scale,
     output: str | None,
     root: str,
+    report: bool = True,
 ) -> Order:
     """Checks everything that can be checked before anything is computed or written.
 
@@ -114,6 +115,7 @@ def prepare(
         scale: `full` or `small`.
         output: Folder of the results; None: named after the experiment, below `root`.
         root: See `output`.
+        report: Whether to draw what came of it.
 
     Raises:
         FusionError: Something cannot be used.
@@ -127,7 +129,7 @@ def prepare(
     whole, changes = from_plain(Experiment, experiment, "experiment").at(scale)
     data = changed(datamodule, changes)
     module = {"channels_last": model._channels_last, "compile": model._compiled, "fused": model._fused}
-    workshop = Workshop(trainer, data, module)
+    workshop = Workshop(trainer, data, module, report)
     folder = Path(output) if output else Path(root) / whole.name
     chosen = tuple(whole.seeds if seeds is None else seeds)
     order = Order(whole, plan(whole, cast(ImageData, data)), chosen, scale, folder, workshop)

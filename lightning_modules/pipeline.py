@@ -16,6 +16,7 @@ from lightning_modules.comparison import compare, print_comparison, write_compar
 from lightning_modules.last_checkpoint import LastCheckpoint
 from lightning_modules.orders import Job, Order
 from lightning_modules.ranks import Agreement, on_rank_zero
+from lightning_modules.reporting import experiment_text
 from lightning_modules.stage_folder import begin, claim, finish, finished
 from lightning_modules.stage_runs import StageTrainer, run_stage
 
@@ -89,13 +90,19 @@ def _carry_out(order: Order) -> dict[str, Any]:
         _attend(order, job, f"[{number}/{len(jobs)}] {job.words}", ledger, agreement)
         # What there is can be looked at after every seed.
         if number % len(order.plan.stages) == 0:
-            on_rank_zero(trainer.strategy, lambda: write_comparison(_compared(order, ledger), order.output))
+            on_rank_zero(trainer.strategy, lambda: _write(order, ledger))
     results = _compared(order, ledger)
     if trainer.is_global_zero:
-        print_comparison(results, order.output)
+        print_comparison(results, order.output, order.workshop.report)
     if trainer.is_global_zero and ledger.failures:
         raise ExperimentFailed(f"{len(ledger.failures)} of {len(jobs)} stages have no result, the others are there")
     return results
+
+
+def _write(order: Order, ledger: Ledger) -> None:
+    write_comparison(_compared(order, ledger), order.output)
+    if order.workshop.report:
+        write_text(order.output / "report.html", experiment_text(order.output / "results.json"))
 
 
 def _attend(order: Order, job: Job, words: str, ledger: Ledger, agreement: Agreement) -> None:

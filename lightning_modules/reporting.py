@@ -3,18 +3,22 @@
 import csv
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor
 
-from clafusion import Fusion
 from clafusion.errors import FusionError
-from clafusion.report import experiment_report, fusion_report, report_data
+from clafusion.report import experiment_report, fusion_report, line_accuracies, report_data
+from clafusion.report import figures as all_figures
+from clafusion.report_data import SAMPLES
 from clafusion.statistics import collect
-from lightning_modules.checkpoints import write_text
+from lightning_modules.checkpoints import write_atomically, write_text
 from lightning_modules.checks import ImageData
+from lightning_modules.fusing import Fused
 from lightning_modules.outputs import check_new, check_output
 
 #: A record of a fusion of large networks takes a few MiB; what takes more is something else.
@@ -23,13 +27,15 @@ _QUANTITIES = ("val_acc", "train_loss")
 Course = dict[str, dict[int, float]]
 
 
-def report_file(input: str, output: str = "report.html", overwrite: bool = False) -> None:
+def report_file(input: str, output: str = "report.html", figures: str | None = None, overwrite: bool = False) -> None:
     """Shows a fusion or an experiment as one HTML file, which needs no network.
 
     Args:
         input: A fusion.json as fuse writes it; or the folder of a pipeline, or its results.json.
         output: The file to write, NAME.html.
-        overwrite: Whether output may replace an existing file.
+        figures: A folder for every figure as a file of its own, too: SVG, maps of neurons as PNG; none given: no such
+            files.
+        overwrite: Whether existing files may be replaced.
 
     Raises:
         FusionError: The input or the output cannot be used; nothing is written then.
@@ -39,26 +45,63 @@ def report_file(input: str, output: str = "report.html", overwrite: bool = False
     source = Path(input)
     if source.is_dir():
         source = source / ("results.json" if (source / "results.json").exists() else "fusion.json")
-    record = _read(source)
-    if "networks" in record and "experiment" in record:
-        text = experiment_report(record, _courses(source.parent))
-    else:
-        text = fusion_report(record)
+    text = experiment_text(source) if "experiment" in _read(source) else fusion_report(_read(source))
+    pictures = {} if figures is None else {Path(figures) / name: data for name, data in all_figures(text).items()}
+    check_new(pictures, overwrite)
+    if figures is not None:
+        _make_folder(Path(figures))
     write_text(path, text)
-    print(f"wrote {output}")
+    for place, data in pictures.items():
+        write_atomically(place, partial(_write_bytes, data))
+    print(f"wrote {output}" + (f" and {len(pictures)} figures in {figures}" if figures is not None else ""))
 
 
-def drawn(fusion: Fusion, networks: Sequence[nn.Module], data: ImageData) -> dict[str, Any]:
-    """What the report shows beyond the other figures of `fusion.json`, measured on the samples of the fusion.
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FusionError(f"Expected a folder for the figures, got {path}: {error}; change --figures") from error
+
+
+def _write_bytes(data: bytes, path: str) -> None:
+    Path(path).write_bytes(data)
+
+
+def experiment_text(path: Path) -> str:
+    """The report on an experiment.
 
     Args:
-        fusion: What `fuse` returned.
-        networks: The parents, on the device of the fused network.
-        data: The images that the fusion measured on.
+        path: Of its results.json, beside the folders of its stages.
+
+    Raises:
+        FusionError: One of the files cannot be used.
     """
-    options = fusion.options
-    samples = collect(data.alignment_batches(options.num_samples, options.seed), options.num_samples)
-    return report_data(fusion, networks, samples)
+    return experiment_report(_read(path), _courses(path.parent), _fusions(path.parent))
+
+
+def drawn(fused: Fused, data: ImageData) -> dict[str, Any]:
+    """What the report shows beyond the other figures of `fusion.json`.
+
+    Args:
+        fused: What `fuse_checkpoints` returned; its samples are used again.
+        data: The images; where it has validation images, their accuracy along the line between the parents is shown.
+    """
+    found = report_data(fused.fusion, fused.parents, collect(fused.batches, SAMPLES))
+    labelled = list(_labelled(data, fused.batches[0].device))
+    if sum(len(labels) for _, labels in labelled) > 1:
+        images, labels = (torch.cat(parts) for parts in zip(*labelled, strict=True))
+        found["line"] = line_accuracies(fused.fusion, images, labels)
+    return found
+
+
+def _labelled(data: ImageData, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first validation images, as many as are looked at, with their labels."""
+    missing = SAMPLES
+    for images, labels in getattr(data, "validation_batches", lambda: ())():
+        if missing <= 0:
+            return
+        yield images[:missing].to(device), labels[:missing].to(device)
+        missing -= len(labels)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -80,6 +123,22 @@ def _refuse(word: str) -> float:
     raise ValueError(f"{word} is no number of JSON")
 
 
+def _fusions(folder: Path) -> dict[str, Any]:
+    """Every fusion by name, of the first seed that has it."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.glob("seed_*/fuse_*/fusion.json"), key=lambda path: _number_of(path.parents[1])):
+        name = path.parent.name.partition("_")[2].replace("_", " ")
+        if name not in found:
+            found[name] = _read(path)
+    return found
+
+
+def _number_of(folder: Path) -> tuple[int, str]:
+    """The number that the name of a folder ends with, for its place among others."""
+    number = folder.name.rpartition("_")[2]
+    return (int(number) if number.isdecimal() else -1), folder.name
+
+
 def _courses(folder: Path) -> dict[str, list[Course]]:
     """The trainings after the fusion and their controls, by name, one course for each seed that there is."""
     found: dict[str, list[Course]] = {}
@@ -97,18 +156,13 @@ def _courses(folder: Path) -> dict[str, list[Course]]:
 def _course(stage: Path) -> Course:
     """What was logged after every epoch; where a training went on in another version, that one counts."""
     course: Course = {name: {} for name in _QUANTITIES}
-    for log in sorted(stage.glob("logs/version_*/metrics.csv"), key=_version):
+    for log in sorted(stage.glob("logs/version_*/metrics.csv"), key=lambda log: _number_of(log.parent)):
         for row in _rows(log):
             for name in _QUANTITIES:
                 value, epoch = _number(row.get(name), float), _number(row.get("epoch"), int)
                 if value is not None and epoch is not None and 0 <= epoch < 100_000 and math.isfinite(value):
                     course[name][epoch] = value
     return course
-
-
-def _version(log: Path) -> tuple[int, str]:
-    number = log.parent.name.rpartition("_")[2]
-    return (int(number) if number.isdecimal() else -1), number
 
 
 def _rows(log: Path) -> list[dict[str, str]]:

@@ -19,6 +19,7 @@ from lightning_modules.distiller import Distiller
 from lightning_modules.fusing import fuse_checkpoints, load_alike, seeds
 from lightning_modules.outputs import save_as
 from lightning_modules.ranks import on_rank_zero
+from lightning_modules.reporting import drawn
 from lightning_modules.results import peak_memory, reset_peak_memory, versions, write_results
 from lightning_modules.stages import Stage, slug
 from lightning_modules.transferring import Plan as TransferPlan
@@ -58,11 +59,13 @@ class Workshop:
         trainer: Makes the trainers.
         data: Images; what a training changes about them is in its recipe.
         module: Arguments of every module that have no influence on the result.
+        report: Whether fusions are measured for the report as well.
     """
 
     trainer: StageTrainer
     data: LightningDataModule
     module: dict[str, Any] = field(default_factory=dict)
+    report: bool = True
 
     def data_for(self, recipe: Mapping[str, Any]) -> LightningDataModule:
         """A data module of its own for a training; its batches are shared by the processes.
@@ -187,7 +190,8 @@ def _fuse(workshop: Workshop, stage: Stage, folder: Path, inputs: dict[str, Path
     def compute() -> dict[str, Any]:
         options = FusionOptions(**stage.settings["options"])
         paths, data = [str(path) for path in inputs.values()], cast(ImageData, workshop.data)
-        _, fusion, record = fuse_checkpoints(paths, data, options, strategy.root_device)
+        made = fuse_checkpoints(paths, data, options, strategy.root_device)
+        fusion, record = made.fusion, {**made.record, **({"report": drawn(made, data)} if workshop.report else {})}
         save_as(ImageClassifier(), fusion.model, record, folder / "fused.ckpt")
         for name in stage.settings["balanced"]:
             balanced = fusion.balanced[list(inputs).index(name)]

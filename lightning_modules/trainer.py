@@ -103,14 +103,14 @@ class FusionTrainer(Trainer):
         output: str,
         overwrite: bool = False,
         align_only: bool = False,
-        report: bool = False,
+        report: bool = True,
         fusion: FusionOptions = FusionOptions(),  # noqa: B008 (it is frozen)
     ) -> dict[str, Any]:
         """Fuses trained networks into one and shows how well each of them does on the test images.
 
         Writes the fused network as an ordinary checkpoint, and next to it `fusion.json`: options, alignment, costs,
-        accuracies, parameters, seconds, memory, seeds, versions and the parents' checksums. Nothing is written before
-        all of it is there.
+        accuracies, parameters, seconds, memory, seeds, versions and the parents' checksums; and `report.html`. Nothing
+        is written before all of it is there.
 
         Args:
             model: Its training recipe is saved with the fused network.
@@ -119,7 +119,7 @@ class FusionTrainer(Trainer):
             output: The checkpoint to write, NAME.ckpt.
             overwrite: Whether the files written here may replace existing ones.
             align_only: Only show and write to fusion.json which layers correspond, with the costs of every stage.
-            report: Whether to write report.html next to the output, too: all of this as one file to look at.
+            report: Whether to draw report.html as well: all of this as one file to look at.
             fusion: The options of the method.
 
         Returns:
@@ -139,17 +139,14 @@ class FusionTrainer(Trainer):
                 write_results(alignment, record)
                 print_alignment(alignment)
             return alignment
-        networks, result, figures = fuse_checkpoints(parents, datamodule, fusion, self.strategy.root_device)
+        fused = fuse_checkpoints(parents, datamodule, fusion, self.strategy.root_device)
         # Before the networks are compared, which may move them to another device.
-        figures |= {"report": drawn(result, networks, datamodule)} if report else {}
-        results = {
-            "output": output,
-            "networks": compare(self, _contestants(networks, result), datamodule),
-            **figures,
-        }
-        text = fusion_report(results) if report else ""
+        figures = {"report": drawn(fused, datamodule)} if report and self.is_global_zero else {}
+        networks = compare(self, _contestants(fused.parents, fused.fusion), datamodule)
+        results = {"output": output, "networks": networks, **fused.record, **figures}
         if self.is_global_zero:
-            save_as(model, result.model, results, output)
+            text = fusion_report(results) if report else ""
+            save_as(model, fused.fusion.model, results, output)
             write_results(results, record)
             if report:
                 write_text(page, text)
@@ -167,12 +164,13 @@ class FusionTrainer(Trainer):
         seeds: Sequence[int] | None = None,
         scale: Scale = "full",
         output: str | None = None,
+        report: bool = True,
     ) -> dict[str, Any]:
         """Carries out a whole experiment: trains parents, fuses, finetunes, distils, evaluates, compares.
 
         Every stage has a folder of its own below the output. The same command goes on where it was interrupted, and
         does nothing again that is finished. When a stage fails, those that do not need it go on. The table of all
-        networks is printed and lies in `results.json`, `results.csv` and `results.md`.
+        networks is printed and lies in `results.json`, `results.csv` and `results.md`; `report.html` shows it all.
 
         Args:
             model: Its `channels_last`, `compile` and `fused` apply to every stage; the rest is the experiment's.
@@ -182,6 +180,7 @@ class FusionTrainer(Trainer):
             seeds: The experiment is carried out for each of them; none given: for those that it names.
             scale: full, or small: with the changes that the experiment has for that.
             output: Folder of the experiment; none given: NAME below default_root_dir.
+            report: Whether to draw report.html as well: all of this as one file to look at.
 
         Returns:
             The content of `results.json`.
@@ -192,7 +191,7 @@ class FusionTrainer(Trainer):
         """
         check_arguments(self._given)
         root = self._given["default_root_dir"]
-        return run_experiment(prepare(self, model, datamodule, experiment, seeds, scale, output, root))
+        return run_experiment(prepare(self, model, datamodule, experiment, seeds, scale, output, root, report))
 
     def another(
         self, folder: str | os.PathLike[str], more: list[Callback] | None = None, **changes: Any

@@ -14,6 +14,7 @@ import yaml
 import cli
 from clafusion import networks
 from lightning_modules import Distiller, FusionTrainer, ImageClassifier, load_parent, read_checkpoint, save_checkpoint
+from lightning_modules.arguments import spell_out
 
 ROOT = Path(__file__).parent.parent
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
@@ -73,7 +74,7 @@ def test_a_configuration_trains_a_parent(capsys):
 
 def test_fuse_writes_an_ordinary_checkpoint_and_its_record(mlp_checkpoints, capsys):
     run(*fuse_arguments(mlp_checkpoints))
-    assert sorted(path.name for path in Path.cwd().iterdir()) == ["fused.ckpt", "fusion.json"]
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["fused.ckpt", "fusion.json", "report.html"]
     record = json.loads(Path("fusion.json").read_text())
     names = [row["name"] for row in record["networks"]]
     assert names[:3] == ["parent 1", "parent 2", "ensemble"] and names[-1] == "fused"
@@ -86,6 +87,38 @@ def test_fuse_writes_an_ordinary_checkpoint_and_its_record(mlp_checkpoints, caps
     table = capsys.readouterr().out
     assert all(name in table for name in names)
     assert f"{record['networks'][-1]['test_acc']:.2%}" in table
+
+
+def test_fuse_has_a_short_form(mlp_checkpoints):
+    run(*fuse_arguments(mlp_checkpoints))
+    deep, shallow = mlp_checkpoints
+    Path("short").mkdir()
+    run("fuse", deep, "--overwrite", shallow, *QUIET, "-o", "short/fused.ckpt", *FEW)
+    long, short = (load_parent(f"{folder}/fused.ckpt").state_dict() for folder in (".", "short"))
+    assert all(torch.equal(value, short[name]) for name, value in long.items())
+
+
+def test_the_short_form_spares_other_arguments():
+    given = ["fuse", "-c", "x.yaml", "a, b.ckpt", "--fusion.seed", "3", "c.ckpt", "-od.ckpt", "--fusion.weights=[1,2]"]
+    named = ['--parents=["a, b.ckpt", "c.ckpt"]', "--output=d.ckpt"]
+    assert spell_out(given) == ["fuse", "-c", "x.yaml", "--fusion.seed", "3", "--fusion.weights=[1,2]", *named]
+    assert spell_out(["convert", "a", "-o", "b"]) == ["convert", "a", "-o", "b"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.ckpt", "b.ckpt", "--parents", "[a.ckpt, b.ckpt]", "-o", "c.ckpt"], "Expected parents once, got a.ckpt b"),
+        (["a.ckpt", "b.ckpt", "-o", "c.ckpt", "--output", "d.ckpt"], "Expected one output, got several"),
+        (["a.ckpt", "b.ckpt", "-o", "c.ckpt", "-o", "d.ckpt"], "Expected one output, got several"),
+        (["a.ckpt", "b.ckpt", "-o"], "Expected a file after -o, got --trainer.acc"),
+        (["a.ckpt", "b.ckpt"], "Expected --output, got none"),
+        (["-o", "c.ckpt"], "Expected --parents, got none"),
+        (["a.ckpt", "-o", "c.ckpt"], "Expected two or more parents, got 1"),
+    ],
+)
+def test_the_short_form_refuses(capsys, arguments, message):
+    assert message in refused(capsys, "fuse", *arguments, *QUIET)
 
 
 def test_the_accuracy_of_the_record_is_that_of_the_checkpoint(mlp_checkpoints, capsys):

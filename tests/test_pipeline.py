@@ -84,7 +84,7 @@ def with_changes(changes: dict[str, Any]) -> dict[str, Any]:
 
 def run(output: Path, changes: dict[str, Any] | None = None, **arguments: Any) -> dict[str, Any]:
     """Carries out the experiment in this process."""
-    own = {name: arguments.pop(name) for name in ("seeds", "scale") if name in arguments}
+    own = {name: arguments.pop(name) for name in ("seeds", "scale", "report") if name in arguments}
     data = {**DATA, **arguments.pop("data", {})}
     model = arguments.pop("model", None) or ImageClassifier()
     quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
@@ -159,6 +159,16 @@ def test_the_other_tables_say_the_same(whole):
         shown = f"| {row['name']} | {100 * row['test_acc']:.2f} ± {100 * row['test_acc_std']:.2f} | "
         shown += "96.95 | " if row["name"] == "deep" else "– | "
         assert f"{shown}{row['parameters']:,} |" in text
+
+
+def test_a_report_shows_it_unless_nobody_wants_it(whole, tmp_path):
+    text = (whole / "report.html").read_text()
+    assert all(name in text for name in NETWORKS) and "<script" not in text
+    record = json.loads((whole / "seed_0/fuse_default/fusion.json").read_text())
+    assert record["report"]["diagnosis"]["samples"] == 70 and len(record["report"]["line"]["accuracies"]["1"]) == 11
+    run(tmp_path / "x", {"finetune": None, "distill": None}, report=False)
+    assert not list(tmp_path.rglob("report*"))
+    assert "report" not in json.loads((tmp_path / "x/seed_0/fuse_default/fusion.json").read_text())
 
 
 def test_the_accuracies_are_those_of_the_networks_on_the_test_images(whole):

@@ -1,6 +1,7 @@
 """The report: what it measures, that every number and figure is there, and that it is one harmless file."""
 
 import base64
+import copy
 import json
 import re
 import zlib
@@ -14,8 +15,10 @@ from helpers import images, mlp, plain, resnet, vectors
 
 import cli
 from clafusion import FusionError, FusionOptions, align_layers, fuse, linear_cka
-from clafusion.report import experiment_report, fusion_report, report_data
+from clafusion.report import experiment_report, fusion_report, line_accuracies, report_data
 from clafusion.report_data import PIXELS, diagnose, map_picture
+from clafusion.report_line import averages
+from datamodules import DigitsDataModule
 
 HOSTILE = "<script>alert('x')</script>\" onload=\"x\x00&amp;"
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--fusion.num_samples", "70"]
@@ -180,6 +183,43 @@ def test_layers_that_a_parent_lacks_are_left_out():
         for parent in found["parents"]
     ]
     assert missing == [set(), {"layer1.1.conv1"}]
+
+
+def right(model, samples, labels) -> float:
+    return float((model(samples).argmax(1) == labels).double().mean())
+
+
+def test_the_line_runs_from_the_anchor_to_the_other_parent(pair):
+    models, samples, fusion = pair
+    labels = models[0](samples).argmax(1)
+    found = line_accuracies(fusion, samples, labels)
+    assert found["samples"] == 40 and found["shares"][::5] == [0, 0.5, 1] and list(found["accuracies"]) == ["1"]
+    line = found["accuracies"]["1"]
+    assert line[0] == 1 == right(models[0], samples, labels)  # at one end the anchor itself
+    bare = fuse(models, [samples], plain(seed=3))
+    assert line[5] == right(bare.model, samples, labels)  # in the middle the fusion without its correction
+    assert found["fused"] == right(fusion.model, samples, labels) != line[5]
+
+
+def test_the_line_of_a_permuted_network_is_flat():
+    one = mlp([9, 8], 0)
+    samples, order = vectors(40), torch.randperm(9, generator=torch.Generator().manual_seed(1))
+    other = copy.deepcopy(one)
+    with torch.no_grad():
+        other.fc1.weight.copy_(one.fc1.weight[order])
+        other.fc2.weight.copy_(one.fc2.weight[:, order])
+    found = line_accuracies(fuse([one, other], [samples], plain()), samples, one(samples).argmax(1))
+    assert found["accuracies"] == {"1": [1.0] * 11} and found["fused"] == 1
+
+
+def test_there_is_no_line_where_networks_were_fused_one_after_another():
+    models, samples = [mlp([9, 8, 7], 0), mlp([9, 6], 1), mlp([7, 6], 2)], vectors(40)
+    labels = models[0](samples).argmax(1)
+    assert line_accuracies(fuse(models, [samples], plain(many="iterative")), samples, labels) is None
+    fusion = fuse(models, [samples], plain(anchor=2))
+    found = line_accuracies(fusion, samples, labels)["accuracies"]
+    assert list(found) == ["0", "1"] and found["0"][0] == found["1"][0] == right(models[2], samples, labels)
+    assert found["1"][10] == right(next(averages(fusion, samples, [[0, 1, 0]])), samples, labels)
 
 
 def test_a_map_that_permutes_has_a_clean_diagonal():
@@ -348,9 +388,15 @@ def refused(capsys, *arguments: str) -> str:
     return error
 
 
-def test_fuse_writes_a_report_that_can_be_drawn_again(mlp_checkpoints, in_an_empty_folder, capsys):
+def test_fuse_writes_a_report_that_can_be_drawn_again(mlp_checkpoints, in_an_empty_folder, capsys, monkeypatch):
     command = ["fuse", "--parents", f"[{', '.join(map(str, mlp_checkpoints))}]", "--output", "fused.ckpt", *QUIET]
-    cli.main([*command, "--report", "true"])
+    taken = []
+    original = DigitsDataModule.alignment_batches
+    monkeypatch.setattr(
+        DigitsDataModule, "alignment_batches", lambda self, *given: taken.append(given) or original(self, *given)
+    )
+    cli.main(command)
+    assert len(taken) == 1  # what the report measures on are the samples that the fusion had
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["fused.ckpt", "fusion.json", "report.html"]
     document = read(Path("report.html").read_text())
     record = json.loads(Path("fusion.json").read_text())
@@ -358,10 +404,17 @@ def test_fuse_writes_a_report_that_can_be_drawn_again(mlp_checkpoints, in_an_emp
     assert record["report"]["diagnosis"]["samples"] == 70
     Path("fused.ckpt").unlink()
     Path("fusion.json").rename("kept.json")
-    assert "got report.html, which exists" in refused(capsys, *command, "--report", "true")
+    assert "got report.html, which exists" in refused(capsys, *command)
     cli.main(["report", "kept.json", "--output", "again.html"])
     assert Path("again.html").read_bytes() == Path("report.html").read_bytes()
     assert "got again.html, which exists" in refused(capsys, "report", "kept.json", "--output", "again.html")
+
+
+def test_fuse_draws_no_report_that_nobody_wants(mlp_checkpoints, in_an_empty_folder):
+    command = ["fuse", *map(str, mlp_checkpoints), "-o", "fused.ckpt", *QUIET, "--report", "false"]
+    cli.main(command)
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["fused.ckpt", "fusion.json"]
+    assert "report" not in json.loads(Path("fusion.json").read_text())
 
 
 def test_report_reads_the_folder_of_an_experiment(results, in_an_empty_folder):
