@@ -27,7 +27,7 @@ test-slurm: $(STAMP)
 
 # What fusing, data, training and solvers cost, side by side on one thread (about ten minutes; plots in docs/plots).
 bench: $(STAMP)
-	for name in fusion data train solvers; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in fusion data train solvers startup; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """The map of every set of neurons of every parent onto the anchor's."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -122,10 +123,18 @@ def neuron_maps(
         for node in nodes[site.key, one]:
             pairs[node] = list(dict.fromkeys([*pairs.get(node, []), *relations]))
     moments = paired_moments(balanced.structures, pairs, samples)
-    for site, one in _problems(balanced, places):
+
+    def solved(problem: tuple[Site, int]) -> tuple[Tensor, float]:
+        site, one = problem
         other = balanced.reference(site.owners)
         sides = [[moments[node, a, b] for node in nodes[site.key, one]] for a, b in _sides(one, other, options)]
-        maps[one][site.key], costs[one][site.key] = _solve(sides, _mass(balanced, site, one, options), options)
+        return _solve(sides, _mass(balanced, site, one, options), options)
+
+    problems = _problems(balanced, places)
+    # The solvers let other threads run.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for (site, one), (mapping, cost) in zip(problems, pool.map(solved, problems), strict=True):
+            maps[one][site.key], costs[one][site.key] = mapping, cost
     return maps, costs
 
 

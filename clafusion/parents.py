@@ -8,7 +8,7 @@ from clafusion.errors import FusionError
 from clafusion.layer_costs import check_stages
 from clafusion.options import FusionOptions
 from clafusion.parameters import state_of
-from clafusion.statistics import as_input
+from clafusion.statistics import all_finite, as_input
 from clafusion.structure import Structure, trace
 
 
@@ -38,8 +38,7 @@ def check_alike(models: Sequence[nn.Module], names: Sequence[str]) -> None:
     kinds = set()
     for model, called in zip(models, names, strict=True):
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            # A finite sum says it at once; a sum may also overflow.
-            if not (tensor.sum().isfinite() or tensor.isfinite().all()):
+            if not all_finite(tensor):
                 raise FusionError(f"Expected finite weights, got NaN or infinity in {name!r} of {called}")
         first = next(model.parameters(), None)
         if first is None:

@@ -55,6 +55,8 @@ RECTIFIED_STEPS = 6
 SOFT_LABEL_STEPS = 100
 #: Numbers in a block of a design, the products of which are summed in the design's own precision.
 BLOCK = 2**22
+#: Columns of a Gram matrix that are computed at once, from the diagonal downwards.
+STRIP = 256
 
 
 @dataclass(frozen=True)
@@ -177,15 +179,20 @@ def _sums(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gram(x: Tensor, mean: Tensor) -> Tensor:
-    """The Gram matrix of the centred inputs, [groups, inputs, inputs], float64."""
+    """The Gram matrix of the centred inputs, [groups, inputs, inputs], float64; of its upper half a part is missing."""
     gram = -len(x) * mean[:, :, None] * mean[:, None, :]
     for block in _blocks(x):
-        gram += block.transpose(1, 2) @ block
+        for start in range(0, x.shape[2], STRIP):
+            strip = slice(start, start + STRIP)
+            gram[:, start:, strip] += block[:, :, start:].transpose(1, 2) @ block[:, :, strip]
     return gram
 
 
 def _cholesky(gram: Tensor, penalty: Tensor) -> Tensor | None:
-    """The factor of the penalised matrix, which is overwritten; None where it is not positive definite."""
+    """The factor of the penalised matrix, of which the lower half is read; None where it is not positive definite.
+
+    The matrix is overwritten.
+    """
     gram.diagonal(dim1=1, dim2=2).add_(penalty[:, None])
     factor, failed = torch.linalg.cholesky_ex(gram)
     return None if failed.any() else factor

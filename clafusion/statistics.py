@@ -125,9 +125,14 @@ def collect(batches: Iterable[Any], num_samples: int) -> Tensor:
     if not parts:
         raise FusionError("Expected at least one batch of samples, got none; pass unlabelled inputs")
     samples = torch.cat(parts) if len(parts) > 1 else parts[0]
-    if not samples.isfinite().all():
+    if not all_finite(samples):
         raise FusionError("Expected finite samples, got NaN or infinity; check the data")
     return samples
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity; a finite sum says so at once, but a sum may also overflow."""
+    return bool(tensor.sum().isfinite() or tensor.isfinite().all())
 
 
 def chunks(samples: Tensor, size: int = CHUNK) -> tuple[Tensor, ...]:

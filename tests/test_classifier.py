@@ -431,10 +431,8 @@ def test_a_faster_network_is_the_same_network_in_its_checkpoints(tmp_path, optio
     resumed = ImageClassifier(**options)
     trainer = make_trainer(tmp_path / "fast", max_epochs=1)
     trainer.test(resumed, data(), ckpt_path=str(tmp_path / "fast" / "last.ckpt"), verbose=False, weights_only=True)
-    trainer = make_trainer(tmp_path / "fast", max_epochs=2, limit_train_batches=1)
-    plainly = ImageClassifier(lr=0.01)
-    trainer.fit(plainly, data(), ckpt_path=str(tmp_path / "fast" / "last.ckpt"), weights_only=True)
-    assert not trainer.optimizers[0].param_groups[0]["fused"]
+    ImageClassifier(lr=0.01).on_load_checkpoint(fast)
+    assert not group["fused"], "a training that goes on is as fast as its own command says"
     if "channels_last" in options:
         assert any(
             parameter.is_contiguous(memory_format=torch.channels_last) and not parameter.is_contiguous()
