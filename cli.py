@@ -60,6 +60,9 @@ _DEFAULTS = {
 # What all parsers have in common.
 _COMMON: dict[str, Any] = {"allow_abbrev": False, "default_env": True, "env_prefix": "CLAFUSION"}
 
+_EPILOG = """exit codes: 0 success; 1 stages of an experiment failed, or an unexpected error (a traceback, please report
+it); 2 something given cannot be used: one line on standard error says what and what to do, and nothing was written."""
+
 # The subcommands that need no trainer: a function each.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "convert": convert_file,
@@ -233,6 +236,7 @@ def main(args: Sequence[str] | None = None) -> None:
                     **_COMMON,
                     "prog": "clafusion",
                     "description": "Trains classifiers and fuses them, of whatever depth and width, into one.",
+                    "epilog": _EPILOG,
                     "version": version("clafusion"),
                     **{name: dict(_COMMON) for name in FusionCLI.subcommands()},
                 },

@@ -79,17 +79,16 @@ def alignment(
     parts = [word(0.0, 14.0, names[0], class_="head"), word(float(WIDTH), 14.0, names[1], class_="head end")]
     top = 30.0
     for number, (ours, theirs, partners) in enumerate(zip(deep, shallow, pairs, strict=True)):
-        height = 24.0 * max(len(ours), len(theirs))
+        height = 24.0 * len(ours)
         parts.append(tag("rect", x=0, y=top - 3, width=WIDTH, height=height + 2, rx=6, class_=f"stage s{number % 2}"))
-        where = [[top + (i + 0.5) * height / len(side) for i in range(len(side))] for side in (ours, theirs)]
-        for i, partner in enumerate(partners):
-            y, z = where[0][partner], where[1][i]
-            about = tag("title", f"{ours[partner]} ↔ {theirs[i]}")
-            parts.append(tag("path", about, d=f"M130 {y:g} C170 {y:g} 170 {z:g} 210 {z:g}", class_="link"))
+        rows = [top + (i + 0.5) * 24.0 for i in range(len(ours))]
         for i, name in enumerate(ours):
-            parts += _box(4.0, where[0][i], name, None if i in partners else lone)
-        for i, name in enumerate(theirs):
-            parts += _box(212.0, where[1][i], name, None)
+            parts += _box(4.0, rows[i], name, None if i in partners else lone)
+        # A layer stands beside its partner, so that the gaps are where layers are missing.
+        for name, partner in zip(theirs, partners, strict=True):
+            y, about = rows[partner], tag("title", f"{ours[partner]} ↔ {name}")
+            parts.append(tag("path", about, d=f"M130 {y:g}H210", class_="link"))
+            parts += _box(212.0, y, name, None)
         top += height + 8
     return drawing(WIDTH, top, label, *parts)
 
@@ -99,7 +98,7 @@ def _box(x: float, y: float, name: str, lone: str | None) -> list[Safe]:
     style = "unit" if lone is None else "unit lone"
     about = name if lone is None else f"{name}: {lone}"
     box = tag("rect", x=x, y=y - 9, width=124, height=18, rx=4)
-    more = [] if lone is None else [word(x + 130, y + 3.5, f"+ {lone}", class_="note")]
+    more = [] if lone is None else [word(x + 215, y + 3.5, f"+ {lone}", class_="note")]
     return [tag("g", tag("title", about), box, word(x + 7, y + 4, shown, class_="name"), *more, class_=style)]
 
 

@@ -15,7 +15,7 @@ text { fill: var(--ink) } .tick, .note { fill: var(--soft); font-size: 10.5px }
   stroke-width: 3 } .chosen text { font-weight: 700 }
 .stage { fill: var(--band) } .s1 { fill-opacity: .5 } .link { fill: none; stroke: var(--one); stroke-width: 2 }
 .unit rect { fill: var(--card); stroke: var(--one) } .lone rect { stroke: var(--two); stroke-dasharray: 3 2 }
-.lone .note { fill: var(--two); paint-order: stroke; stroke: var(--card); stroke-width: 4px }
+.lone .note { fill: var(--two) }
 .grid { stroke: var(--line) } .one { stroke: var(--soft) } .line { fill: none; stroke-width: 2; stroke-linejoin: round }
 .line.before { stroke: var(--soft); stroke-dasharray: 4 3 } .line.after { stroke: var(--two) }
 .flat circle { display: none }

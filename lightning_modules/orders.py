@@ -64,6 +64,7 @@ class Order:
         scale: see `experiment`.
         output: its folder.
         workshop: what it is carried out with.
+        quiet: whether to say only what fails.
     """
 
     experiment: Experiment
@@ -72,6 +73,7 @@ class Order:
     scale: Scale
     output: Path
     workshop: Workshop
+    quiet: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -103,6 +105,7 @@ def prepare(
     output: str | None,
     root: str,
     report: bool = True,
+    quiet: bool = False,
 ) -> Order:
     """Checks everything that can be checked before anything is computed or written.
 
@@ -116,6 +119,7 @@ def prepare(
         output: Folder of the results; None: named after the experiment, below `root`.
         root: See `output`.
         report: Whether to draw what came of it.
+        quiet: Whether to say only what fails.
 
     Raises:
         FusionError: Something cannot be used.
@@ -132,7 +136,7 @@ def prepare(
     workshop = Workshop(trainer, data, module, report)
     folder = Path(output) if output else Path(root) / whole.name
     chosen = tuple(whole.seeds if seeds is None else seeds)
-    order = Order(whole, plan(whole, cast(ImageData, data)), chosen, scale, folder, workshop)
+    order = Order(whole, plan(whole, cast(ImageData, data)), chosen, scale, folder, workshop, quiet)
     recipes = [stage.settings["recipe"] for stage in order.plan.stages if "recipe" in stage.settings]
     own = [workshop.data_for(recipe) for recipe in recipes]
     # The other ranks are waiting for this one, or do not exist yet.

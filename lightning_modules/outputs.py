@@ -12,6 +12,7 @@ from clafusion.errors import FusionError
 from lightning_modules.checkpoints import save_checkpoint
 from lightning_modules.checks import ImageData
 from lightning_modules.classifier import ImageClassifier
+from lightning_modules.progress import Step
 
 
 def check_output(output: str, suffixes: Sequence[str] = (".ckpt",)) -> Path:
@@ -67,16 +68,16 @@ def save_as(classifier: ImageClassifier, network: nn.Module, record: dict[str, A
     save_checkpoint(classifier, path)
 
 
-def compare(trainer: Trainer, networks: Mapping[str, nn.Module], datamodule: ImageData) -> list[dict[str, Any]]:
+def compare(
+    trainer: Trainer, networks: Mapping[str, nn.Module], datamodule: ImageData, step: Step = lambda words: None
+) -> list[dict[str, Any]]:
     """Name, number of parameters and accuracy on the test images of each network, as plain values."""
-    return [
-        {
-            "name": name,
-            "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "test_acc": _test_accuracy(trainer, network, datamodule),
-        }
-        for name, network in networks.items()
-    ]
+    rows = []
+    for name, network in networks.items():
+        step(f"testing {name}")
+        count = sum(parameter.numel() for parameter in network.parameters())
+        rows.append({"name": name, "parameters": count, "test_acc": _test_accuracy(trainer, network, datamodule)})
+    return rows
 
 
 def _test_accuracy(trainer: Trainer, network: nn.Module, datamodule: ImageData) -> float:

@@ -92,7 +92,7 @@ def _carry_out(order: Order) -> dict[str, Any]:
         if number % len(order.plan.stages) == 0:
             on_rank_zero(trainer.strategy, lambda: _write(order, ledger))
     results = _compared(order, ledger)
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and not order.quiet:
         print_comparison(results, order.output, order.workshop.report)
     if trainer.is_global_zero and ledger.failures:
         raise ExperimentFailed(f"{len(ledger.failures)} of {len(jobs)} stages have no result, the others are there")
@@ -111,12 +111,12 @@ def _attend(order: Order, job: Job, words: str, ledger: Ledger, agreement: Agree
     missing = ledger.missing(job)
     if missing:
         ledger.failures[key] = f"left out, for want of {', '.join(missing)}"
-        _say(trainer, f"{words} ({ledger.failures[key]})")
+        _say(order, f"{words} ({ledger.failures[key]})", failed=True)
         return
     failure, result = None, {}
     try:
         done = on_rank_zero(trainer.strategy, lambda: finished(job.folder, job.description, job.inputs))
-        _say(trainer, words if done is None else f"{words} (done)")
+        _say(order, words if done is None else f"{words} (done)")
         result = _carry_out_one(order, job) if done is None else done
     except Exception as error:
         failure = str(error) if isinstance(error, FusionError) else _unexpected(error, job)
@@ -125,7 +125,7 @@ def _attend(order: Order, job: Job, words: str, ledger: Ledger, agreement: Agree
         ledger.results[key] = result
     else:
         ledger.failures[key] = " ".join(failure.split())
-        _say(trainer, f"clafusion: failed: {job.words}: {ledger.failures[key]}")
+        _say(order, f"clafusion: failed: {job.words}: {ledger.failures[key]}", failed=True)
 
 
 def _carry_out_one(order: Order, job: Job) -> dict[str, Any]:
@@ -161,6 +161,6 @@ def _unexpected(error: Exception, job: Job) -> str:
     return f"{type(error).__name__}: {error} (see {path})"
 
 
-def _say(trainer: StageTrainer, line: str) -> None:
-    if trainer.is_global_zero:
+def _say(order: Order, line: str, failed: bool = False) -> None:
+    if order.workshop.trainer.is_global_zero and (failed or not order.quiet):
         print(line, file=sys.stderr, flush=True)

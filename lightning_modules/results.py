@@ -43,13 +43,18 @@ def reset_peak_memory(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
+def as_json(results: dict[str, Any]) -> str:
+    """The results as JSON, for people to read as well."""
+    return json.dumps(results, indent=2, allow_nan=False) + "\n"
+
+
 def write_results(results: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Writes the results as JSON, whole or not at all.
 
     Raises:
         FusionError: The file cannot be written.
     """
-    write_text(path, json.dumps(results, indent=2, allow_nan=False) + "\n")
+    write_text(path, as_json(results))
 
 
 def print_networks(networks: list[dict[str, Any]]) -> None:

@@ -1,7 +1,7 @@
 """The trainer that can also fuse: it checks first, then computes, and writes last."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lightning_fabric.plugins import TorchCheckpointIO
@@ -24,8 +24,9 @@ from lightning_modules.last_checkpoint import LastCheckpoint
 from lightning_modules.orders import prepare
 from lightning_modules.outputs import check_empty, check_new, check_output, compare, save_as
 from lightning_modules.pipeline import run_experiment
+from lightning_modules.progress import steps
 from lightning_modules.reporting import drawn, fusion_report
-from lightning_modules.results import print_results, write_results
+from lightning_modules.results import as_json, print_results, write_results
 from lightning_modules.stage_trainers import check_arguments, influences, stage_arguments
 from lightning_modules.transferring import transfer_checkpoint
 
@@ -104,6 +105,8 @@ class FusionTrainer(Trainer):
         overwrite: bool = False,
         align_only: bool = False,
         report: bool = True,
+        quiet: bool = False,
+        json: bool = False,
         fusion: FusionOptions = FusionOptions(),  # noqa: B008 (it is frozen)
     ) -> dict[str, Any]:
         """Fuses trained networks into one and shows how well each of them does on the test images.
@@ -120,6 +123,8 @@ class FusionTrainer(Trainer):
             overwrite: Whether the files written here may replace existing ones.
             align_only: Only show and write to fusion.json which layers correspond, with the costs of every stage.
             report: Whether to draw report.html as well: all of this as one file to look at.
+            quiet: Whether to print nothing but errors.
+            json: Whether to print what fusion.json holds, as JSON and nothing else, instead of tables.
             fusion: The options of the method.
 
         Returns:
@@ -137,12 +142,15 @@ class FusionTrainer(Trainer):
             alignment = align_checkpoints(parents, datamodule, fusion, self.strategy.root_device)
             if self.is_global_zero:
                 write_results(alignment, record)
-                print_alignment(alignment)
+                _say(alignment, print_alignment, quiet, json)
             return alignment
-        fused = fuse_checkpoints(parents, datamodule, fusion, self.strategy.root_device)
-        # Before the networks are compared, which may move them to another device.
-        figures = {"report": drawn(fused, datamodule)} if report and self.is_global_zero else {}
-        networks = compare(self, _contestants(fused.parents, fused.fusion), datamodule)
+        with steps(quiet or json or not self.is_global_zero) as step:
+            step(f"fusing {len(parents)} networks")
+            fused = fuse_checkpoints(parents, datamodule, fusion, self.strategy.root_device)
+            # Before the networks are compared, which may move them to another device.
+            step("measuring for the report")
+            figures = {"report": drawn(fused, datamodule)} if report and self.is_global_zero else {}
+            networks = compare(self, _contestants(fused.parents, fused.fusion), datamodule, step)
         results = {"output": output, "networks": networks, **fused.record, **figures}
         if self.is_global_zero:
             text = fusion_report(results) if report else ""
@@ -150,7 +158,7 @@ class FusionTrainer(Trainer):
             write_results(results, record)
             if report:
                 write_text(page, text)
-            print_results(results)
+            _say(results, print_results, quiet, json)
         return results
 
     # Defined elsewhere to keep this file small; the command line reads its arguments there.
@@ -165,6 +173,7 @@ class FusionTrainer(Trainer):
         scale: Scale = "full",
         output: str | None = None,
         report: bool = True,
+        quiet: bool = False,
     ) -> dict[str, Any]:
         """Carries out a whole experiment: trains parents, fuses, finetunes, distils, evaluates, compares.
 
@@ -181,6 +190,7 @@ class FusionTrainer(Trainer):
             scale: full, or small: with the changes that the experiment has for that.
             output: Folder of the experiment; none given: NAME below default_root_dir.
             report: Whether to draw report.html as well: all of this as one file to look at.
+            quiet: Whether to print nothing but what fails.
 
         Returns:
             The content of `results.json`.
@@ -191,7 +201,7 @@ class FusionTrainer(Trainer):
         """
         check_arguments(self._given)
         root = self._given["default_root_dir"]
-        return run_experiment(prepare(self, model, datamodule, experiment, seeds, scale, output, root, report))
+        return run_experiment(prepare(self, model, datamodule, experiment, seeds, scale, output, root, report, quiet))
 
     def another(
         self, folder: str | os.PathLike[str], more: list[Callback] | None = None, **changes: Any
@@ -208,6 +218,13 @@ class FusionTrainer(Trainer):
     def influences(self) -> dict[str, Any]:
         """The settings that change what is learnt, as plain values by name."""
         return influences(self, self._given)
+
+
+def _say(results: dict[str, Any], in_words: Callable[[dict[str, Any]], None], quiet: bool, json: bool) -> None:
+    if json:
+        print(as_json(results), end="")
+    elif not quiet:
+        in_words(results)
 
 
 def _best(folder: str, callbacks: list[Callback]) -> list[Callback]:

@@ -15,6 +15,7 @@ import cli
 from clafusion import networks
 from lightning_modules import Distiller, FusionTrainer, ImageClassifier, load_parent, read_checkpoint, save_checkpoint
 from lightning_modules.arguments import spell_out
+from lightning_modules.progress import steps
 
 ROOT = Path(__file__).parent.parent
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
@@ -128,6 +129,24 @@ def test_the_accuracy_of_the_record_is_that_of_the_checkpoint(mlp_checkpoints, c
     run("test", "--ckpt_path", "fused.ckpt", *QUIET)
     [accuracy] = re.findall(r"test_acc\s*│\s*([\d.]+)", capsys.readouterr().out)
     assert float(accuracy) == pytest.approx(record["networks"][-1]["test_acc"])
+
+
+def test_fuse_prints_json_or_nothing_on_demand(mlp_checkpoints, capsys):
+    run(*fuse_arguments(mlp_checkpoints), "--json", "--report", "false")
+    said = capsys.readouterr()
+    assert json.loads(said.out) == json.loads(Path("fusion.json").read_text()) and said.err == ""
+    run(*fuse_arguments(mlp_checkpoints), "--overwrite", "--align_only", "--json")
+    assert json.loads(capsys.readouterr().out)["alignments"]
+    run(*fuse_arguments(mlp_checkpoints), "--overwrite", "--quiet", "--report", "false")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_steps_are_shown_on_a_terminal_only(monkeypatch, capsys):
+    for terminal, quiet in (("1", False), ("1", True), ("0", False)):
+        monkeypatch.setenv("TTY_COMPATIBLE", terminal)
+        with steps(quiet) as step:
+            step("fusing 2 networks")
+        assert ("fusing 2 networks" in capsys.readouterr().err) == (terminal == "1" and not quiet)
 
 
 def test_equal_parents_are_also_averaged_naively(mlp_checkpoints):
@@ -284,7 +303,7 @@ def test_help_and_version(capsys):
         assert end.value.code == 0
     out = capsys.readouterr().out
     assert "clafusion 0.1.0" in out and "--fusion.num_samples" in out and "{fit,validate,test,predict,fuse," in out
-    assert "weights_only" not in out
+    assert "weights_only" not in out and "exit codes: 0 success" in out
 
 
 def test_the_installed_command_ends_with_one_line_and_code_2():

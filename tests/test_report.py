@@ -417,7 +417,24 @@ def test_fuse_draws_no_report_that_nobody_wants(mlp_checkpoints, in_an_empty_fol
     assert "report" not in json.loads(Path("fusion.json").read_text())
 
 
-def test_report_reads_the_folder_of_an_experiment(results, in_an_empty_folder):
+def test_every_figure_is_a_file_of_its_own_on_demand(record, in_an_empty_folder, capsys):
+    Path("fusion.json").write_text(json.dumps(record))
+    cli.main(["report", "fusion.json", "--figures", "a/b"])
+    names = sorted(path.name for path in Path("a/b").iterdir())
+    assert len(names) == 1 + 1 + 4 + 5 and "layers-of-parent-1-and-parent-2-that-correspond.svg" in names
+    for path in Path("a/b").glob("*.svg"):
+        drawn = ElementTree.fromstring(path.read_text())
+        assert drawn.tag == "{http://www.w3.org/2000/svg}svg" and "var(" not in path.read_text()
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in Path("a/b").glob("*.png"))
+    Path("report.html").unlink()
+    assert "which exists; give --overwrite" in refused(capsys, "report", "fusion.json", "--figures", "a/b")
+    cli.main(["report", "fusion.json", "--figures", "a/b", "--overwrite"])
+    Path("report.html").unlink()
+    Path("file").touch()
+    assert "Expected a folder for the figures" in refused(capsys, "report", "fusion.json", "--figures", "file/x")
+
+
+def test_report_reads_the_folder_of_an_experiment(results, record, in_an_empty_folder):
     Path("run").mkdir()
     Path("run/results.json").write_text(json.dumps(results))
     logs = {
@@ -429,11 +446,14 @@ def test_report_reads_the_folder_of_an_experiment(results, in_an_empty_folder):
         folder = Path(f"run/{seed}/finetune_fused_default/logs/version_{version}")
         folder.mkdir(parents=True)
         (folder / "metrics.csv").write_text(text)
+    Path("run/seed_1/fuse_default").mkdir()
+    Path("run/seed_1/fuse_default/fusion.json").write_text(json.dumps(record))
     cli.main(["report", "run"])
     words = read(Path("report.html").read_text()).words
     for word in ("epoch 0: 0.375", "epoch 1: 0.75", "epoch 0: 3.5"):
         assert f"fused default, finetuned, {word}" in words
-    assert "trial" in words
+    assert "trial" in words and "Fusions" in words and "+ inserted" in words
+    assert all(word in words for word in ("1.25", "0" * 64))
 
 
 @pytest.mark.parametrize(
