@@ -65,7 +65,7 @@ figcaption b { color: var(--ink) }
   font-size: .88rem } .legend svg { display: inline-block; margin-right: 6px; vertical-align: -1px }
 summary { cursor: pointer; padding: 4px 0; font-weight: 550 } details td { overflow-wrap: anywhere }
 code { font-size: .85em; overflow-wrap: anywhere }
-@media (max-width: 520px) { td:has(.meter) { display: none } }
+@media (max-width: 520px) { td:has(.meter), th:last-child:empty { display: none } }
 details section { border: 0; padding: 4px 0; margin: 10px 0 }
 """
 _STYLE = f":root {{ color-scheme: light dark; {_LIGHT} }}{_PAGE}{_PICTURES}"
