@@ -13,8 +13,8 @@ DOCS_STAMP := $(VENV)/.clafusion-docs-installed
 demo: $(STAMP)
 	$(BIN)/clafusion fit --config configs/train/digits_deep.yaml
 	$(BIN)/clafusion fit --config configs/train/digits_shallow.yaml
-	$(BIN)/clafusion fuse --parents '[runs/digits_deep/best.ckpt, runs/digits_shallow/best.ckpt]' \
-		--output runs/fused.ckpt --overwrite --data DigitsDataModule
+	$(BIN)/clafusion fuse runs/digits_shallow/best.ckpt runs/digits_deep/best.ckpt -o runs/fused.ckpt \
+		--overwrite --data DigitsDataModule
 	$(BIN)/clafusion test --ckpt_path runs/fused.ckpt --data DigitsDataModule
 
 # Two processes of one thread each; a file's tests stay together, because they share what is trained for them.
