@@ -136,7 +136,7 @@ class ImageDataModule(ResumableDataModule):
         whole, test = self.read()
         whole.check("training", self.raw_shape, self.num_classes)
         test.check("test", self.raw_shape, self.num_classes)
-        rest, held_out = stratified_split(whole.labels, self.val_fraction, self.split_seed)
+        rest, held_out = self.divide(whole.labels)
         if len(rest) == 0 or (len(held_out) == 0 and self.val_fraction > 0):
             raise FusionError(
                 f"Expected training and validation images, got {len(rest)} and {len(held_out)} with "
@@ -144,6 +144,17 @@ class ImageDataModule(ResumableDataModule):
             )
         train = self._own_part(whole.labels, self._limited(rest))
         self._parts = {"train": whole.subset(train), "val": whole.subset(held_out), "test": test}
+
+    def divide(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the images of the training set are for training, and which for validation.
+
+        Args:
+            labels: int64 `[N]`, of all of them.
+
+        Returns:
+            Two disjoint, increasing int64 index tensors.
+        """
+        return stratified_split(labels, self.val_fraction, self.split_seed)
 
     def _limited(self, indices: Tensor) -> Tensor:
         """The training indices that `limit_train` keeps."""

@@ -199,10 +199,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return error
 
 
-def test_an_unknown_name_is_refused_with_the_nearest_ones(tmp_path, monkeypatch, capsys):
+def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert "got 'mlp_ablatoin'; did you mean mlp_ablation?" in refused(capsys, "mlp_ablatoin")
-    assert "got 'zzz'; see clafusion pipeline --list" in refused(capsys, "zzz", "--scale", "small")
+    assert "got 'mlp_ablatoin'; did you mean mlp_ablation? there are digits_mlp, " in refused(capsys, "mlp_ablatoin")
+    assert f"got 'zzz'; there are {', '.join(NAMES)}\n" in refused(capsys, "zzz", "--scale", "small")
     assert "got '../experiments/digits_mlp'" in refused(capsys, "../experiments/digits_mlp")
     assert not list(tmp_path.iterdir())
 
