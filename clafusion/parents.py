@@ -65,7 +65,7 @@ def trace_all(models: Sequence[nn.Module], samples: Tensor) -> list[Structure]:
     structures = [trace_as(model, samples, f"parent {number}") for number, model in enumerate(models)]
     classes = [structure.sizes[structure.output] for structure in structures]
     if len(set(classes)) > 1:
-        raise FusionError(f"Expected parents with the same number of classes, got {classes}")
+        raise FusionError(f"Expected parents with the same number of classes, got {classes}; choose others")
     return structures
 
 

@@ -74,7 +74,7 @@ def recognise(shapes: Shapes) -> Recognised:
     for pattern, family in families.items():
         if any(re.match(pattern, name) for name in shapes):
             return family(shapes)
-    found = repr(next(iter(shapes))) if shapes else "none"
+    found = next((f"{name!r} of shape {list(shape)}" for name, shape in shapes.items()), "none")
     raise FusionError(
         "Expected the parameters of an MLP, VGG or ResNet by the names of the published code or of torchvision, "
         f"got {found}; rename them, or give class_path in --model.architecture and train there"

@@ -27,8 +27,11 @@ def find(name: str) -> Path:
     """
     if name not in names():
         near = get_close_matches(name, names(), 3, 0.5)
-        guess = f"did you mean {' or '.join(near)}?" if near else "see clafusion pipeline --list"
-        raise FusionError(f"Expected the name of an experiment (or --config FILE), got {name!r}; {guess}")
+        guess = f"did you mean {' or '.join(near)}? " if near else ""
+        known = ", ".join(names())
+        raise FusionError(
+            f"Expected the name of an experiment (or --config FILE), got {name!r}; {guess}there are {known}"
+        )
     return FOLDER / f"{name}.yaml"
 
 

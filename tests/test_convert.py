@@ -350,7 +350,7 @@ def moved(state, offset):
 W = torch.ones
 BAD_STATES = {
     "nothing": ({}, "got none; rename"),
-    "another network": ({"encoder.weight": W(3, 3)}, r"got 'encoder\.weight'; rename"),
+    "another network": ({"encoder.weight": W(3, 3)}, r"got 'encoder\.weight' of shape \[3, 3\]; rename"),
     "an unknown name": (mlp_state(attention=W(3)), r"only parameters of a MLP, got 'attention'"),
     "a last norm": ({**mlp_state(), "bn3.weight": W(3)}, r"no 'bn3\.weight' in such a network"),
     "a gap": (without(mlp_state(), "(fc|bn)2"), r"'fc2\.weight', got none"),

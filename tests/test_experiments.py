@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import cli
-from clafusion import FusionError, FusionOptions, average, fuse, transfer
+from clafusion import FusionError, FusionOptions, average, transfer
 from clafusion.networks import build
 from datamodules import DigitsDataModule
 from lightning_modules import FusionTrainer, ImageClassifier, catalogue, load_parent
@@ -125,27 +125,6 @@ def test_recipes_are_the_published_ones(name, kind, epochs, lr, momentum, decay,
     assert lr * recipe["gamma"] ** len(passed) == pytest.approx(rate)
 
 
-def full_pairs() -> dict[str, str]:
-    """An experiment for every combination of parents, and what they are called."""
-    found: dict[str, str] = {}
-    for name in sorted(PAPER):
-        parents = at(name, "full")[0].parents.values()
-        found.setdefault(json.dumps([parent.architecture for parent in parents]), name)
-    return {name: architectures for architectures, name in found.items()}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", full_pairs())
-def test_networks_of_full_size_are_fused(name):
-    networks = [build(architecture).eval() for architecture in json.loads(full_pairs()[name])]
-    shape = (784,) if name in ("mlp_ablation", "skill_transfer") else (3, 32, 32)
-    anchor = 1 if "teacher" in at(name, "full")[0].parents else 0
-    fusion = fuse(networks, [torch.randn(4, *shape)], FusionOptions(correction="none", anchor=anchor))
-    assert fusion.model(torch.zeros(2, *shape)).shape == networks[0](torch.zeros(2, *shape)).shape
-    depths = [sum(parameter.ndim > 1 for parameter in network.parameters()) for network in (*networks, fusion.model)]
-    assert depths[-1] == max(depths[:-1])
-
-
 def test_grids_of_the_paper_are_whole():
     subjects = {name: [s.subject for s in at(name, "full")[1].stages] for name in ("mlp_ablation", "skill_transfer")}
     aligned = [subject for subject in subjects["mlp_ablation"] if subject.startswith("fused align ")]
@@ -220,10 +199,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return error
 
 
-def test_an_unknown_name_is_refused_with_the_nearest_ones(tmp_path, monkeypatch, capsys):
+def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert "got 'mlp_ablatoin'; did you mean mlp_ablation?" in refused(capsys, "mlp_ablatoin")
-    assert "got 'zzz'; see clafusion pipeline --list" in refused(capsys, "zzz", "--scale", "small")
+    assert "got 'mlp_ablatoin'; did you mean mlp_ablation? there are digits_mlp, " in refused(capsys, "mlp_ablatoin")
+    assert f"got 'zzz'; there are {', '.join(NAMES)}\n" in refused(capsys, "zzz", "--scale", "small")
     assert "got '../experiments/digits_mlp'" in refused(capsys, "../experiments/digits_mlp")
     assert not list(tmp_path.iterdir())
 
