@@ -125,7 +125,7 @@ def _fuse_at_once(
     parents = tuple(network for network, _ in parts)
     balanced = Balanced(
         structures=tuple(structure for _, structure in parts),
-        owners=_owners(structures[template], template, alignments, held, options),
+        owners=owners_by_unit(structures[template], template, alignments, held, options),
         anchor=options.anchor,
         template=template,
     )
@@ -208,7 +208,7 @@ def _balance(
     return network, structure
 
 
-def _owners(
+def owners_by_unit(
     template: Structure, number: int, alignments: Sequence[Alignment], held: Held | None, options: FusionOptions
 ) -> dict[str, dict[int, float]]:
     """For each unit of the template (parent `number`) the parents that really have it, and how much of it."""

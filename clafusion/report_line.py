@@ -1,16 +1,16 @@
 """How well the average of the moved parents does, for all weights between one parent and another."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clafusion.combination import combine
-from clafusion.fusion import Fusion
+from clafusion.fusion import Fusion, owners_by_unit
 from clafusion.maps import Balanced
 from clafusion.statistics import as_input, chunks
-from clafusion.structure import Structure, trace
+from clafusion.structure import trace
 
 #: The shares of the other parent that are measured.
 SHARES = tuple(step / 10 for step in range(11))
@@ -31,7 +31,8 @@ def averages(fusion: Fusion, samples: Tensor, weights: Iterable[Sequence[float]]
     """
     options = fusion.options
     structures = tuple(trace(parent, as_input(samples[:2], parent)) for parent in fusion.balanced)
-    balanced = Balanced(structures, _owners(fusion, structures[fusion.template]), options.anchor, fusion.template)
+    owners = owners_by_unit(structures[fusion.template], fusion.template, fusion.alignments, None, options)
+    balanced = Balanced(structures, owners, options.anchor, fusion.template)
     for shares in weights:
         yield combine(fusion.balanced[options.anchor], balanced, fusion.maps, shares, options)
 
@@ -66,17 +67,3 @@ def line_accuracies(fusion: Fusion, images: Tensor, labels: Tensor) -> dict[str,
 def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     outputs = torch.cat([model(as_input(chunk, model)).argmax(1) for chunk in chunks(images)])
     return float((outputs == labels).double().mean())
-
-
-def _owners(fusion: Fusion, template: Structure) -> Mapping[str, Mapping[int, float]]:
-    """For each unit the parents that really have it."""
-    merging = fusion.options.balance == "merge"
-    return {
-        unit.name: {
-            k: 1.0
-            for k, alignment in enumerate(fusion.alignments)
-            if merging or k == fusion.template or place in alignment[stage]
-        }
-        for stage, units in enumerate(template.stages)
-        for place, unit in enumerate(units)
-    }

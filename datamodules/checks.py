@@ -21,3 +21,13 @@ def check_flag(name: str, value: object) -> None:
     """
     if type(value) is not bool:
         raise FusionError(f"Expected {name} to be true or false, got {value!r}; change {name}")
+
+
+def check_path(name: str, value: object) -> None:
+    """Refuses anything but a path as a string that is not empty.
+
+    Raises:
+        FusionError: The value is of another type or empty.
+    """
+    if type(value) is not str or not value:
+        raise FusionError(f"Expected {name} to be a string, got {value!r}; write the folder's path")

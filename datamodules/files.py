@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from clafusion.errors import FusionError
-from datamodules.checks import check_flag
+from datamodules.checks import check_flag, check_path
 from datamodules.images import ImageDataModule
 
 
@@ -26,8 +26,8 @@ class FileDataModule(ImageDataModule):
     remedy: str
 
     def __init__(self, data_dir: str | None = None, download: bool = False, **kwargs: Any) -> None:
-        if data_dir is not None and (type(data_dir) is not str or not data_dir):
-            raise FusionError(f"Expected data_dir to be a string, got {data_dir!r}; write the folder's path")
+        if data_dir is not None:
+            check_path("data_dir", data_dir)
         check_flag("download", download)
         super().__init__(**kwargs)
         self.data_dir = data_dir

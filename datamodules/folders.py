@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clafusion.errors import FusionError
-from datamodules.checks import check_whole
+from datamodules.checks import check_path, check_whole
 from datamodules.images import ImageDataModule
 from datamodules.sampling import ImageSet, stratified_split
 
@@ -183,9 +183,8 @@ def _scan(folder: Path) -> tuple[list[str], Samples]:
     return found.classes, [(Path(path), label) for path, label in found.samples]
 
 
-def _existing(data_dir: object) -> Path:
-    if type(data_dir) is not str or not data_dir:
-        raise FusionError(f"Expected data_dir to be a string, got {data_dir!r}; write the folder's path")
+def _existing(data_dir: str) -> Path:
+    check_path("data_dir", data_dir)
     path = Path(data_dir).expanduser()
     if not path.is_dir():
         raise FusionError(f"Expected data_dir to be a folder, got {data_dir!r}, which is none; check the path")

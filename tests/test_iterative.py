@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clafusion import FusionOptions, fuse, networks
-from clafusion.fusion import _held, _owners
+from clafusion.fusion import _held, owners_by_unit
 from clafusion.maps import Balanced
 from clafusion.structure import trace
 from tests.helpers import images, largest_difference, mlp, permuted, plain, relative_error, resnet, vectors
@@ -132,7 +132,7 @@ def test_what_an_average_holds_of_a_unit_is_the_share_of_those_that_have_it():
     assert held == ((1.0,), (1.0, 0.25), (1.0,), (1.0,))
     structure = trace(first.model, samples[:2])
     second = fuse([first.model, parents[2]], [samples], plain(weights=[4, 2]))
-    owners = _owners(structure, 0, second.alignments, held, plain())
+    owners = owners_by_unit(structure, 0, second.alignments, held, plain())
     unit = structure.stages[1][1]
     assert owners[unit.name] == {0: 0.25, 1: 1.0}
     balanced = Balanced((structure, structure), owners, 0, 0)
