@@ -140,15 +140,20 @@ def _refit(
     on_top_of_shortcut: bool,
 ) -> None:
     """Ridge regression of one layer, or of the layer that closes a branch jointly with the projection shortcut."""
-    x = torch.cat(list(_design(fused, together, chosen)))
-    target = torch.cat(list(targets))
-    offset = _offset(fused, layer, together[0], chosen) if on_top_of_shortcut else x.new_zeros(1, 1)
-    prior, system = _prior(together), RidgeSystem.of(x, ridge, _has_bias(together))
-    if layer.activation in RECTIFIERS and len(prior) == 1:
-        solved = rectified_regression(system, target, offset, prior[0])[None]
+    x, prior = torch.cat(list(_design(fused, together, chosen))), _prior(together)
+    target = _by_group(torch.cat(list(targets)), prior)
+    offset = _by_group(_offset(fused, layer, together[0], chosen), prior) if on_top_of_shortcut else x.new_zeros(())
+    system = RidgeSystem.of(x, ridge, _has_bias(together))
+    if layer.activation in RECTIFIERS:
+        solved = rectified_regression(system, target, offset, prior)
     else:
         solved = system.regress(target - offset, prior)
     _write(together, solved, system)
+
+
+def _by_group(outputs: Tensor, prior: Tensor) -> Tensor:
+    """[observations, neurons] as [groups, observations, neurons per group]."""
+    return outputs.unflatten(1, prior.shape[:2]).transpose(0, 1)
 
 
 def _refit_head(
@@ -157,8 +162,8 @@ def _refit_head(
     """The head is fitted to the parents' mean logits, and from there to their mean probability."""
     everything = [torch.arange(len(target), device=target.device) for target in targets]
     x = torch.cat(list(_design(fused, [head], everything)))
-    system = RidgeSystem.of(x, ridge, head.has_bias)
-    start = system.regress(torch.cat(list(targets)), _prior([head]))
+    system, prior = RidgeSystem.of(x, ridge, head.has_bias), _prior([head])
+    start = system.regress(_by_group(torch.cat(list(targets)), prior), prior)
     solved = soft_label_regression(x[:, 0], probabilities, start[0], ridge, head.has_bias)
     _write([head], solved[None], system)
 

@@ -53,6 +53,8 @@ def _padding(module: nn.Conv2d) -> tuple[int, int, int, int]:
 #: Iterations of the regressions that have no closed form; each solves one factorised system.
 RECTIFIED_STEPS = 6
 SOFT_LABEL_STEPS = 100
+#: The least ridge: enough for dependent observations to be no obstacle in float64.
+MIN_RIDGE = 1e-10
 #: Numbers in a block of a design, the products of which are summed in the design's own precision.
 BLOCK = 2**22
 #: Columns of a Gram matrix that are computed at once, from the diagonal downwards.
@@ -61,20 +63,21 @@ STRIP = 256
 
 @dataclass(frozen=True)
 class RidgeSystem:
-    r"""The normal equations :math:`(X^\top X + \lambda I) W = R` of ridge regressions on one design, factorised.
+    r"""Ridge regressions on one design, of which the matrix is factorised once.
 
-    Per group. With many observations the Gram matrix of the inputs is factorised: its blocks are multiplied in the
-    precision of the design and summed in float64. With less than half as many observations as inputs it is that of the
-    observations, in float64: :math:`(X^\top X + \lambda I)^{-1} = (I - X^\top (X X^\top + \lambda I)^{-1} X) /
-    \lambda`. The constant input, if there is one, is eliminated by centring the others; it is not penalised.
+    Per group, with X the inputs centred by their mean if there is a constant one (which is not penalised and takes what
+    is left), weights :math:`W_0 + \Delta` solve :math:`(X^\top X + \lambda I) \Delta = X^\top (T - X W_0)`. All of
+    :math:`\Delta` is in the span of the observations. Its *coefficients* are its entries, or with less than half as many
+    observations as inputs A in :math:`\Delta = X^\top A`, where :math:`(X X^\top + \lambda I) A = T - X
+    W_0` is cheaper to solve. The coefficients of the constant input are the last row of either.
 
     Attributes:
         x: the design, [observations, groups, inputs].
         intercept: whether the last input is the constant one.
-        penalty: :math:`\lambda` of each group, [groups].
-        mean: of the inputs that are penalised, [groups, inputs]; zero without an intercept.
-        factor: Cholesky factor of the smaller Gram matrix, [groups, n, n].
-        centred: the centred design, [groups, observations, inputs], where there are fewer observations than inputs.
+        penalty: :math:`\lambda` of each group, [groups, 1, 1].
+        mean: of the inputs that are penalised, [groups, inputs, 1]; zero without an intercept.
+        factor: Cholesky factor of the penalised Gram matrix of the inputs or of the observations, [groups, n, n].
+        kernel: the Gram matrix of the observations, with less than half as many as inputs.
     """
 
     x: Tensor
@@ -82,7 +85,7 @@ class RidgeSystem:
     penalty: Tensor
     mean: Tensor
     factor: Tensor
-    centred: Tensor | None
+    kernel: Tensor | None
 
     @classmethod
     def of(cls, x: Tensor, ridge: float, intercept: bool) -> "RidgeSystem":
@@ -97,32 +100,60 @@ class RidgeSystem:
         total, squares = _sums(x[:, :, :inputs])
         mean = total / count if intercept else torch.zeros_like(total)
         # A layer whose input is dead keeps its weights.
-        penalty = (ridge * squares.mean(1)).clamp_min(torch.finfo(torch.float64).eps * max(count, 1))
-        centred = None
+        penalty = (max(ridge, MIN_RIDGE) * squares.mean(1)).clamp_min(torch.finfo(torch.float64).eps * max(count, 1))
+        kernel = None
         if 2 * count < inputs:
-            centred = x[:, :, :inputs].transpose(0, 1).double() - mean[:, None, :]
-            factor = _cholesky(centred @ centred.transpose(1, 2), penalty)
+            kernel = _observation_gram(x[:, :, :inputs], intercept)
+            factor = _cholesky(kernel.clone(), penalty)
         else:
             factor = _cholesky(_gram(x[:, :, :inputs], mean), penalty)
-            if factor is None:  # rounding has made the matrix indefinite
+            if factor is None:  # in single precision it may still
                 factor = _cholesky(_gram(x[:, :, :inputs].double(), mean), penalty)
         assert factor is not None
-        return cls(x, intercept, penalty, mean, factor, centred)
+        return cls(x, intercept, penalty[:, None, None], mean[:, :, None], factor, kernel)
 
-    def solve(self, right: Tensor) -> Tensor:
-        """The W of a right-hand side R, both [groups, inputs, outputs]."""
-        if not self.intercept:
-            return self._solve_centred(right)
-        mean, total = self.mean[:, :, None], right[:, -1:]
-        weight = self._solve_centred(right[:, :-1] - mean * total)
-        constant = total / len(self.x) - (mean * weight).sum(1, keepdim=True)
-        return torch.cat([weight, constant], 1)
+    def step(self, residual: Tensor, coefficients: Tensor) -> Tensor:
+        r"""Newton's step: the coefficients to be added so as to minimise the ridge objective.
 
-    def _solve_centred(self, right: Tensor) -> Tensor:
-        if self.centred is None:
-            return torch.cholesky_solve(right, self.factor)
-        inner = torch.cholesky_solve(self.centred @ right, self.factor)
-        return (right - self.centred.transpose(1, 2) @ inner) / self.penalty[:, None, None]
+        With a residual in single precision the step is one in single precision: good enough to be taken repeatedly.
+
+        Args:
+            residual: what is missing in the outputs, [groups, observations, outputs].
+            coefficients: those that left it missing, [groups, n (+ 1), outputs].
+        """
+        pull = self.penalty * coefficients[:, : self.factor.shape[1]]
+        total = residual.sum(1, keepdim=True, dtype=torch.float64)
+        constant = total / len(self.x)
+        if self.kernel is not None:
+            centred = residual.double() - constant if self.intercept else residual.double()
+            step = torch.cholesky_solve(centred - pull, self.factor)
+        else:
+            right = self._correlate(residual)[:, : self.factor.shape[1]]
+            right = (right - self.mean * total - pull).to(residual.dtype)
+            step = torch.cholesky_solve(right, self.factor.to(residual.dtype)).double()
+            constant = constant - (self.mean * step).sum(1, keepdim=True)
+        return torch.cat([step, constant], 1) if self.intercept else step
+
+    def outputs(self, coefficients: Tensor) -> Tensor:
+        """What coefficients add to the outputs, [groups, observations, outputs]."""
+        if self.kernel is None:
+            return self.x.transpose(0, 1) @ coefficients.to(self.x.dtype)
+        size = len(self.x)
+        return self.kernel @ coefficients[:, :size] + coefficients[:, size:].sum(1, keepdim=True)
+
+    def apply(self, weight: Tensor, span: slice = slice(None)) -> Tensor:
+        """What weights on some of the inputs give: [groups, outputs, inputs] to [groups, observations, outputs]."""
+        return torch.cat([x[:, :, span].double() @ weight.transpose(1, 2) for x in _blocks(self.x)], 1)
+
+    def weights(self, prior: Tensor, coefficients: Tensor) -> Tensor:
+        """The prior weights and what the coefficients add to them, [groups, outputs, inputs], float64."""
+        added = coefficients
+        if self.kernel is not None:
+            added = self._correlate(coefficients[:, : len(self.x)])
+            if self.intercept:
+                shift = (self.mean * added[:, :-1]).sum(1, keepdim=True)
+                added = torch.cat([added[:, :-1], coefficients[:, -1:] - shift], 1)
+        return prior.double() + added.transpose(1, 2)
 
     def regress(self, target: Tensor, prior: Tensor) -> Tensor:
         r"""The weights :math:`\arg\min_W \lVert X W^\top - T \rVert^2 + \lambda \lVert W - W_0 \rVert^2`.
@@ -130,32 +161,29 @@ class RidgeSystem:
         The ridge makes the system definite however few or dependent the observations are.
 
         Args:
-            target: T, [observations, groups x outputs per group].
-            prior: :math:`W_0`, [groups, outputs per group, inputs].
+            target: T, [groups, observations, outputs].
+            prior: :math:`W_0`, [groups, outputs, inputs].
 
         Returns:
-            [groups, outputs per group, inputs], float64.
+            [groups, outputs, inputs], float64.
         """
         prior = prior.double()
-        wanted = target.unflatten(1, (prior.shape[0], -1))
-        right = torch.zeros_like(prior.transpose(1, 2))
-        for x, t in zip(_blocks(self.x), wanted.split(_block_rows(self.x)), strict=True):
-            residual = t.transpose(0, 1) - x.double() @ prior.transpose(1, 2)
-            right += x.transpose(1, 2).double() @ residual
-        return prior + self.solve(right).transpose(1, 2)
+        return self.weights(prior, self.step(target - self.apply(prior), self.nothing(prior)))
+
+    def nothing(self, prior: Tensor) -> Tensor:
+        """The coefficients that leave prior weights as they are."""
+        return prior.new_zeros(len(prior), self.factor.shape[1] + self.intercept, prior.shape[1])
 
     def moments(self, weight: Tensor, span: slice) -> tuple[Tensor, Tensor]:
-        """Mean and variance of what weights on some of the inputs give.
-
-        Args:
-            weight: [groups, outputs per group, inputs of the span].
-            span: the inputs.
-
-        Returns:
-            Both [groups x outputs per group], float64.
-        """
-        outputs = torch.cat([x[:, :, span].double() @ weight.transpose(1, 2) for x in _blocks(self.x)], 1)
+        """Mean and variance of what weights on some of the inputs give, both [groups x outputs], float64."""
+        outputs = self.apply(weight, span)
         return outputs.mean(1).flatten(), outputs.var(1, correction=0).flatten()
+
+    def _correlate(self, values: Tensor) -> Tensor:
+        """The design times [groups, observations, outputs], summed over the observations, float64."""
+        blocks = zip(_blocks(self.x), values.split(_block_rows(self.x), dim=1), strict=True)
+        parts = ((x.transpose(1, 2).to(value.dtype) @ value).double() for x, value in blocks)
+        return sum(parts, torch.zeros((), dtype=torch.float64, device=values.device))
 
 
 def _blocks(x: Tensor) -> Iterator[Tensor]:
@@ -188,6 +216,18 @@ def _gram(x: Tensor, mean: Tensor) -> Tensor:
     return gram
 
 
+def _observation_gram(x: Tensor, centre: bool) -> Tensor:
+    """The Gram matrix of the observations, of centred inputs if wanted, [groups, observations, observations], float64."""
+    gram = x.new_zeros(x.shape[1], len(x), len(x), dtype=torch.float64)
+    for block in x.split(max(1, BLOCK // max(1, x[:, :, 0].numel())), dim=2):
+        inputs = block.transpose(0, 1).double()
+        gram += inputs @ inputs.transpose(1, 2)
+    if centre:
+        gram -= gram.mean(1, keepdim=True)
+        gram -= gram.mean(2, keepdim=True)
+    return gram
+
+
 def _cholesky(gram: Tensor, penalty: Tensor) -> Tensor | None:
     """The factor of the penalised matrix, of which the lower half is read; None where it is not positive definite.
 
@@ -207,26 +247,26 @@ def rectified_regression(system: RidgeSystem, target: Tensor, offset: Tensor, pr
     with the weights of plain regression; the steps are accelerated (Nesterov 1983, as in Beck and Teboulle 2009).
 
     Args:
-        system: of the inputs, in one group.
-        target: pre-activations to reach, [observations, outputs].
-        offset: what is added to the layer's output before the ReLU, [observations or 1, outputs or 1].
-        prior: weights to be pulled towards, [outputs, inputs].
+        system: of the inputs.
+        target: pre-activations to reach, [groups, observations, outputs].
+        offset: what is added to the layer's output before the ReLU, broadcast to the target.
+        prior: weights to be pulled towards, [groups, outputs, inputs].
 
     Returns:
-        [outputs, inputs], float64.
+        [groups, outputs, inputs], float64.
     """
-    x, active, penalty = system.x[:, 0], target > 0, _penalties(system)
-    weight = system.regress(target - offset, prior[None])[0].T
-    target, pull = target.to(x.dtype), prior.double().T
-    previous, momentum = weight, 1.0
+    prior = prior.double()
+    base = system.apply(prior) + offset
+    found = system.step(target - base, system.nothing(prior))
+    active, target, base = target > 0, target.to(system.x.dtype), base.to(system.x.dtype)
+    previous, momentum = found, 1.0
     for _ in range(RECTIFIED_STEPS):
         following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-        ahead = weight + (momentum - 1) / following * (weight - previous)
-        output = x @ ahead.to(x.dtype) + offset
+        ahead = found + (momentum - 1) / following * (found - previous)
+        output = base + system.outputs(ahead)
         residual = torch.where(active, target - output, -output.clamp_min(0))
-        step = (x.T @ residual).double() - penalty * (ahead - pull)
-        previous, weight, momentum = weight, ahead + system.solve(step[None])[0], following
-    return weight.T
+        previous, found, momentum = found, ahead + system.step(residual, ahead), following
+    return system.weights(prior, found)
 
 
 def soft_label_regression(x: Tensor, probabilities: Tensor, prior: Tensor, ridge: float, intercept: bool) -> Tensor:
@@ -245,21 +285,11 @@ def soft_label_regression(x: Tensor, probabilities: Tensor, prior: Tensor, ridge
     Returns:
         [classes, inputs], float64.
     """
-    x, probabilities = x.double(), probabilities.double()
     # Half the Gram matrix plus the penalty is half of this system.
-    system = RidgeSystem.of(x[:, None, :], 2 * ridge, intercept)
-    penalty = _penalties(system) / 2
-    start = prior.double().T
-    weight = start
+    system = RidgeSystem.of(x.double()[:, None, :], 2 * ridge, intercept)
+    prior = prior.double()[None]
+    base, found = system.apply(prior), system.nothing(prior)
     for _ in range(SOFT_LABEL_STEPS):
-        error = probabilities - (x @ weight).softmax(-1)
-        weight = weight + 2 * system.solve((x.T @ error - penalty * (weight - start))[None])[0]
-    return weight.T
-
-
-def _penalties(system: RidgeSystem) -> Tensor:
-    """The penalty of each input of the only group, [inputs, 1]."""
-    free = torch.ones(system.x.shape[2], 1, dtype=torch.float64, device=system.x.device)
-    if system.intercept:
-        free[-1] = 0.0
-    return system.penalty[0] * free
+        error = probabilities - (base + system.outputs(found)).softmax(-1)
+        found = found + system.step(2 * error, found)
+    return system.weights(prior, found)[0]
