@@ -6,6 +6,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from clafusion.errors import FusionError
 
+#: The least value of what is counted.
+LEAST = {"pin_first": 0, "pin_last": 0, "anchor": 0, "anchor_lead": 1, "num_samples": 2, "memory_budget": 1}
+
 
 @dataclass(frozen=True)
 class FusionOptions:
@@ -45,6 +48,7 @@ class FusionOptions:
             approximate; the larger, the closer they are to the anchor's.
         ridge: pull of a refit layer towards the averaged weights, in units of the mean square of its inputs.
         num_samples: unlabelled samples to measure on, at most.
+        memory_budget: MiB for the activations that are computed at once, from which the batch follows.
         seed: seed of the random layer map and of the choice of samples.
 
     Raises:
@@ -76,12 +80,13 @@ class FusionOptions:
     anchor_lead: float = 6.0
     ridge: float = 1e-4
     num_samples: int = 2000
+    memory_budget: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             _check(name, getattr(self, name), hint)
-        for name, least in {"pin_first": 0, "pin_last": 0, "anchor": 0, "anchor_lead": 1, "num_samples": 2}.items():
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise FusionError(f"Expected {name} of at least {least}, got {getattr(self, name)}")
         for name in ("regularization", "marginal_regularization", "anchor_lead", "ridge"):

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from clafusion.affine import AffineLayer, affine_layer
+from clafusion.affine import AffineLayer, affine_layer, design_rows
 from clafusion.cursor import Cursor
-from clafusion.regression import RidgeSystem, design_rows, rectified_regression, soft_label_regression
+from clafusion.regression import rectified_regression, soft_label_regression
+from clafusion.ridge import RidgeSystem
 from clafusion.statistics import rows
 from clafusion.structure import Layer, Structure, Unit
 from clafusion.targets import Parents
@@ -89,8 +90,12 @@ def _choose(
     device = together[0].module.weight.device
     if generator is None or share >= 1:
         return [torch.arange(count, device=device) for count in counts], available
-    picked = [torch.randperm(count, generator=generator)[: max(1, round(share * count))] for count in counts]
-    return [indices.to(device) for indices in picked], available
+    # Chosen among all, so that the choice does not depend on how the samples are cut into chunks.
+    picked = torch.randperm(available, generator=generator)[: max(1, round(share * available))].sort().values
+    ends = torch.tensor(counts).cumsum(0)
+    parts = picked.tensor_split(torch.searchsorted(picked, ends[:-1]))
+    starts = (ends - torch.tensor(counts)).tolist()
+    return [(part - start).to(device) for part, start in zip(parts, starts, strict=True)], available
 
 
 def _targets(

@@ -8,8 +8,10 @@ import torch
 from scipy.optimize import minimize
 from torch import nn
 
-from clafusion import regression
-from clafusion.regression import RidgeSystem, design_rows, rectified_regression, soft_label_regression
+from clafusion import regression, ridge
+from clafusion.affine import design_rows
+from clafusion.regression import rectified_regression, soft_label_regression
+from clafusion.ridge import RidgeSystem
 from clafusion.statistics import rows
 
 
@@ -126,7 +128,7 @@ def test_solve_is_least_squares_with_ridge_rows(count, groups, intercept, ridge)
 def test_the_size_of_the_blocks_changes_nothing(count, monkeypatch):
     x, t, prior = problem(count, groups=2, intercept=True)
     whole = RidgeSystem.of(x, 1e-2, True)
-    monkeypatch.setattr(regression, "BLOCK", 30)
+    monkeypatch.setattr(ridge, "BLOCK", 30)
     parts = RidgeSystem.of(x, 1e-2, True)
     assert torch.allclose(parts.factor, whole.factor, atol=1e-12)
     assert torch.allclose(parts.regress(t, prior), whole.regress(t, prior), atol=1e-12)
@@ -152,7 +154,7 @@ def test_a_gram_matrix_that_rounding_made_indefinite_is_computed_again_in_float6
     x[:, :, :6] = 1 + 1e-4 * x[:, :, :6]
     rounded = x.float()
     inputs = rounded[:, :, :6]
-    assert regression._cholesky(regression._gram(inputs, inputs.double().mean(0)), torch.tensor([5e-9])) is None
+    assert ridge._cholesky(ridge._gram(inputs, inputs.double().mean(0)), torch.tensor([5e-9])) is None
     solved = RidgeSystem.of(rounded, 1e-10, True).regress(t, prior)
     assert torch.allclose(solved, least_squares(rounded.double(), t, prior, 1e-10, True), rtol=1e-3)
 
@@ -269,7 +271,7 @@ def test_with_few_observations_it_takes_the_same_steps(intercept):
     x, target, offset, prior = rectified_problem(2, offset=normal(2, 2, 3, seed=9), intercept=intercept)
     few = RidgeSystem.of(x, 1e-2, intercept)
     penalised = x[:, :, : x.shape[2] - intercept]
-    factor = regression._cholesky(regression._gram(penalised, few.mean[:, :, 0]), few.penalty.flatten())
+    factor = ridge._cholesky(ridge._gram(penalised, few.mean[:, :, 0]), few.penalty.flatten())
     plain = dataclasses.replace(few, factor=factor, kernel=None)
     assert few.kernel is not None
     expected = rectified_regression(plain, target, offset, prior)
