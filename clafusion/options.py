@@ -36,7 +36,8 @@ class FusionOptions:
         streams: `shared`: one map for a whole residual stream; `per_layer`: one map per layer, as published.
         head: the output layer: `average` label by label, `transport` its outputs too (published), or keep the
             `anchor`'s.
-        anchor: index of the parent whose neurons and widths the result has.
+        anchor: index of the parent whose neurons and widths the result has; `agreement`: the parent that agrees most
+            often with what all parents predict together, which without labels is the best guess at the best of them.
         weights: weight of every parent in the average; None: equal.
         combine: `transport` the neurons before averaging, or plainly `average`.
         many: more than two parents: all onto the anchor at once, or one after another (`iterative`).
@@ -72,7 +73,7 @@ class FusionOptions:
     mass: Literal["uniform", "l1", "l2"] = "uniform"
     streams: Literal["shared", "per_layer"] = "shared"
     head: Literal["average", "transport", "anchor"] = "average"
-    anchor: int = 0
+    anchor: int | Literal["agreement"] = 0
     weights: Sequence[float] | None = None
     combine: Literal["transport", "average"] = "transport"
     many: Literal["many_to_one", "iterative"] = "many_to_one"
@@ -87,7 +88,7 @@ class FusionOptions:
         for name, hint in get_type_hints(type(self)).items():
             _check(name, getattr(self, name), hint)
         for name, least in LEAST.items():
-            if getattr(self, name) < least:
+            if getattr(self, name) != "agreement" and getattr(self, name) < least:
                 raise FusionError(f"Expected {name} of at least {least}, got {getattr(self, name)}")
         for name in ("regularization", "marginal_regularization", "anchor_lead", "ridge"):
             if not 0 < getattr(self, name) < float("inf"):
@@ -106,6 +107,12 @@ class FusionOptions:
     def _check_weights(weights: Sequence[float]) -> None:
         if not all(0 <= weight < float("inf") for weight in weights) or sum(weights) <= 0:
             raise FusionError(f"Expected weights of at least 0 with a positive sum, got {list(weights)}")
+
+    @property
+    def anchor_index(self) -> int:
+        """The anchor, where it is not left to `fuse` to choose it."""
+        assert isinstance(self.anchor, int)
+        return self.anchor
 
     @classmethod
     def paper(cls, **changes: Any) -> "FusionOptions":
@@ -135,6 +142,8 @@ def _check(name: str, value: Any, hint: Any) -> None:
     if name == "weights":
         ok = value is None or (isinstance(value, list | tuple) and all(_is_number(item) for item in value))
         expected = "a list of numbers or None"
+    elif name == "anchor":
+        ok, expected = type(value) is int or value == "agreement", "a whole number or agreement"
     elif hint is float:
         ok, expected = _is_number(value), "a number"
     else:
