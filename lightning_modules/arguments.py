@@ -8,7 +8,17 @@ from clafusion.errors import FusionError
 #: The arguments that may stand without a value, which is then true.
 _FLAGS = frozenset(
     f"--{name}"
-    for name in ("overwrite", "align_only", "report", "classifier", "shortcuts", "reinitialize", "quiet", "json")
+    for name in (
+        "overwrite",
+        "align_only",
+        "report",
+        "figures",
+        "classifier",
+        "shortcuts",
+        "reinitialize",
+        "quiet",
+        "json",
+    )
 )
 #: What the parser reads as the value of such an argument.
 _VALUES = frozenset({"true", "false", "yes", "no", "True", "False"})

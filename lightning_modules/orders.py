@@ -64,6 +64,7 @@ class Order:
         scale: see `experiment`.
         output: its folder.
         workshop: what it is carried out with.
+        figures: whether the figures of the report become files of their own.
         quiet: whether to say only what fails.
     """
 
@@ -73,6 +74,7 @@ class Order:
     scale: Scale
     output: Path
     workshop: Workshop
+    figures: bool = True
     quiet: bool = False
 
     @property
@@ -105,7 +107,6 @@ def prepare(
     output: str | None,
     root: str,
     report: bool = True,
-    quiet: bool = False,
 ) -> Order:
     """Checks everything that can be checked before anything is computed or written.
 
@@ -119,7 +120,6 @@ def prepare(
         output: Folder of the results; None: named after the experiment, below `root`.
         root: See `output`.
         report: Whether to draw what came of it.
-        quiet: Whether to say only what fails.
 
     Raises:
         FusionError: Something cannot be used.
@@ -136,7 +136,7 @@ def prepare(
     workshop = Workshop(trainer, data, module, report)
     folder = Path(output) if output else Path(root) / whole.name
     chosen = tuple(whole.seeds if seeds is None else seeds)
-    order = Order(whole, plan(whole, cast(ImageData, data)), chosen, scale, folder, workshop, quiet)
+    order = Order(whole, plan(whole, cast(ImageData, data)), chosen, scale, folder, workshop)
     recipes = [stage.settings["recipe"] for stage in order.plan.stages if "recipe" in stage.settings]
     own = [workshop.data_for(recipe) for recipe in recipes]
     # The other ranks are waiting for this one, or do not exist yet.
