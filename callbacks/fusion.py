@@ -17,6 +17,7 @@ from lightning_modules import ImageClassifier
 from lightning_modules.checks import ImageData, resumes_from
 from lightning_modules.fusing import fuse_checkpoints
 from lightning_modules.pictures import Pictures, has_board
+from lightning_modules.progress import steps
 from lightning_modules.ranks import on_rank_zero
 
 
@@ -81,9 +82,12 @@ class FusionCallback(Callback):
         strategy = trainer.strategy
         # Random numbers that only rank 0 draws, and only when nothing is resumed, must not change what comes after.
         with self._signal, isolate_rng():
-            architecture, weights, self.record = on_rank_zero(
-                strategy, lambda: self._fuse(datamodule, strategy.root_device)
-            )
+            # As quiet as the trainer, which has no bar of its own yet.
+            with steps(trainer.progress_bar_callback is None or not trainer.is_global_zero) as step:
+                step(f"fusing {len(self.parents)} networks")
+                architecture, weights, self.record = on_rank_zero(
+                    strategy, lambda: self._fuse(datamodule, strategy.root_device)
+                )
             network = restore(architecture)
             network.load_state_dict(weights)
         pl_module.set_network(network)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from clafusion.errors import FusionError
 from clafusion.graph import observe
 from clafusion.structure import Structure
+from clafusion.tracking import tracked
 
 #: Samples that are run at once: activations of one such chunk are all that is ever held.
 CHUNK = 32
@@ -184,7 +185,8 @@ def paired_moments(
     """
     order = [node.name for node in structures[0].module.graph.nodes if pairs.get(node.name)]
     sums: dict[tuple[str, int, int], Moments] = {}
-    for chunk in chunks(samples):
+    parts = chunks(samples)
+    for chunk in tracked(parts, "measuring neurons", len(parts)):
         for name, outputs in zip(order, in_step(structures, [order] * len(structures), chunk), strict=True):
             for one, other in pairs[name]:
                 key = name, one, other

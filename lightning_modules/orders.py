@@ -65,7 +65,6 @@ class Order:
         output: its folder.
         workshop: what it is carried out with.
         figures: whether the figures of the report become files of their own.
-        quiet: whether to say only what fails.
     """
 
     experiment: Experiment
@@ -75,7 +74,11 @@ class Order:
     output: Path
     workshop: Workshop
     figures: bool = True
-    quiet: bool = False
+
+    @property
+    def quiet(self) -> bool:
+        """Whether to say only what fails."""
+        return self.workshop.quiet
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -107,6 +110,7 @@ def prepare(
     output: str | None,
     root: str,
     report: bool = True,
+    quiet: bool = False,
 ) -> Order:
     """Checks everything that can be checked before anything is computed or written.
 
@@ -120,6 +124,7 @@ def prepare(
         output: Folder of the results; None: named after the experiment, below `root`.
         root: See `output`.
         report: Whether to draw what came of it.
+        quiet: Whether to say only what fails.
 
     Raises:
         FusionError: Something cannot be used.
@@ -133,7 +138,7 @@ def prepare(
     whole, changes = from_plain(Experiment, experiment, "experiment").at(scale)
     data = changed(datamodule, changes)
     module = {"channels_last": model._channels_last, "compile": model._compiled, "fused": model._fused}
-    workshop = Workshop(trainer, data, module, report)
+    workshop = Workshop(trainer, data, module, report, quiet)
     folder = Path(output) if output else Path(root) / whole.name
     chosen = tuple(whole.seeds if seeds is None else seeds)
     order = Order(whole, plan(whole, cast(ImageData, data)), chosen, scale, folder, workshop)

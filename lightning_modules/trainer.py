@@ -148,7 +148,9 @@ class FusionTrainer(Trainer):
             check_folder(page, overwrite)
         check_empty(model)
         if align_only:
-            alignment = align_checkpoints(parents, datamodule, fusion, self.strategy.root_device)
+            with steps(quiet or json or not self.is_global_zero) as step:
+                step(f"aligning the layers of {len(parents)} networks")
+                alignment = align_checkpoints(parents, datamodule, fusion, self.strategy.root_device)
             if self.is_global_zero:
                 write_results(alignment, record)
                 _say(alignment, print_alignment, quiet, json)
@@ -217,8 +219,8 @@ class FusionTrainer(Trainer):
         """
         check_arguments(self._given)
         root = self._given["default_root_dir"]
-        order = prepare(self, model, datamodule, experiment, seeds, scale, output, root, report)
-        return run_experiment(replace(order, figures=figures and report, quiet=quiet))
+        order = prepare(self, model, datamodule, experiment, seeds, scale, output, root, report, quiet)
+        return run_experiment(replace(order, figures=figures and report))
 
     def another(
         self, folder: str | os.PathLike[str], more: list[Callback] | None = None, **changes: Any

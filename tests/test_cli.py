@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rich.progress import Progress
 
 import cli
 from clafusion import networks
@@ -149,6 +150,24 @@ def test_steps_are_shown_on_a_terminal_only(monkeypatch, capsys):
         with steps(quiet) as step:
             step("fusing 2 networks")
         assert ("fusing 2 networks" in capsys.readouterr().err) == (terminal == "1" and not quiet)
+
+
+def test_a_bar_shows_how_far_a_fusion_is(mlp_checkpoints, monkeypatch):
+    shown = []
+    add, update = Progress.add_task, Progress.update
+    monkeypatch.setattr(Progress, "add_task", lambda self, words, **new: shown.append(words) or add(self, words, **new))
+    monkeypatch.setattr(
+        Progress, "update", lambda self, *_, **new: shown.append(new["count"]) or update(self, *_, **new)
+    )
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    run(*fuse_arguments(mlp_checkpoints))
+    assert shown[0] == "fusing 2 networks"
+    for words, layers in (("matching neurons", 4), ("refitting layers", 5)):
+        at = shown.index(words)
+        assert shown[at + 1 : at + 1 + layers] == [f"{done}/{layers}" for done in range(1, layers + 1)]
+    shown.clear()
+    run(*fuse_arguments(mlp_checkpoints), "--overwrite", "--quiet")
+    assert not shown
 
 
 def test_equal_parents_are_also_averaged_naively(mlp_checkpoints):
