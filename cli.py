@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,13 +19,14 @@ from typing import Any, NoReturn
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import callbacks  # noqa: F401 (FusionCallback is known by its short name once it is imported)
 import datamodules
 from clafusion.errors import FusionError
 from lightning_modules import FusionTrainer, ImageClassifier, catalogue, read_checkpoint
 from lightning_modules.arguments import spell_out
+from lightning_modules.completing import PrintCompletion
 from lightning_modules.converting import convert_file
 from lightning_modules.exporting import export_file
 from lightning_modules.pipeline import ExperimentFailed
@@ -61,7 +63,9 @@ _DEFAULTS = {
 _COMMON: dict[str, Any] = {"allow_abbrev": False, "default_env": True, "env_prefix": "CLAFUSION"}
 
 _EPILOG = """exit codes: 0 success; 1 stages of an experiment failed, or an unexpected error (a traceback, please report
-it); 2 something given cannot be used: one line on standard error says what and what to do, and nothing was written."""
+it); 2 something given cannot be used: one line on standard error says what and what to do, and nothing was written; 130
+interrupted by Ctrl-C, 143 ended by SIGTERM: a training goes on with --ckpt_path last, a pipeline with the same
+command."""
 
 # The subcommands that need no trainer: a function each.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -149,6 +153,7 @@ class FusionCLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
+        parser.add_argument("--print_completion", action=PrintCompletion)
         commands = parser._subcommands_action
         assert commands is not None
         for name, function in _FUNCTIONS.items():
@@ -223,7 +228,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: With code 2, after one line on standard error, if the input cannot be used; with code 1 if stages of
-            an experiment have failed.
+            an experiment have failed; with code 130 or 143 if it was interrupted.
     """
     try:
         with _quiet():
@@ -259,6 +264,12 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         print("clafusion: error:", " ".join(str(reason).split()), file=sys.stderr)
         sys.exit(2)
+    except (KeyboardInterrupt, SystemExit) as end:
+        number = _signal_behind(end)
+        if number is None:
+            raise
+        print("clafusion: interrupted", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 def _interrupted_run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,6 +282,14 @@ def _interrupted_run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             # PyTorch seeds itself with more bits than a seed on the command line may have.
             return {"data": data, **({"seed_everything": state["seed"]} if state["seed"] < 2**32 else {})}
     return {}
+
+
+def _signal_behind(end: BaseException) -> signal.Signals | None:
+    """The signal that has ended the program; Lightning's own codes are 1 for Ctrl-C and, as after a success, 0 for TERM."""
+    if isinstance(end, SIGTERMException):
+        return signal.SIGTERM
+    interrupted = isinstance(end, KeyboardInterrupt) or isinstance(end.__context__, KeyboardInterrupt)
+    return signal.SIGINT if interrupted else None
 
 
 def _reason(error: BaseException | None) -> BaseException | None:

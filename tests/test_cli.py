@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from rich.progress import Progress
 
 import cli
@@ -332,6 +334,29 @@ def test_the_installed_command_ends_with_one_line_and_code_2():
     end = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
     assert end.returncode == 2
     assert end.stderr == "clafusion: error: Expected a checkpoint, got none.ckpt, which is no file; check the path\n"
+
+
+@pytest.mark.parametrize(
+    "end, code", [(KeyboardInterrupt(), 130), (SIGTERMException(), 143)], ids=["Ctrl-C", "SIGTERM"]
+)
+@pytest.mark.parametrize("command", ["fit", "fuse"])
+def test_the_exit_code_of_an_interruption(mlp_checkpoints, monkeypatch, capsys, command, end, code):
+    def interrupted(*_):
+        raise end
+
+    monkeypatch.setattr(ImageClassifier, "training_step", interrupted)
+    monkeypatch.setattr("lightning_modules.trainer.fuse_checkpoints", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            if command == "fit":
+                run("fit", "--config", "configs/train/digits_deep.yaml", *SHORT)
+            run(*fuse_arguments(mlp_checkpoints))
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores a second one
+    assert caught.value.code == code
+    assert capsys.readouterr().err.splitlines()[-1] == "clafusion: interrupted"
+    assert not list(Path.cwd().rglob("*.ckpt"))
 
 
 @pytest.mark.slow

@@ -29,7 +29,8 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 def carry_out(command: str) -> None:
     """A command of a page, at the smallest scale: one epoch."""
-    name, *arguments = shlex.split(command.removeprefix("clafusion "))
+    # What is printed need not go to a file here.
+    name, *arguments = shlex.split(command.removeprefix("clafusion ").partition(" > ")[0])
     if name in ("fit", "fuse", "test", "transfer"):
         arguments += QUIET
     if name == "fit":
