@@ -285,7 +285,7 @@ def _interrupted_run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _signal_behind(end: BaseException) -> signal.Signals | None:
-    """The signal that has ended the program; Lightning's own codes are 1 for Ctrl-C and, as after a success, 0 for TERM."""
+    """The signal that has ended the program; Lightning's codes are 1 for Ctrl-C and 0, success, for TERM."""
     if isinstance(end, SIGTERMException):
         return signal.SIGTERM
     interrupted = isinstance(end, KeyboardInterrupt) or isinstance(end.__context__, KeyboardInterrupt)
