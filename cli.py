@@ -67,12 +67,16 @@ it); 2 something given cannot be used: one line on standard error says what and 
 interrupted by Ctrl-C, 143 ended by SIGTERM: a training goes on with --ckpt_path last, a pipeline with the same
 command."""
 
+# How the usage shows some arguments.
+_SHORT = {("fuse", "parents"): "A.ckpt B.ckpt", ("fuse", "output"): "-o NAME.ckpt", ("report", "input"): "INPUT"}
+
 # The subcommands that need no trainer: a function each.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "convert": convert_file,
     "export": export_file,
     "report": report_file,
 }
+_COMMAND = "Expected a command, such as fuse (clafusion --help lists them), got "
 # The subcommands that Lightning does not have.
 _OURS = ("fuse", "transfer", "pipeline")
 
@@ -87,11 +91,19 @@ class FusionParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends the program with one line and exit code 2."""
+        if message.startswith("the following arguments are required: "):
+            message = _wanted(re.findall(r"(\w+)\.([\w.]+)", message)) or message
+        message = re.sub(r"argument subcommand: invalid choice: (.*) \(choose.*", rf"{_COMMAND}\1", message)
+        message = re.sub(r'expected "subcommand" to be one of .*', f"{_COMMAND}none", message)
         # "model": "lr": ... and "model": Option 'lr' ... are both about --model.lr.
         message = re.sub(r'Parser key "(model|data)":\s+(Parser key "|Option \')', r"\2\1.", message)
-        missing = r"the following arguments are required: (\w+)\.([\w.]+)"
-        message = re.sub(missing, r"Expected --\2, got none; give it, see clafusion \1 --help", message)
         raise FusionError(message) from ex
+
+
+def _wanted(missing: Sequence[tuple[str, str]]) -> str | None:
+    """What to say about arguments that were not given, by command and name; None if there is no command either."""
+    names = " and ".join(_SHORT.get(one, f"--{one[1]}") for one in missing)
+    return f"Expected {names}, got none; give it, see clafusion {missing[0][0]} --help" if missing else None
 
 
 class SaveConfig(SaveConfigCallback):

@@ -515,3 +515,17 @@ def test_other_errors_keep_their_traceback(mlp_checkpoints, monkeypatch):
     with pytest.raises(RuntimeError, match="a bug"):
         run(*fuse_arguments(mlp_checkpoints))
     assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "Expected a command, such as fuse (clafusion --help lists them), got none\n"),
+        (["fus"], "Expected a command, such as fuse (clafusion --help lists them), got 'fus'\n"),
+        (["fuse"], "Expected A.ckpt B.ckpt and -o NAME.ckpt, got none; give it, see clafusion fuse --help\n"),
+        (["report"], "Expected INPUT, got none; give it, see clafusion report --help\n"),
+        (["fuse", "a", "b", "-o", "c.ckpt", "--num_sample", "3"], "unrecognized arguments: --num_sample 3\n"),
+    ],
+)
+def test_what_is_not_a_whole_command_is_refused(capsys, arguments, message):
+    assert refused(capsys, *arguments) == f"clafusion: error: {message}"
