@@ -118,8 +118,8 @@ def test_the_short_form_spares_other_arguments():
         (["a.ckpt", "b.ckpt", "-o", "c.ckpt", "--output", "d.ckpt"], "Expected one output, got several"),
         (["a.ckpt", "b.ckpt", "-o", "c.ckpt", "-o", "d.ckpt"], "Expected one output, got several"),
         (["a.ckpt", "b.ckpt", "-o"], "Expected a file after -o, got --trainer.acc"),
-        (["a.ckpt", "b.ckpt"], "Expected --output, got none"),
-        (["-o", "c.ckpt"], "Expected --parents, got none"),
+        (["a.ckpt", "b.ckpt"], "Expected -o NAME.ckpt, got none"),
+        (["-o", "c.ckpt"], "Expected A.ckpt B.ckpt, got none"),
         (["a.ckpt", "-o", "c.ckpt"], "Expected two or more parents, got 1"),
     ],
 )
@@ -488,7 +488,7 @@ def test_existing_results_are_replaced_only_on_demand(mlp_checkpoints, capsys, n
         (["fit", "--model.arch", "{a: 1}"], "model.arch"),
         (["fit", "--config", "configs/train/fashion_mlp_deep.yaml", "--data.data_dir", "none", *SHORT], "idx3-ubyte"),
         (["no_such_command"], "no_such_command"),
-        ([], "subcommand"),
+        ([], "Expected a command"),
     ],
 )
 def test_bad_use_of_the_other_commands_is_refused(capsys, arguments, message):
