@@ -26,11 +26,13 @@ import datamodules
 from clafusion.errors import FusionError
 from lightning_modules import FusionTrainer, ImageClassifier, catalogue, read_checkpoint
 from lightning_modules.arguments import spell_out
+from lightning_modules.checkpoints import write_text
 from lightning_modules.completing import PrintCompletion
 from lightning_modules.converting import convert_file
 from lightning_modules.exporting import export_file
 from lightning_modules.pipeline import ExperimentFailed
 from lightning_modules.reporting import report_file
+from lightning_modules.requests import REQUEST, as_asked, check_request, request_path
 
 # Lightning's advertising and remarks on hardware that nobody asked for.
 _CHATTER = re.compile(
@@ -191,9 +193,24 @@ class FusionCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand not in _FUNCTIONS:
-            return super()._run_subcommand(subcommand)
+            return self._run_and_keep(subcommand)
         names = self._subcommand_method_arguments[subcommand]
         _FUNCTIONS[subcommand](**{name: self.config[subcommand][name] for name in names})
+
+    def _run_and_keep(self, subcommand: str) -> None:
+        """Runs a method of the trainer; what was asked of one of ours is kept beside its results."""
+        config = self.config[subcommand]
+        path = None if config.get("align_only") else request_path(subcommand, config)
+        check_request(path, config.get("overwrite", False))
+        failure = None
+        try:
+            super()._run_subcommand(subcommand)
+        except ExperimentFailed as error:
+            failure = error
+        if path is not None and self.trainer.is_global_zero:
+            write_text(path, REQUEST + self._parser(subcommand).dump(as_asked(config)))
+        if failure is not None:
+            raise failure
 
     def _parse_ckpt_path(self) -> None:
         """Takes what the user did not give from `--ckpt_path`: the network's recipe and, to go on, data and seed.

@@ -79,7 +79,7 @@ def test_a_configuration_trains_a_parent(capsys):
 def test_fuse_writes_an_ordinary_checkpoint_and_its_record(mlp_checkpoints, capsys):
     run(*fuse_arguments(mlp_checkpoints))
     assert sorted(path.name for path in Path.cwd().iterdir()) == [
-        *("fused.ckpt", "fusion.json", "report.html", "report_figures")
+        *("fused.ckpt", "fusion.json", "fusion.yaml", "report.html", "report_figures")
     ]
     record = json.loads(Path("fusion.json").read_text())
     names = [row["name"] for row in record["networks"]]

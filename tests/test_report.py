@@ -413,7 +413,7 @@ def test_fuse_writes_a_report_that_can_be_drawn_again(mlp_checkpoints, in_an_emp
     cli.main(command)
     assert len(taken) == 1  # what the report measures on are the samples that the fusion had
     assert sorted(path.name for path in Path.cwd().iterdir()) == [
-        *("fused.ckpt", "fusion.json", "report.html", "report_figures")
+        *("fused.ckpt", "fusion.json", "fusion.yaml", "report.html", "report_figures")
     ]
     document = read(Path("report.html").read_text())
     record = json.loads(Path("fusion.json").read_text())
@@ -432,7 +432,7 @@ def test_fuse_writes_a_report_that_can_be_drawn_again(mlp_checkpoints, in_an_emp
 def test_fuse_draws_no_report_that_nobody_wants(mlp_checkpoints, in_an_empty_folder):
     command = ["fuse", *map(str, mlp_checkpoints), "-o", "fused.ckpt", *QUIET, "--report", "false"]
     cli.main(command)
-    assert sorted(path.name for path in Path.cwd().iterdir()) == ["fused.ckpt", "fusion.json"]
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["fused.ckpt", "fusion.json", "fusion.yaml"]
     assert "report" not in json.loads(Path("fusion.json").read_text())
 
 
