@@ -357,6 +357,8 @@ def _quiet() -> Iterator[None]:
 
     loggers = [logging.getLogger(f"{name}.utilities.rank_zero") for name in ("pytorch_lightning", "lightning_fabric")]
     loggers.append(logging.getLogger("lightning_fabric.utilities.seed"))
+    formatted = warnings.formatwarning
+    warnings.formatwarning = _one_line
     with warnings.catch_warnings():
         for message in _NEEDLESS_WARNINGS:
             warnings.filterwarnings("ignore", message)
@@ -365,8 +367,16 @@ def _quiet() -> Iterator[None]:
         try:
             yield
         finally:
+            warnings.formatwarning = formatted
             for logger in loggers:
                 logger.removeFilter(worth_saying)
+
+
+def _one_line(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning: one of ours is about what was given, not about a line of a program."""
+    if str(message).startswith("Expected "):
+        return f"clafusion: warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 if __name__ == "__main__":

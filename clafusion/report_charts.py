@@ -91,18 +91,18 @@ def alignment(
         # A layer stands beside its partner, so that the gaps are where layers are missing.
         for name, partner in zip(theirs, partners, strict=True):
             y, about = rows[partner], tag("title", f"{ours[partner]} ↔ {name}")
-            parts.append(tag("path", about, d=f"M130 {y:g}H210", class_="link"))
-            parts += _box(212.0, y, name, None)
+            parts.append(tag("path", about, d=f"M145 {y:g}H195", class_="link"))
+            parts += _box(197.0, y, name, None)
         top += height + 8
     return drawing(WIDTH, top, label, *parts)
 
 
 def _box(x: float, y: float, name: str, lone: str | None) -> list[Safe]:
-    shown = name if len(name) <= 19 else f"…{name[-18:]}"
+    shown = name if len(name) <= 22 else f"…{name[-21:]}"
     style = "unit" if lone is None else "unit lone"
     about = name if lone is None else f"{name}: {lone}"
-    box = tag("rect", x=x, y=y - 9, width=124, height=18, rx=4)
-    more = [] if lone is None else [word(x + 215, y + 3.5, f"+ {lone}", class_="note")]
+    box = tag("rect", x=x, y=y - 9, width=139, height=18, rx=4)
+    more = [] if lone is None else [word(x + 200, y + 3.5, f"+ {lone}", class_="note")]
     return [tag("g", tag("title", about), box, word(x + 7, y + 4, shown, class_="name"), *more, class_=style)]
 
 

@@ -108,7 +108,13 @@ def test_the_short_form_spares_other_arguments():
     given = ["fuse", "-c", "x.yaml", "a, b.ckpt", "--fusion.seed", "3", "c.ckpt", "-od.ckpt", "--fusion.weights=[1,2]"]
     named = ['--parents=["a, b.ckpt", "c.ckpt"]', "--output=d.ckpt"]
     assert spell_out(given) == ["fuse", "-c", "x.yaml", "--fusion.seed", "3", "--fusion.weights=[1,2]", *named]
-    assert spell_out(["convert", "a", "-o", "b"]) == ["convert", "a", "-o", "b"]
+    assert spell_out(["convert", "a", "-o", "b"]) == spell_out(["convert", "a", "b"])
+    assert spell_out(["export", "a", "--output", "b", "--shape", "[8]"]) == [
+        *("export", "--output", "b", "--shape", "[8]", "--input=a")
+    ]
+    assert spell_out(["report", "a.json", "-o", "b.html"]) == ["report", "a.json", "--output=b.html"]
+    assert spell_out(["convert", "a", "b", "c"]) == ["convert", "--input=a", "--output=b", "c"]
+    assert spell_out(["fit", "a", "-o", "b"]) == ["fit", "a", "-o", "b"]
 
 
 @pytest.mark.parametrize(
