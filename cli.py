@@ -78,6 +78,9 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "export": export_file,
     "report": report_file,
 }
+_KNOWN = ", ".join(name for name in datamodules.__all__ if name.endswith("DataModule") and name != "ImageDataModule")
+_OPTION = rf"Expected an option that the data module has, got --data.\1; name the module by --data, such as {_KNOWN}"
+_MODULE = rf"Expected --data to name a data module, got \1; there are {_KNOWN}, or give package.Class of your own"
 _COMMAND = "Expected a command, such as fuse (clafusion --help lists them), got "
 # The subcommands that Lightning does not have.
 _OURS = ("fuse", "transfer", "pipeline")
@@ -99,6 +102,10 @@ class FusionParser(LightningArgumentParser):
         message = re.sub(r'expected "subcommand" to be one of .*', f"{_COMMAND}none", message)
         # "model": "lr": ... and "model": Option 'lr' ... are both about --model.lr.
         message = re.sub(r'Parser key "(model|data)":\s+(Parser key "|Option \')', r"\2\1.", message)
+        message = re.sub(r"Option 'data\.(.*)' is not accepted.*", _OPTION, message)
+        message = re.sub(
+            r'Parser key "data":.*Expected a dot import path string: (.*)', _MODULE, message, flags=re.DOTALL
+        )
         raise FusionError(message) from ex
 
 

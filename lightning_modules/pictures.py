@@ -87,7 +87,9 @@ def check_folder(page: Path, overwrite: bool) -> None:
     """
     folder = folder_beside(page)
     if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
-        raise FusionError(f"Expected to write a new folder, got {folder}, which exists; give --overwrite")
+        raise FusionError(
+            f"Expected to write a new folder, got {folder}, which exists; give --overwrite, or a new folder"
+        )
 
 
 def _write_bytes(data: bytes, path: str) -> None:

@@ -35,7 +35,7 @@ def check_request(path: Path | None, overwrite: bool) -> None:
     if path is None or overwrite or not path.exists():
         return
     if not path.is_file() or not path.read_bytes().startswith(REQUEST.encode()):
-        raise FusionError(f"Expected to write a new file, got {path}, which exists; give --overwrite")
+        raise FusionError(f"Expected to write a new file, got {path}, which exists; give --overwrite, or a new folder")
 
 
 def as_asked(config: Any) -> Any:

@@ -23,6 +23,7 @@ from lightning_modules.progress import steps
 ROOT = Path(__file__).parent.parent
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 SHORT = [*QUIET, "--trainer.enable_model_summary", "false", "--trainer.max_epochs", "1"]
+MODULES = "CIFARDataModule, DigitsDataModule, ImageFolderDataModule, MNISTDataModule, TinyImageNetDataModule"
 FEW = ["--fusion.num_samples", "70"]
 
 
@@ -530,6 +531,16 @@ def test_other_errors_keep_their_traceback(mlp_checkpoints, monkeypatch):
         (["fus"], "Expected a command, such as fuse (clafusion --help lists them), got 'fus'\n"),
         (["fuse"], "Expected A.ckpt B.ckpt and -o NAME.ckpt, got none; give it, see clafusion fuse --help\n"),
         (["report"], "Expected INPUT, got none; give it, see clafusion report --help\n"),
+        (
+            ["fuse", "a", "b", "-o", "c.ckpt", "--data.data_dir", "d"],
+            "Expected an option that the data module has, got --data.data_dir; name the module by --data, such as "
+            f"{MODULES}\n",
+        ),
+        (
+            ["fuse", "a", "b", "-o", "c.ckpt", "--data", "ImageFolder"],
+            f"Expected --data to name a data module, got ImageFolder; there are {MODULES}, or give package.Class of "
+            "your own\n",
+        ),
         (["fuse", "a", "b", "-o", "c.ckpt", "--num_sample", "3"], "unrecognized arguments: --num_sample 3\n"),
     ],
 )
