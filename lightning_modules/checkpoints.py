@@ -233,7 +233,10 @@ def refuse_classes(value: object, path: str | os.PathLike[str]) -> None:
 
 
 def _foreign(path: str | os.PathLike[str], found: str) -> FusionError:
-    return FusionError(f"Expected a checkpoint of ImageClassifier, got {path} with {found}; save it with fit or fuse")
+    return FusionError(
+        f"Expected a checkpoint of ImageClassifier, got {path} with {found}; save it with fit or fuse, or try "
+        "clafusion convert"
+    )
 
 
 def _damaged(path: Path) -> FusionError:
