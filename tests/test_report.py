@@ -415,6 +415,7 @@ def test_fuse_writes_a_report_that_can_be_drawn_again(mlp_checkpoints, in_an_emp
     assert sorted(path.name for path in Path.cwd().iterdir()) == [
         *("fused.ckpt", "fusion.json", "fusion.yaml", "report.html", "report_figures")
     ]
+    assert "report.html: all of it to look at\n" in capsys.readouterr().out
     document = read(Path("report.html").read_text())
     record = json.loads(Path("fusion.json").read_text())
     assert f"{record['networks'][-1]['test_acc']:.2%}" in document.words
