@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,17 +19,20 @@ from typing import Any, NoReturn
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import callbacks  # noqa: F401 (FusionCallback is known by its short name once it is imported)
 import datamodules
 from clafusion.errors import FusionError
 from lightning_modules import FusionTrainer, ImageClassifier, catalogue, read_checkpoint
 from lightning_modules.arguments import spell_out
+from lightning_modules.checkpoints import write_text
+from lightning_modules.completing import PrintCompletion
 from lightning_modules.converting import convert_file
 from lightning_modules.exporting import export_file
 from lightning_modules.pipeline import ExperimentFailed
 from lightning_modules.reporting import report_file
+from lightning_modules.requests import REQUEST, as_asked, check_request, request_path
 
 # Lightning's advertising and remarks on hardware that nobody asked for.
 _CHATTER = re.compile(
@@ -61,7 +65,12 @@ _DEFAULTS = {
 _COMMON: dict[str, Any] = {"allow_abbrev": False, "default_env": True, "env_prefix": "CLAFUSION"}
 
 _EPILOG = """exit codes: 0 success; 1 stages of an experiment failed, or an unexpected error (a traceback, please report
-it); 2 something given cannot be used: one line on standard error says what and what to do, and nothing was written."""
+it); 2 something given cannot be used: one line on standard error says what and what to do, and nothing was written; 130
+interrupted by Ctrl-C, 143 ended by SIGTERM: a training goes on with --ckpt_path last, a pipeline with the same
+command."""
+
+# How the usage shows some arguments.
+_SHORT = {("fuse", "parents"): "A.ckpt B.ckpt", ("fuse", "output"): "-o NAME.ckpt", ("report", "input"): "INPUT"}
 
 # The subcommands that need no trainer: a function each.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -69,6 +78,10 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "export": export_file,
     "report": report_file,
 }
+_KNOWN = ", ".join(name for name in datamodules.__all__ if name.endswith("DataModule") and name != "ImageDataModule")
+_OPTION = rf"Expected an option that the data module has, got --data.\1; name the module by --data, such as {_KNOWN}"
+_MODULE = rf"Expected --data to name a data module, got \1; there are {_KNOWN}, or give package.Class of your own"
+_COMMAND = "Expected a command, such as fuse (clafusion --help lists them), got "
 # The subcommands that Lightning does not have.
 _OURS = ("fuse", "transfer", "pipeline")
 
@@ -83,11 +96,23 @@ class FusionParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends the program with one line and exit code 2."""
+        if message.startswith("the following arguments are required: "):
+            message = _wanted(re.findall(r"(\w+)\.([\w.]+)", message)) or message
+        message = re.sub(r"argument subcommand: invalid choice: (.*) \(choose.*", rf"{_COMMAND}\1", message)
+        message = re.sub(r'expected "subcommand" to be one of .*', f"{_COMMAND}none", message)
         # "model": "lr": ... and "model": Option 'lr' ... are both about --model.lr.
         message = re.sub(r'Parser key "(model|data)":\s+(Parser key "|Option \')', r"\2\1.", message)
-        missing = r"the following arguments are required: (\w+)\.([\w.]+)"
-        message = re.sub(missing, r"Expected --\2, got none; give it, see clafusion \1 --help", message)
+        message = re.sub(r"Option 'data\.(.*)' is not accepted.*", _OPTION, message)
+        message = re.sub(
+            r'Parser key "data":.*Expected a dot import path string: (.*)', _MODULE, message, flags=re.DOTALL
+        )
         raise FusionError(message) from ex
+
+
+def _wanted(missing: Sequence[tuple[str, str]]) -> str | None:
+    """What to say about arguments that were not given, by command and name; None if there is no command either."""
+    names = " and ".join(_SHORT.get(one, f"--{one[1]}") for one in missing)
+    return f"Expected {names}, got none; give it, see clafusion {missing[0][0]} --help" if missing else None
 
 
 class SaveConfig(SaveConfigCallback):
@@ -149,6 +174,7 @@ class FusionCLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
+        parser.add_argument("--print_completion", action=PrintCompletion)
         commands = parser._subcommands_action
         assert commands is not None
         for name, function in _FUNCTIONS.items():
@@ -174,9 +200,24 @@ class FusionCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand not in _FUNCTIONS:
-            return super()._run_subcommand(subcommand)
+            return self._run_and_keep(subcommand)
         names = self._subcommand_method_arguments[subcommand]
         _FUNCTIONS[subcommand](**{name: self.config[subcommand][name] for name in names})
+
+    def _run_and_keep(self, subcommand: str) -> None:
+        """Runs a method of the trainer; what was asked of one of ours is kept beside its results."""
+        config = self.config[subcommand]
+        path = None if config.get("align_only") else request_path(subcommand, config)
+        check_request(path, config.get("overwrite", False))
+        failure = None
+        try:
+            super()._run_subcommand(subcommand)
+        except ExperimentFailed as error:
+            failure = error
+        if path is not None and self.trainer.is_global_zero:
+            write_text(path, REQUEST + self._parser(subcommand).dump(as_asked(config)))
+        if failure is not None:
+            raise failure
 
     def _parse_ckpt_path(self) -> None:
         """Takes what the user did not give from `--ckpt_path`: the network's recipe and, to go on, data and seed.
@@ -223,7 +264,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: With code 2, after one line on standard error, if the input cannot be used; with code 1 if stages of
-            an experiment have failed.
+            an experiment have failed; with code 130 or 143 if it was interrupted.
     """
     try:
         with _quiet():
@@ -259,6 +300,12 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         print("clafusion: error:", " ".join(str(reason).split()), file=sys.stderr)
         sys.exit(2)
+    except (KeyboardInterrupt, SystemExit) as end:
+        number = _signal_behind(end)
+        if number is None:
+            raise
+        print("clafusion: interrupted", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 def _interrupted_run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,6 +318,14 @@ def _interrupted_run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             # PyTorch seeds itself with more bits than a seed on the command line may have.
             return {"data": data, **({"seed_everything": state["seed"]} if state["seed"] < 2**32 else {})}
     return {}
+
+
+def _signal_behind(end: BaseException) -> signal.Signals | None:
+    """The signal that has ended the program; Lightning's codes are 1 for Ctrl-C and 0, success, for TERM."""
+    if isinstance(end, SIGTERMException):
+        return signal.SIGTERM
+    interrupted = isinstance(end, KeyboardInterrupt) or isinstance(end.__context__, KeyboardInterrupt)
+    return signal.SIGINT if interrupted else None
 
 
 def _reason(error: BaseException | None) -> BaseException | None:
@@ -309,6 +364,8 @@ def _quiet() -> Iterator[None]:
 
     loggers = [logging.getLogger(f"{name}.utilities.rank_zero") for name in ("pytorch_lightning", "lightning_fabric")]
     loggers.append(logging.getLogger("lightning_fabric.utilities.seed"))
+    formatted = warnings.formatwarning
+    warnings.formatwarning = _one_line
     with warnings.catch_warnings():
         for message in _NEEDLESS_WARNINGS:
             warnings.filterwarnings("ignore", message)
@@ -317,8 +374,16 @@ def _quiet() -> Iterator[None]:
         try:
             yield
         finally:
+            warnings.formatwarning = formatted
             for logger in loggers:
                 logger.removeFilter(worth_saying)
+
+
+def _one_line(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning: one of ours is about what was given, not about a line of a program."""
+    if str(message).startswith("Expected "):
+        return f"clafusion: warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 if __name__ == "__main__":

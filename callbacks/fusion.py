@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from callbacks.signals import Held
 from clafusion import FusionOptions, describe, restore
 from clafusion.errors import FusionError
+from clafusion.report import figures, fusion_report
 from lightning_modules import ImageClassifier
 from lightning_modules.checks import ImageData, resumes_from
 from lightning_modules.fusing import fuse_checkpoints
+from lightning_modules.pictures import Pictures, has_board
+from lightning_modules.progress import steps
 from lightning_modules.ranks import on_rank_zero
 
 
@@ -35,7 +38,8 @@ class FusionCallback(Callback):
     by which a cluster announces the end of a job, is held while fusing.
 
     How it was done (the parents' checksums, options, alignment, costs, accuracies on the validation images) goes to the
-    loggers and into every checkpoint, as `fusion` and as this callback's state.
+    loggers (to TensorBoard also the pictures of which layers correspond and why) and into every checkpoint, as
+    `fusion` and as this callback's state.
 
     Args:
         parents: Two or more checkpoints of fit or fuse, or files of save_network.
@@ -78,9 +82,12 @@ class FusionCallback(Callback):
         strategy = trainer.strategy
         # Random numbers that only rank 0 draws, and only when nothing is resumed, must not change what comes after.
         with self._signal, isolate_rng():
-            architecture, weights, self.record = on_rank_zero(
-                strategy, lambda: self._fuse(datamodule, strategy.root_device)
-            )
+            # As quiet as the trainer, which has no bar of its own yet.
+            with steps(trainer.progress_bar_callback is None or not trainer.is_global_zero) as step:
+                step(f"fusing {len(self.parents)} networks")
+                architecture, weights, self.record = on_rank_zero(
+                    strategy, lambda: self._fuse(datamodule, strategy.root_device)
+                )
             network = restore(architecture)
             network.load_state_dict(weights)
         pl_module.set_network(network)
@@ -119,6 +126,10 @@ class FusionCallback(Callback):
         for logger in trainer.loggers:
             logger.log_hyperparams({"fusion": {name: self.record[name] for name in names}})
             logger.log_metrics(_figures(self.record), step=0)
+        if trainer.is_global_zero and has_board(trainer.loggers):
+            # The report's table is about test images, which nobody has looked at yet.
+            shown = {name: value for name, value in self.record.items() if name != "networks"}
+            Pictures.of(figures(fusion_report(shown))).log(trainer.loggers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Delivers a signal that arrived while fusing: now there are handlers."""

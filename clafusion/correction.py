@@ -12,7 +12,7 @@ the corrected layers before it give:
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from clafusion.rescaling import add_missing_biases, match_moments
 from clafusion.statistics import as_input, batch_size, chunks
 from clafusion.structure import Structure, trace
 from clafusion.targets import Parents
+from clafusion.tracking import tracked
+
+_WORDS = {"rescale": "rescaling layers", "repair": "repairing layers", "refit": "refitting layers"}
 
 
 def correct(model: nn.Module, parents: Parents, samples: Tensor, options: FusionOptions) -> None:
@@ -44,18 +47,11 @@ def correct(model: nn.Module, parents: Parents, samples: Tensor, options: Fusion
     if options.correction == "repair":
         add_missing_biases(model)
     structure = trace(model, as_input(samples[:2], model))
-    parts = chunks(samples, batch_size([structure, *parents.balanced.structures], options.memory_budget))
-    fused = Cursor(structure, parts)
-    cursors = [Cursor(parent, parts) for parent in parents.balanced.structures]
-    generator = torch.Generator().manual_seed(options.seed)
-    scarce: list[str] = []
-    for unit in structure.units:
-        for cursor in (fused, *cursors):
-            cursor.advance([unit.input])
-        if options.correction == "refit":
-            scarce += refit_unit(structure, unit, fused, cursors, parents, generator, options.ridge)
-        else:
-            match_moments(structure, unit, fused, cursors, parents, shift=options.correction == "repair")
+    count = sum(layer.weighted for layer in structure.layers)
+    if options.correction == "refit":  # projection shortcuts together with the branch that they are added to
+        count = sum(len(unit.branch) for unit in structure.units)
+    layers = tracked(_layer_by_layer(structure, parents, samples, options), _WORDS[options.correction], count)
+    scarce = [line for line in layers if line]
     _warn(
         scarce,
         "Expected at least as many observations as inputs to refit every layer from, got {}; the ridge decides the "
@@ -66,6 +62,23 @@ def correct(model: nn.Module, parents: Parents, samples: Tensor, options: Fusion
         "Expected every norm directly behind a Linear or Conv2d, got {} elsewhere; it stays averaged, everything else "
         "is corrected",
     )
+
+
+def _layer_by_layer(
+    structure: Structure, parents: Parents, samples: Tensor, options: FusionOptions
+) -> Iterator[str | None]:
+    """Correct layer after layer, and yield after each what there is to say about it."""
+    parts = chunks(samples, batch_size([structure, *parents.balanced.structures], options.memory_budget))
+    fused = Cursor(structure, parts)
+    cursors = [Cursor(parent, parts) for parent in parents.balanced.structures]
+    generator = torch.Generator().manual_seed(options.seed)
+    for unit in structure.units:
+        for cursor in (fused, *cursors):
+            cursor.advance([unit.input])
+        if options.correction == "refit":
+            yield from refit_unit(structure, unit, fused, cursors, parents, generator, options.ridge)
+        else:
+            yield from match_moments(structure, unit, fused, cursors, parents, shift=options.correction == "repair")
 
 
 def _lone_norms(structure: Structure) -> list[str]:

@@ -11,6 +11,7 @@ from clafusion.graph import observe
 from clafusion.similarity import MIN_SAMPLES, cca, cka_from_hsic, gram, hsic
 from clafusion.statistics import Moments, as_input, chunks, collect
 from clafusion.structure import Structure, Unit, trace
+from clafusion.tracking import tracked
 from clafusion.transport import ground_cost, transport_plan
 
 MEASURES = ("cka", "cca", "wasserstein", "neurons", "index")
@@ -93,7 +94,8 @@ def _cka_costs(
 ) -> dict[int, Tensor]:
     """1 - CKA from sums of HSIC over mini-batches (Nguyen, Raghu, Kornblith 2021)."""
     sums: dict[int, list[Tensor]] = {}
-    for chunk in chunks(samples) if debiased else (samples,):
+    batches = chunks(samples) if debiased else (samples,)
+    for chunk in tracked(batches, "comparing layers", len(batches)):
         of_deep = {name: gram(value) for name, value in _features(deep, chunk, pairs, 0)}
         of_shallow = {name: gram(value) for name, value in _features(shallow, chunk, pairs, 1)}
         for number, (ours, theirs) in pairs.items():
@@ -122,7 +124,8 @@ def _cca_costs(deep: Structure, shallow: Structure, samples: Tensor, pairs: Stag
 def _wasserstein_costs(deep: Structure, shallow: Structure, samples: Tensor, pairs: StagePairs) -> dict[int, Tensor]:
     """The optimal transport cost between the neurons of two layers, per observation (root mean square distance)."""
     sums: dict[tuple[str, str], Moments] = {}
-    for chunk in chunks(samples):
+    batches = chunks(samples)
+    for chunk in tracked(batches, "comparing layers", len(batches)):
         of_shallow = dict(_features(shallow, chunk, pairs, 1))
         partners = {a.output.pre: theirs for ours, theirs in pairs.values() for a in ours}
         for name, value in _features(deep, chunk, pairs, 0):
@@ -130,7 +133,7 @@ def _wasserstein_costs(deep: Structure, shallow: Structure, samples: Tensor, pai
                 key = name, unit.output.pre
                 sums[key] = Moments.of(value, of_shallow[unit.output.pre], onto=sums.get(key))
     distances = {}
-    for key, moments in sums.items():
+    for key, moments in tracked(sums.items(), "matching the neurons of layers", len(sums)):
         cost = ground_cost(moments, "euclidean") / moments.count**0.5
         distances[key] = (transport_plan(cost) * cost).sum()
     return {

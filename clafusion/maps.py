@@ -11,6 +11,7 @@ from clafusion.options import FusionOptions
 from clafusion.parameters import move, state_of
 from clafusion.statistics import Moments, batch_size, paired_moments
 from clafusion.structure import Axis, Layer, Structure, Unit
+from clafusion.tracking import tracked
 from clafusion.transport import as_map, gromov_plan, ground_cost, transport_plan
 
 Maps = dict[str, Tensor]
@@ -134,7 +135,8 @@ def neuron_maps(
     problems = _problems(balanced, places)
     # The solvers let other threads run.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for (site, one), (mapping, cost) in zip(problems, pool.map(solved, problems), strict=True):
+        found = zip(problems, pool.map(solved, problems), strict=True)
+        for (site, one), (mapping, cost) in tracked(found, "matching neurons", len(problems)):
             maps[one][site.key], costs[one][site.key] = mapping, cost
     return maps, costs
 
@@ -179,7 +181,8 @@ def _weight_maps(
     """Compare neurons by their incoming weights, whose inputs the earlier maps have already aligned."""
     maps: tuple[Maps, ...] = tuple({} for _ in balanced.structures)
     costs: tuple[dict[str, float], ...] = tuple({} for _ in balanced.structures)
-    for site, one in _problems(balanced, places):
+    problems = _problems(balanced, places)
+    for site, one in tracked(problems, "matching neurons", len(problems)):
         other = balanced.reference(site.owners)
         layer = site.layers[0][0]
         x, y = (_incoming(balanced.structures[k], layer, maps[k], options) for k in (one, other))

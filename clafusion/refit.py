@@ -31,7 +31,7 @@ def refit_unit(
     parents: Parents,
     generator: torch.Generator,
     ridge: float,
-) -> list[str]:
+) -> Iterator[str | None]:
     """Refit the layers of one unit in forward order, in place.
 
     Args:
@@ -43,10 +43,10 @@ def refit_unit(
         generator: chooses the observations where there are more than needed.
         ridge: weight of the pull towards the averaged weights.
 
-    Returns:
-        A line on every layer that had fewer observations than unknowns, which left the ridge to decide.
+    Yields:
+        After every layer None, or a line on it where it had fewer observations than unknowns, which left the ridge to
+        decide.
     """
-    scarce = []
     for layer in unit.branch:
         shortcuts = [other for other in unit.layers if other.weighted and other.shortcut]
         closes = layer == unit.branch[-1] and unit.kind == "residual"
@@ -58,14 +58,13 @@ def refit_unit(
             cursors[k].advance({layer.pre} | (set() if closes else stream))
         is_head = layer.space == structure.output
         chosen, available = _choose(fused, layer, together, None if is_head else generator)
-        if available < (unknowns := _unknowns(together)):
-            scarce.append(f"{available} for the {unknowns} of {layer.name!r}")
         targets = _targets(cursors, layer, unit, parents, chosen)
         if is_head and len(parents.shares(layer, unit)) > 1:
             _refit_head(fused, together[0], targets, _mean_probability(cursors, layer, parents), ridge)
         else:
             _refit(fused, layer, together, targets, chosen, ridge, on_top_of_shortcut=closes and not shortcuts)
-    return scarce
+        unknowns = _unknowns(together)
+        yield f"{available} for the {unknowns} of {layer.name!r}" if available < unknowns else None
 
 
 def _has_bias(together: Sequence[AffineLayer]) -> bool:

@@ -2,7 +2,7 @@
 
 `report_data` and `line_accuracies` measure what `Fusion.summary` does not hold; `report_fusion` and `report_experiment`
 write the pages from plain values alone, out of `report_charts` and `report_pixels` (pictures), `report_page` (style),
-`report_markup` (escaping); `figures` are the pictures as files of their own.
+`report_markup` (escaping); `figures` are the pictures one by one, `rasterised` turns them into PNG files.
 """
 
 import zlib
@@ -12,11 +12,11 @@ from typing import Any
 from clafusion.errors import FusionError
 from clafusion.report_data import report_data
 from clafusion.report_experiment import Courses, Fusions, experiment_page
-from clafusion.report_files import figures
+from clafusion.report_files import figures, rasterised
 from clafusion.report_fusion import fusion_page
 from clafusion.report_line import line_accuracies
 
-__all__ = ["experiment_report", "figures", "fusion_report", "line_accuracies", "report_data"]
+__all__ = ["experiment_report", "figures", "fusion_report", "line_accuracies", "rasterised", "report_data"]
 
 
 def fusion_report(record: dict[str, Any]) -> str:

@@ -9,6 +9,10 @@ from clafusion.report_markup import Safe, drawing, tag, word
 
 #: Pictures are drawn for a phone held upright, in pixels.
 WIDTH = 340
+#: Height of a line of the legend of a chart that stands alone.
+KEY_LINE = 18
+#: From this share of the scale on, a cell is so full that its number must be bright.
+_FULL = 0.8
 Values = Sequence[float | None]
 
 
@@ -51,7 +55,7 @@ def heat_map(cost: Sequence[Sequence[float]], path: Sequence[tuple[int, int]], l
             )
             ring = [tag("rect", x=x + 1.5, y=y + 1.5, width=side - 3, height=side - 3, rx=2, class_="ring")]
             shown = f"{value:.2f}".replace("0.", ".") if -0.995 < value < 0.995 else f"{value:.3g}"
-            bright = "cell bright" if depth > 0.55 else "cell"
+            bright = "cell bright" if depth > _FULL else "cell"
             text = [word(x + side / 2, y + side / 2 + 4, shown, class_=bright)] if side > 30 else []
             parts.append(tag("g", about, cell, *(ring if chosen else []), *text, class_=f"heat{chosen}"))
     ticks = [word(26 + (j + 0.5) * side, 12.0, j + 1, class_="tick middle") for j in range(columns)]
@@ -87,18 +91,18 @@ def alignment(
         # A layer stands beside its partner, so that the gaps are where layers are missing.
         for name, partner in zip(theirs, partners, strict=True):
             y, about = rows[partner], tag("title", f"{ours[partner]} ↔ {name}")
-            parts.append(tag("path", about, d=f"M130 {y:g}H210", class_="link"))
-            parts += _box(212.0, y, name, None)
+            parts.append(tag("path", about, d=f"M145 {y:g}H195", class_="link"))
+            parts += _box(197.0, y, name, None)
         top += height + 8
     return drawing(WIDTH, top, label, *parts)
 
 
 def _box(x: float, y: float, name: str, lone: str | None) -> list[Safe]:
-    shown = name if len(name) <= 19 else f"…{name[-18:]}"
+    shown = name if len(name) <= 22 else f"…{name[-21:]}"
     style = "unit" if lone is None else "unit lone"
     about = name if lone is None else f"{name}: {lone}"
-    box = tag("rect", x=x, y=y - 9, width=124, height=18, rx=4)
-    more = [] if lone is None else [word(x + 215, y + 3.5, f"+ {lone}", class_="note")]
+    box = tag("rect", x=x, y=y - 9, width=139, height=18, rx=4)
+    more = [] if lone is None else [word(x + 200, y + 3.5, f"+ {lone}", class_="note")]
     return [tag("g", tag("title", about), box, word(x + 7, y + 4, shown, class_="name"), *more, class_=style)]
 
 
@@ -128,13 +132,22 @@ def line_chart(
         y = at(0, value)[1]
         one = " one" if logarithmic and value == 1 else ""
         parts.append(tag("line", x1=left, x2=WIDTH - right, y1=y, y2=y, class_=f"grid{one}"))
-        parts.append(word(left - 6, y + 4, _short(value), class_="tick end"))
+        parts.append(word(left - 6, y + 4, _short(value) if logarithmic else f"{value:.4g}", class_="tick end"))
     for line in lines:
         parts.append(_polyline(line, positions, at))
     parts.append(word(left, height - 6, positions[0], class_="tick"))
     if len(positions) > 1:
         parts.append(word(WIDTH - right, height - 6, positions[-1], class_="tick end"))
-    return drawing(WIDTH, height, label, *parts)
+    return drawing(WIDTH, height, label, *parts, *_key(lines, left, height))
+
+
+def _key(lines: Sequence[Line], x: float, y: float) -> list[Safe]:
+    """The legend below a chart: hidden on a page, which has one for all its charts, and seen where a chart is alone."""
+    return [
+        tag("g", tag("path", d=f"M{x:g} {y + place * KEY_LINE + 4:g}h22", class_=f"line {line.style}"),
+            word(x + 30, y + place * KEY_LINE + 8, line.name), class_="key")
+        for place, line in enumerate(lines)
+    ]  # fmt: skip
 
 
 def legend(lines: Sequence[Line]) -> Safe:
@@ -183,7 +196,8 @@ def _step(span: float) -> float:
 
 
 def _short(value: float) -> str:
-    return f"1/{round(1 / value)}" if 0 < value < 0.5 and math.log2(value).is_integer() else f"{value:.4g}"
+    """A power of two."""
+    return f"1/{round(1 / value)}" if value < 1 else f"{value:.4g}"
 
 
 def interval_chart(rows: Sequence[dict[str, Any]], label: str) -> Safe:

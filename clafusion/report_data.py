@@ -16,6 +16,7 @@ from clafusion.report_line import averages, made_at_once
 from clafusion.similarity import MIN_SAMPLES, cka_from_hsic, gram, hsic
 from clafusion.statistics import as_input, chunks, in_step, rows
 from clafusion.structure import Structure, trace
+from clafusion.tracking import tracked
 
 #: Height and width of the picture of a map, at most.
 PIXELS = 64
@@ -74,7 +75,8 @@ def diagnose(networks: Sequence[nn.Module], parents: Sequence[nn.Module], sample
     structures = [trace(model, as_input(samples[:2], model)) for model in (*networks, *parents)]
     layers = _observed(structures[0])
     sums = {name: _Sums(len(networks), len(parents)) for name in layers.values()}
-    for chunk in chunks(samples):
+    parts = chunks(samples)
+    for chunk in tracked(parts, "comparing features", len(parts)):
         outputs = in_step(structures, [list(layers)] * len(structures), chunk)
         for name, features in zip(layers.values(), outputs, strict=True):
             sums[name].add(features)

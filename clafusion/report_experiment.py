@@ -14,7 +14,7 @@ Courses = Mapping[str, Sequence[Mapping[str, Mapping[int, float]]]]
 #: By its name, what `fusion.json` of a fusion holds.
 Fusions = Mapping[str, dict[str, Any]]
 #: Fusions drawn, at most: a grid may have hundreds, much alike.
-_DRAWN = 8
+DRAWN = 8
 _QUANTITIES = (("val_acc", "validation accuracy"), ("train_loss", "training loss"))
 
 
@@ -134,10 +134,10 @@ def _fusions(fusions: Fusions) -> Safe | None:
         for name, record in fusions.items()
     ]
     drawn = [folded(f"{name}: layers, neurons, features, options, checksums", join(fusion_sections(record)))
-             for name, record in list(fusions.items())[:_DRAWN]]  # fmt: skip
+             for name, record in list(fusions.items())[:DRAWN]]  # fmt: skip
     about = "What every fusion took, and how it came about, for the first seed that has one."
-    if len(fusions) > _DRAWN:
-        about += f" The first {_DRAWN} of {len(fusions)} are drawn; clafusion report draws any from its fusion.json."
+    if len(fusions) > DRAWN:
+        about += f" The first {DRAWN} of {len(fusions)} are drawn; clafusion report draws any from its fusion.json."
     numbers = table(["fusion", "seconds", "peak MiB", "seed of its samples"], rows)
     return section("Fusions", tag("p", about), numbers, *drawn)
 

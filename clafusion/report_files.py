@@ -1,40 +1,73 @@
-"""The figures of a report as files of their own, to be put into a paper or a README."""
+"""The figures of a report as files of their own, to be put into a paper, a README or a log."""
 
-import base64
 import re
+import warnings
+from collections.abc import Mapping
 
+from clafusion.report_charts import KEY_LINE
 from clafusion.report_markup import Safe, tag
 from clafusion.report_page import PLAIN_STYLE
 
 _PICTURE = re.compile(r'<svg role="img" aria-label="([^"]*)" viewBox="0 0 (\S+) (\S+)"[^>]*>(.*?)</svg>', re.DOTALL)
-_PIXELS = re.compile(r'<img src="data:image/png;base64,([^"]*)" alt="([^"]*)"')
+_PIXELS = re.compile(r'<img src="(data:image/png;base64,[^"]*)" alt="([^"]*)"')
+_KEY = '<g class="key">'
 #: Room around a picture, in its own units.
 _MARGIN = 12
+#: Height and width of a picture that is made of pixels, in units.
+_SIDE = 132
 
 
-def figures(page: str) -> dict[str, bytes]:
+def figures(page: str) -> dict[str, str]:
     """All figures of a report.
 
     Args:
         page: what `fusion_report` or `experiment_report` returned.
 
     Returns:
-        By the name of a file its content: SVG on a light ground that needs no style sheet, PNG for maps of neurons.
+        By name, which does for a file, the figure as SVG: on a light ground, without a style sheet, with its legend.
 
     Example:
         >>> from clafusion.report_charts import heat_map
         >>> list(figures(heat_map([[0.1, 0.9], [0.8, 0.2]], [(0, 0), (1, 1)], "Layer costs: an example")))
-        ['layer-costs.svg']
+        ['layer-costs']
     """
-    found: dict[str, bytes] = {}
+    found: dict[str, str] = {}
     for label, width, height, content in _PICTURE.findall(page):
-        found[_name(label, "svg", found)] = _alone(float(width), float(height), Safe(content)).encode()
-    for data, label in _PIXELS.findall(page):
-        found[_name(label, "png", found)] = base64.b64decode(data)
+        lines = content.count(_KEY) * KEY_LINE
+        found[_name(label, found)] = _alone(float(width), float(height) + lines, Safe(content))
+    for source, label in _PIXELS.findall(page):
+        picture = tag("image", href=source, width=_SIDE, height=_SIDE, preserveAspectRatio="none",
+                      style="image-rendering:pixelated")  # fmt: skip
+        frame = tag("rect", width=_SIDE, height=_SIDE, fill="none", class_="grid")
+        # Not by `tag` again: the label is markup already.
+        found[_name(label, found)] = _alone(_SIDE, _SIDE, Safe(f"<title>{label}</title>{picture}{frame}"))
     return found
 
 
-def _alone(width: float, height: float, content: Safe) -> Safe:
+def rasterised(drawings: Mapping[str, str]) -> dict[str, bytes]:
+    """Figures as PNG files, two pixels to each of their units, on white.
+
+    Args:
+        drawings: what `figures` returned.
+
+    Returns:
+        By name the content of a PNG file; nothing where there is no font to write with.
+
+    Warns:
+        UserWarning: if there is none.
+    """
+    from resvg_py import svg_to_bytes
+
+    blank = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9">{}</svg>'
+    letter, nothing = (svg_to_bytes(svg_string=blank.format(text)) for text in ('<text y="9">x</text>', ""))
+    if letter == nothing:
+        warnings.warn("Expected a font to draw PNG files with, got none; install one, such as fonts-dejavu-core",
+                      UserWarning, stacklevel=2)  # fmt: skip
+        return {}
+    return {name: bytes(svg_to_bytes(svg_string=text, background="#fff")) for name, text in drawings.items()}
+
+
+def _alone(width: float, height: float, content: Safe) -> str:
     whole = width + 2 * _MARGIN, height + 2 * _MARGIN
     return tag(
         "svg", tag("style", Safe(PLAIN_STYLE)),
@@ -44,11 +77,11 @@ def _alone(width: float, height: float, content: Safe) -> Safe:
     )  # fmt: skip
 
 
-def _name(label: str, suffix: str, taken: dict[str, bytes]) -> str:
+def _name(label: str, taken: Mapping[str, str]) -> str:
     """A name that is no path, for whatever label."""
     words = re.sub("[^a-z0-9]+", "-", label.partition(":")[0].lower()).strip("-")[:80] or "figure"
-    number, name = 1, f"{words}.{suffix}"
+    number, name = 1, words
     while name in taken:
         number += 1
-        name = f"{words}-{number}.{suffix}"
+        name = f"{words}-{number}"
     return name

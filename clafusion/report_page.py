@@ -30,6 +30,7 @@ text { fill: var(--ink) } .tick, .note { fill: var(--soft); font-size: 10.5px }
 .interval.fused .name { font-weight: 650 } .single { fill-opacity: .45 } .other { stroke: var(--ink); stroke-width: 2 }
 """
 _PAGE = """
+.key { display: none }
 @media (prefers-color-scheme: dark) { :root { --page: #10141b; --card: #191f29; --ink: #e8ecf2; --soft: #9aa6b6;
   --line: #2e3745; --one: #6ea0ff; --two: #ff9d57; --band: #202835; --bright: #0d1117 }
   img { filter: brightness(1.7) } }

@@ -1,6 +1,6 @@
 """Rescale and repair: every neuron gets back the spread, and with a shift the mean, that its parents have."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from clafusion.targets import Parents
 
 def match_moments(
     structure: Structure, unit: Unit, fused: Cursor, cursors: Sequence[Cursor], parents: Parents, shift: bool
-) -> None:
+) -> Iterator[None]:
     """Scale (and shift) the neurons of one unit, layer by layer, in place.
 
     Args:
@@ -24,6 +24,9 @@ def match_moments(
         cursors: the balanced parents, halted there too.
         parents: how their moments make targets.
         shift: also match the means, in layers that can hold a bias.
+
+    Yields:
+        After every layer.
     """
     for layer in (layer for layer in unit.layers if layer.weighted):
         part = affine_layer(structure, layer)
@@ -39,6 +42,7 @@ def match_moments(
         centre = scale * (mean - bias)
         new_bias = wanted_mean - centre if shift and part.has_bias else scale * bias
         part.write(scale[:, None] * weight, new_bias, (centre, (scale * deviation).square()))
+        yield
 
 
 def _moments(cursor: Cursor, node: str) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from clafusion.errors import FusionError
 from clafusion.graph import live_numbers, observe
 from clafusion.structure import Structure
+from clafusion.tracking import tracked
 
 #: Samples that are run at once, at most: on a CPU more are slower, and on an accelerator more gain nothing.
 CHUNK = 32
@@ -202,7 +203,8 @@ def paired_moments(
     """
     order = [node.name for node in structures[0].module.graph.nodes if pairs.get(node.name)]
     sums: dict[tuple[str, int, int], Moments] = {}
-    for chunk in chunks(samples, size):
+    parts = chunks(samples, size)
+    for chunk in tracked(parts, "measuring neurons", len(parts)):
         for name, outputs in zip(order, in_step(structures, [order] * len(structures), chunk), strict=True):
             for one, other in pairs[name]:
                 key = name, one, other

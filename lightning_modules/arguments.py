@@ -8,16 +8,20 @@ from clafusion.errors import FusionError
 #: The arguments that may stand without a value, which is then true.
 _FLAGS = frozenset(
     f"--{name}"
-    for name in ("overwrite", "align_only", "report", "classifier", "shortcuts", "reinitialize", "quiet", "json")
-)
+    for names in (("overwrite", "align_only", "report", "figures"), ("classifier", "shortcuts", "reinitialize"),
+                  ("quiet", "json"))
+    for name in names
+)  # fmt: skip
 #: What the parser reads as the value of such an argument.
 _VALUES = frozenset({"true", "false", "yes", "no", "True", "False"})
+#: The commands that write one file, which `-o` names.
+_WITH_OUTPUT = frozenset({"fuse", "transfer", "convert", "export", "report"})
 #: The arguments that have no value at all.
 _ALONE = frozenset({"-h", "--help", "--print_config"})
 
 
 def spell_out(arguments: Sequence[str]) -> list[str]:
-    """Gives a lone flag its value, and the checkpoints of `fuse a.ckpt b.ckpt -o c.ckpt` their names.
+    """Gives a lone flag its value, and names to what stands without: the files of `fuse a.ckpt b.ckpt -o c.ckpt`.
 
     Args:
         arguments: Those of the command line, the subcommand first.
@@ -31,36 +35,51 @@ def spell_out(arguments: Sequence[str]) -> list[str]:
     Example:
         >>> spell_out(["fuse", "a.ckpt", "b.ckpt", "-o", "c.ckpt", "--overwrite"])
         ['fuse', '--overwrite=true', '--parents=["a.ckpt", "b.ckpt"]', '--output=c.ckpt']
+        >>> spell_out(["convert", "a.pt", "b.ckpt"])
+        ['convert', '--input=a.pt', '--output=b.ckpt']
     """
     followers = [*arguments[1:], "--"]
     spelled = [
         f"{argument}=true" if argument in _FLAGS and follower not in _VALUES else argument
         for argument, follower in zip(arguments, followers, strict=False)
     ]
-    return ["fuse", *_parents_named(spelled[1:])] if spelled[:1] == ["fuse"] else spelled
+    if spelled[:1] == [] or spelled[0] not in _WITH_OUTPUT:
+        return spelled
+    words, others = _sorted(spelled[1:])
+    return [spelled[0], *_named(spelled[0], words, others)]
 
 
-def _parents_named(arguments: Sequence[str]) -> list[str]:
-    """The arguments of `fuse`: what is no option and no value of one is a parent."""
-    parents: list[str] = []
-    outputs: list[str] = []
+def _named(command: str, words: Sequence[str], others: list[str]) -> list[str]:
+    """All arguments of a command, given those that stand without a name and the others."""
+    given = {argument.partition("=")[0] for argument in others}
+    if command == "fuse" and words:
+        if "--parents" in given:
+            raise FusionError(f"Expected parents once, got {' '.join(words)} and --parents; leave one of them out")
+        words = [f"--parents={json.dumps(words)}"]
+    elif command in ("convert", "export"):
+        names = [name for name in ("--input", "--output") if name not in given]
+        words = [*(f"{name}={word}" for name, word in zip(names, words, strict=False)), *words[len(names) :]]
+    outputs = [argument for argument in others if argument.startswith("--output=")]
+    if len(outputs) + ("--output" in others) > 1:
+        raise FusionError("Expected one output, got several; give -o or --output once")
+    return [*(argument for argument in others if argument not in outputs), *words, *outputs]
+
+
+def _sorted(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What is neither an option nor the value of one, and the rest, in which `-o` has its long name."""
+    words: list[str] = []
     others: list[str] = []
     found = iter(arguments)
     for argument in found:
         if argument.startswith("-o") and not argument.startswith("--"):
-            outputs.append(argument[2:].removeprefix("=") or next(found, ""))
-            if not outputs[-1] or outputs[-1].startswith("-"):
-                raise FusionError(f"Expected a file after -o, got {outputs[-1] or 'none'}; give -o NAME.ckpt")
+            output = argument[2:].removeprefix("=") or next(found, "")
+            if not output or output.startswith("-"):
+                raise FusionError(f"Expected a file after -o, got {output or 'none'}; give -o NAME")
+            others.append(f"--output={output}")
         elif argument.startswith("-"):
             others.append(argument)
             if "=" not in argument and argument not in _ALONE:
                 others += [value for value in [next(found, None)] if value is not None]
         else:
-            parents.append(argument)
-    given = {argument.partition("=")[0] for argument in others}
-    if parents and "--parents" in given:
-        raise FusionError(f"Expected parents once, got {' '.join(parents)} and --parents; leave one of them out")
-    if len(outputs) + ("--output" in given) > 1:
-        raise FusionError("Expected one output, got several; give -o or --output once")
-    named = [f"--parents={json.dumps(parents)}"] if parents else []
-    return [*others, *named, *(f"--output={output}" for output in outputs)]
+            words.append(argument)
+    return words, others

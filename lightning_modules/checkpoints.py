@@ -38,6 +38,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise _foreign(path, "the content of save_network, which only fuse reads")
     checkpoint = load_plain(path)
     hyper_parameters = checkpoint.get("hyper_parameters")
+    if _is_state(checkpoint):
+        raise FusionError(
+            f"Expected a checkpoint of ImageClassifier, got {path} with weights alone; make it one by "
+            f"clafusion convert {path} NAME.ckpt"
+        )
     if not _is_state(checkpoint.get("state_dict")) or not isinstance(hyper_parameters, dict):
         raise _foreign(path, "no state_dict with hyper_parameters")
     if any(key in checkpoint for key in _LEGACY_KEYS):
@@ -170,7 +175,7 @@ def load_plain(path: Path) -> dict[str, Any]:
         if "GLOBAL" in str(error) or "allowlisted" in str(error):
             raise FusionError(
                 f"Expected only tensors and plain values in {path}, got pickled objects, which were not run; "
-                "save the network with save_network"
+                "save network.state_dict() for clafusion convert, or the network by save_network"
             ) from error
         raise _damaged(path) from error
     # A damaged file can make the unpickler fail in any way, MemoryError included.
@@ -228,7 +233,10 @@ def refuse_classes(value: object, path: str | os.PathLike[str]) -> None:
 
 
 def _foreign(path: str | os.PathLike[str], found: str) -> FusionError:
-    return FusionError(f"Expected a checkpoint of ImageClassifier, got {path} with {found}; save it with fit or fuse")
+    return FusionError(
+        f"Expected a checkpoint of ImageClassifier, got {path} with {found}; save it with fit or fuse, or try "
+        "clafusion convert"
+    )
 
 
 def _damaged(path: Path) -> FusionError:

@@ -46,12 +46,12 @@ def check_images(network: nn.Module, data: ImageData, owner: str) -> int:
     except (RuntimeError, ValueError, TypeError) as error:
         raise FusionError(
             f"Expected images with {_input_of(network)}, as {owner} takes, got {shape} from {name}; "
-            "choose the data it was trained on"
+            "choose the data it was trained on (--data)"
         ) from error
     if output.ndim != 2 or output.shape[1] < data.num_classes:
         raise FusionError(
             f"Expected at least {data.num_classes} classes for {name}, got output of shape {list(output.shape[1:])} "
-            f"from {owner}; choose the data it was trained on"
+            f"from {owner}; choose the data it was trained on (--data)"
         )
     return output.shape[1]
 

@@ -86,8 +86,9 @@ def convert_file(
     weights; nothing in the file is run. Prints what was recognised.
 
     Args:
-        input: A file of the published code, a state dict of a torchvision ResNet or VGG, or one of our own checkpoints;
-            NAME.ckpt, .pt, .pth, .checkpoint or .safetensors.
+        input: A file of the published code, weights of a torchvision ResNet or VGG (a state dict, or a checkpoint of a
+            LightningModule that holds the network), or one of our own checkpoints; NAME.ckpt, .pt, .pth, .checkpoint or
+            .safetensors.
         output: The file to write. For ours NAME.ckpt, an ordinary checkpoint as fit writes it, or NAME.safetensors as
             save_network writes it; for published NAME.ckpt, .pt, .pth or .checkpoint.
         to: Whose format to write.
@@ -141,13 +142,14 @@ def _load_safetensors(file: Path) -> _Loaded:
 def _load_pickled(file: Path) -> _Loaded:
     with torch.serialization.safe_globals([(_Arguments, "argparse.Namespace")]):
         content = load_plain(file)
-    if "hyper_parameters" in content:
+    if "architecture" in (content.get("hyper_parameters") or ()):
         checkpoint = read_checkpoint(file)
         epoch, remarks = checkpoint.get("epoch"), _remarks(checkpoint.get(_KEY))
         return _Loaded(load_parent(file), "a checkpoint of ours", remarks, epoch, load_fusion(file))
-    if "model_state_dict" not in content:
-        return _foreign(content, file, {})
-    return _foreign(content["model_state_dict"], file, _remarks(content))
+    if "model_state_dict" in content:
+        return _foreign(content["model_state_dict"], file, _remarks(content))
+    # Of another LightningModule, or a bare state dict.
+    return _foreign(content.get("state_dict", content), file, {})
 
 
 def _foreign(state: object, file: Path, remarks: dict[str, Any]) -> _Loaded:
@@ -157,7 +159,7 @@ def _foreign(state: object, file: Path, remarks: dict[str, Any]) -> _Loaded:
             f"Expected model_state_dict in {file} to be a dict, got {type(state).__name__}; save it again"
         )
     try:
-        conversion = convert(cast(Mapping[str, torch.Tensor], state))
+        conversion = convert(cast(Mapping[str, torch.Tensor], _unwrapped(state)))
     except FusionError as error:
         raise FusionError(f"{error} (in {file})") from error
     with torch.device("meta"):
@@ -168,6 +170,14 @@ def _foreign(state: object, file: Path, remarks: dict[str, Any]) -> _Loaded:
     notes = (f"{biases} layers got a bias of zero, since some have one and ours have it in all layers or none",)
     origin = "a network of torchvision" if conversion.convention == "torchvision" else "by the published names"
     return _Loaded(network.eval(), origin, remarks, notes=notes if biases else ())
+
+
+def _unwrapped(state: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The weights without the name of the attribute that held the whole network, such as `model.` or `module.`."""
+    heads = {str(name).partition(".")[0] for name in state}
+    if len(heads) != 1 or not all(str(name).count(".") > 1 for name in state):
+        return state
+    return _unwrapped({str(name).partition(".")[2]: tensor for name, tensor in state.items()})
 
 
 def _save_ours(loaded: _Loaded, output: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,10 +97,18 @@ def load_alike(paths: list[str], data: ImageData, role: str) -> list[nn.Module]:
 
     Raises:
         FusionError: A file cannot be used, or a network does not fit the data or the others.
+
+    Warns:
+        UserWarning: The networks tell more classes apart than the data has.
     """
     networks = [load_parent(path) for path in paths]
     classes = [check_images(network, data, path) for path, network in zip(paths, networks, strict=True)]
     if len(set(classes)) > 1:
         found = ", ".join(f"{path}: {count}" for path, count in zip(paths, classes, strict=True))
         raise FusionError(f"Expected {role} with the same number of classes, got {found}; choose others")
+    if classes[0] > data.num_classes:
+        warnings.warn(
+            f"Expected {role} with the {data.num_classes} classes of {type(data).__name__}, got {classes[0]}; their "
+            "accuracies mean nothing if they were trained on other data", UserWarning, stacklevel=2,
+        )  # fmt: skip
     return networks

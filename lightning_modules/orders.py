@@ -64,7 +64,7 @@ class Order:
         scale: see `experiment`.
         output: its folder.
         workshop: what it is carried out with.
-        quiet: whether to say only what fails.
+        figures: whether the figures of the report become files of their own.
     """
 
     experiment: Experiment
@@ -73,7 +73,12 @@ class Order:
     scale: Scale
     output: Path
     workshop: Workshop
-    quiet: bool = False
+    figures: bool = True
+
+    @property
+    def quiet(self) -> bool:
+        """Whether to say only what fails."""
+        return self.workshop.quiet
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -133,10 +138,10 @@ def prepare(
     whole, changes = from_plain(Experiment, experiment, "experiment").at(scale)
     data = changed(datamodule, changes)
     module = {"channels_last": model._channels_last, "compile": model._compiled, "fused": model._fused}
-    workshop = Workshop(trainer, data, module, report)
+    workshop = Workshop(trainer, data, module, report, quiet)
     folder = Path(output) if output else Path(root) / whole.name
     chosen = tuple(whole.seeds if seeds is None else seeds)
-    order = Order(whole, plan(whole, cast(ImageData, data)), chosen, scale, folder, workshop, quiet)
+    order = Order(whole, plan(whole, cast(ImageData, data)), chosen, scale, folder, workshop)
     recipes = [stage.settings["recipe"] for stage in order.plan.stages if "recipe" in stage.settings]
     own = [workshop.data_for(recipe) for recipe in recipes]
     # The other ranks are waiting for this one, or do not exist yet.

@@ -38,7 +38,9 @@ def check_new(files: Iterable[Path], overwrite: bool) -> None:
     """
     for file in files:
         if file.is_dir() or (file.exists() and not overwrite):
-            raise FusionError(f"Expected to write a new file, got {file}, which exists; give --overwrite")
+            raise FusionError(
+                f"Expected to write a new file, got {file}, which exists; give --overwrite, or a new folder"
+            )
 
 
 def check_empty(model: ImageClassifier) -> None:

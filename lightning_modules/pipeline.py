@@ -15,8 +15,9 @@ from lightning_modules.checkpoints import write_text
 from lightning_modules.comparison import compare, print_comparison, write_comparison
 from lightning_modules.last_checkpoint import LastCheckpoint
 from lightning_modules.orders import Job, Order
+from lightning_modules.pictures import Pictures, folder_beside
 from lightning_modules.ranks import Agreement, on_rank_zero
-from lightning_modules.reporting import experiment_text
+from lightning_modules.reporting import experiment_figures, experiment_text
 from lightning_modules.stage_folder import begin, claim, finish, finished
 from lightning_modules.stage_runs import StageTrainer, run_stage
 
@@ -91,6 +92,8 @@ def _carry_out(order: Order) -> dict[str, Any]:
         # What there is can be looked at after every seed.
         if number % len(order.plan.stages) == 0:
             on_rank_zero(trainer.strategy, lambda: _write(order, ledger))
+    if order.figures:
+        on_rank_zero(trainer.strategy, lambda: _draw(order))
     results = _compared(order, ledger)
     if trainer.is_global_zero and not order.quiet:
         print_comparison(results, order.output, order.workshop.report)
@@ -103,6 +106,12 @@ def _write(order: Order, ledger: Ledger) -> None:
     write_comparison(_compared(order, ledger), order.output)
     if order.workshop.report:
         write_text(order.output / "report.html", experiment_text(order.output / "results.json"))
+
+
+def _draw(order: Order) -> None:
+    """The figures of the report one by one, once everything is in it."""
+    pictures = Pictures.of(experiment_figures(order.output / "results.json"))
+    pictures.write(folder_beside(order.output / "report.html"))
 
 
 def _attend(order: Order, job: Job, words: str, ledger: Ledger, agreement: Agreement) -> None:

@@ -4,7 +4,6 @@ import csv
 import json
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,14 @@ from clafusion.errors import FusionError
 from clafusion.report import experiment_report, fusion_report, line_accuracies, report_data
 from clafusion.report import figures as all_figures
 from clafusion.report_data import SAMPLES
+from clafusion.report_experiment import DRAWN
 from clafusion.statistics import collect
-from lightning_modules.checkpoints import write_atomically, write_text
+from lightning_modules.checkpoints import write_text
 from lightning_modules.checks import ImageData
 from lightning_modules.fusing import Fused
 from lightning_modules.outputs import check_new, check_output
+from lightning_modules.pictures import Pictures, check_folder, folder_beside
+from lightning_modules.stages import slug
 
 #: A record of a fusion of large networks takes a few MiB; what takes more is something else.
 _LARGEST = 64 * 2**20
@@ -27,14 +29,13 @@ _QUANTITIES = ("val_acc", "train_loss")
 Course = dict[str, dict[int, float]]
 
 
-def report_file(input: str, output: str = "report.html", figures: str | None = None, overwrite: bool = False) -> None:
+def report_file(input: str, output: str = "report.html", figures: bool = True, overwrite: bool = False) -> None:
     """Shows a fusion or an experiment as one HTML file, which needs no network.
 
     Args:
         input: A fusion.json as fuse writes it; or the folder of a pipeline, or its results.json.
         output: The file to write, NAME.html.
-        figures: A folder for every figure as a file of its own, too: SVG, maps of neurons as PNG; none given: no such
-            files.
+        figures: Whether to write every figure as a file of its own, too: SVG and PNG, in the folder NAME_figures.
         overwrite: Whether existing files may be replaced.
 
     Raises:
@@ -42,29 +43,34 @@ def report_file(input: str, output: str = "report.html", figures: str | None = N
     """
     path = check_output(output, (".html",))
     check_new([path], overwrite)
+    if figures:
+        check_folder(path, overwrite)
     source = Path(input)
     if source.is_dir():
         source = source / ("results.json" if (source / "results.json").exists() else "fusion.json")
-    text = experiment_text(source) if "experiment" in _read(source) else fusion_report(_read(source))
-    pictures = {} if figures is None else {Path(figures) / name: data for name, data in all_figures(text).items()}
-    check_new(pictures, overwrite)
-    if figures is not None:
-        _make_folder(Path(figures))
+    whole = "experiment" in _read(source)
+    text = experiment_text(source) if whole else fusion_report(_read(source))
+    pictures = Pictures.of((experiment_figures(source) if whole else all_figures(text)) if figures else {})
     write_text(path, text)
-    for place, data in pictures.items():
-        write_atomically(place, partial(_write_bytes, data))
-    print(f"wrote {output}" + (f" and {len(pictures)} figures in {figures}" if figures is not None else ""))
+    if figures:
+        pictures.write(folder_beside(path))
+    print(f"wrote {output}" + (f" and {len(pictures.drawings)} figures in {folder_beside(path)}" if figures else ""))
 
 
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FusionError(f"Expected a folder for the figures, got {path}: {error}; change --figures") from error
+def experiment_figures(path: Path) -> dict[str, str]:
+    """The figures of the report on an experiment; those of a fusion have its name first.
 
+    Args:
+        path: Of its results.json, beside the folders of its stages.
 
-def _write_bytes(data: bytes, path: str) -> None:
-    Path(path).write_bytes(data)
+    Raises:
+        FusionError: One of the files cannot be used.
+    """
+    found = all_figures(experiment_report(_read(path), _courses(path.parent)))
+    for name, record in list(_fusions(path.parent).items())[:DRAWN]:
+        drawings = all_figures(fusion_report(record))
+        found |= {f"{slug(name)}-{figure}": drawing for figure, drawing in drawings.items()}
+    return found
 
 
 def experiment_text(path: Path) -> str:

@@ -84,3 +84,6 @@ def print_results(results: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if "report" in results:
+        page = Path(results["output"]).parent / "report.html"
+        console.print(f"{page}: all of it to look at", highlight=False, soft_wrap=True)

@@ -18,6 +18,7 @@ from lightning_modules.classifier import ImageClassifier
 from lightning_modules.distiller import Distiller
 from lightning_modules.fusing import fuse_checkpoints, load_alike, seeds
 from lightning_modules.outputs import save_as
+from lightning_modules.progress import steps
 from lightning_modules.ranks import on_rank_zero
 from lightning_modules.reporting import drawn
 from lightning_modules.results import peak_memory, reset_peak_memory, versions, write_results
@@ -60,12 +61,14 @@ class Workshop:
         data: Images; what a training changes about them is in its recipe.
         module: Arguments of every module that have no influence on the result.
         report: Whether fusions are measured for the report as well.
+        quiet: Whether to show nothing of what is being done.
     """
 
     trainer: StageTrainer
     data: LightningDataModule
     module: dict[str, Any] = field(default_factory=dict)
     report: bool = True
+    quiet: bool = False
 
     def data_for(self, recipe: Mapping[str, Any]) -> LightningDataModule:
         """A data module of its own for a training; its batches are shared by the processes.
@@ -190,8 +193,12 @@ def _fuse(workshop: Workshop, stage: Stage, folder: Path, inputs: dict[str, Path
     def compute() -> dict[str, Any]:
         options = FusionOptions(**stage.settings["options"])
         paths, data = [str(path) for path in inputs.values()], cast(ImageData, workshop.data)
-        made = fuse_checkpoints(paths, data, options, strategy.root_device)
-        fusion, record = made.fusion, {**made.record, **({"report": drawn(made, data)} if workshop.report else {})}
+        with steps(workshop.quiet) as step:
+            step(f"fusing {len(paths)} networks")
+            made = fuse_checkpoints(paths, data, options, strategy.root_device)
+            step("measuring for the report")
+            more = {"report": drawn(made, data)} if workshop.report else {}
+        fusion, record = made.fusion, {**made.record, **more}
         save_as(ImageClassifier(), fusion.model, record, folder / "fused.ckpt")
         for name in stage.settings["balanced"]:
             balanced = fusion.balanced[list(inputs).index(name)]
@@ -213,7 +220,9 @@ def _transfer(workshop: Workshop, stage: Stage, folder: Path, inputs: dict[str, 
         source, target = load_alike([str(path) for path in inputs.values()], data, "source and target")
         batches = [batch.to(device) for batch in data.alignment_batches(options.num_samples, options.seed)]
         started = time.perf_counter()
-        made, how = plan.run(source.to(device), target.to(device), batches)
+        with steps(workshop.quiet) as step:
+            step(f"transferring {stage.subject}")
+            made, how = plan.run(source.to(device), target.to(device), batches)
         cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory(device)}
         record = {**stage.settings, **how, **cost, "seeds": seeds(options), "versions": versions()}
         save_as(ImageClassifier(), made["result"], record, folder / "transferred.ckpt")

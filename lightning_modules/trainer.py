@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning_fabric.plugins import TorchCheckpointIO
@@ -12,6 +13,7 @@ from torch import nn
 
 from clafusion import Ensemble, Fusion, FusionOptions, average
 from clafusion.errors import FusionError
+from clafusion.report import figures as all_figures
 from clafusion.storage import describe
 from lightning_modules.aligning import align_checkpoints, print_alignment
 from lightning_modules.atomic_io import AtomicCheckpointIO
@@ -23,6 +25,7 @@ from lightning_modules.fusing import fuse_checkpoints
 from lightning_modules.last_checkpoint import LastCheckpoint
 from lightning_modules.orders import prepare
 from lightning_modules.outputs import check_empty, check_new, check_output, compare, save_as
+from lightning_modules.pictures import Pictures, check_folder, folder_beside
 from lightning_modules.pipeline import run_experiment
 from lightning_modules.progress import steps
 from lightning_modules.reporting import drawn, fusion_report
@@ -105,6 +108,7 @@ class FusionTrainer(Trainer):
         overwrite: bool = False,
         align_only: bool = False,
         report: bool = True,
+        figures: bool = True,
         quiet: bool = False,
         json: bool = False,
         fusion: FusionOptions = FusionOptions(),  # noqa: B008 (it is frozen)
@@ -112,8 +116,9 @@ class FusionTrainer(Trainer):
         """Fuses trained networks into one and shows how well each of them does on the test images.
 
         Writes the fused network as an ordinary checkpoint, and next to it `fusion.json`: options, alignment, costs,
-        accuracies, parameters, seconds, memory, seeds, versions and the parents' checksums; and `report.html`. Nothing
-        is written before all of it is there.
+        accuracies, parameters, seconds, memory, seeds, versions and the parents' checksums; and `report.html`, whose
+        figures go to the folder `report_figures`, too, and into TensorBoard where that is the logger. Nothing is
+        written before all of it is there.
 
         Args:
             model: Its training recipe is saved with the fused network.
@@ -123,6 +128,7 @@ class FusionTrainer(Trainer):
             overwrite: Whether the files written here may replace existing ones.
             align_only: Only show and write to fusion.json which layers correspond, with the costs of every stage.
             report: Whether to draw report.html as well: all of this as one file to look at.
+            figures: Whether every figure of the report becomes a file of its own as well, as SVG and as PNG.
             quiet: Whether to print nothing but errors.
             json: Whether to print what fusion.json holds, as JSON and nothing else, instead of tables.
             fusion: The options of the method.
@@ -136,10 +142,15 @@ class FusionTrainer(Trainer):
         path = check_output(output)
         record = path.parent / "fusion.json"
         page = path.parent / "report.html"
+        figures = figures and report and not align_only
         check_new([record] if align_only else [path, record, *([page] if report else [])], overwrite)
+        if figures:
+            check_folder(page, overwrite)
         check_empty(model)
         if align_only:
-            alignment = align_checkpoints(parents, datamodule, fusion, self.strategy.root_device)
+            with steps(quiet or json or not self.is_global_zero) as step:
+                step(f"aligning the layers of {len(parents)} networks")
+                alignment = align_checkpoints(parents, datamodule, fusion, self.strategy.root_device)
             if self.is_global_zero:
                 write_results(alignment, record)
                 _say(alignment, print_alignment, quiet, json)
@@ -149,15 +160,19 @@ class FusionTrainer(Trainer):
             fused = fuse_checkpoints(parents, datamodule, fusion, self.strategy.root_device)
             # Before the networks are compared, which may move them to another device.
             step("measuring for the report")
-            figures = {"report": drawn(fused, datamodule)} if report and self.is_global_zero else {}
+            more = {"report": drawn(fused, datamodule)} if report and self.is_global_zero else {}
             networks = compare(self, _contestants(fused.parents, fused.fusion), datamodule, step)
-        results = {"output": output, "networks": networks, **fused.record, **figures}
+        results = {"output": output, "networks": networks, **fused.record, **more}
         if self.is_global_zero:
             text = fusion_report(results) if report else ""
+            pictures = Pictures.of(all_figures(text) if figures else {})
             save_as(model, fused.fusion.model, results, output)
             write_results(results, record)
             if report:
                 write_text(page, text)
+            if figures:
+                pictures.write(folder_beside(page))
+                pictures.log(self.loggers)
             _say(results, print_results, quiet, json)
         return results
 
@@ -173,6 +188,7 @@ class FusionTrainer(Trainer):
         scale: Scale = "full",
         output: str | None = None,
         report: bool = True,
+        figures: bool = True,
         quiet: bool = False,
     ) -> dict[str, Any]:
         """Carries out a whole experiment: trains parents, fuses, finetunes, distils, evaluates, compares.
@@ -190,6 +206,8 @@ class FusionTrainer(Trainer):
             scale: full, or small: with the changes that the experiment has for that.
             output: Folder of the experiment; none given: NAME below default_root_dir.
             report: Whether to draw report.html as well: all of this as one file to look at.
+            figures: Whether every figure of the report becomes a file of its own as well, as SVG and as PNG, in the
+                folder report_figures.
             quiet: Whether to print nothing but what fails.
 
         Returns:
@@ -201,7 +219,8 @@ class FusionTrainer(Trainer):
         """
         check_arguments(self._given)
         root = self._given["default_root_dir"]
-        return run_experiment(prepare(self, model, datamodule, experiment, seeds, scale, output, root, report, quiet))
+        order = prepare(self, model, datamodule, experiment, seeds, scale, output, root, report, quiet)
+        return run_experiment(replace(order, figures=figures and report))
 
     def another(
         self, folder: str | os.PathLike[str], more: list[Callback] | None = None, **changes: Any

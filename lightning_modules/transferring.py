@@ -16,6 +16,7 @@ from lightning_modules.checks import ImageData, check_images
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.fusing import seeds
 from lightning_modules.outputs import check_empty, check_new, check_output, compare, save_as
+from lightning_modules.progress import steps
 from lightning_modules.results import peak_memory, print_networks, versions, write_results
 
 Combine = Literal["none", "average", "transport", "insert"]
@@ -132,11 +133,14 @@ def transfer_checkpoint(
     batches = [batch.to(device) for batch in datamodule.alignment_batches(options.num_samples, options.seed)]
 
     started = time.perf_counter()
-    made, how = plan.run(pair["source"], pair["target"], batches)
-    figures = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory(device)}
+    with steps(not trainer.is_global_zero) as step:
+        step("transferring")
+        made, how = plan.run(pair["source"], pair["target"], batches)
+        figures = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory(device)}
+        networks = compare(trainer, {**pair, **made}, datamodule, step)
     results = {
         "output": output,
-        "networks": compare(trainer, {**pair, **made}, datamodule),
+        "networks": networks,
         **{role: None if path is None else {"path": path, "sha256": sha256(path)} for role, path in files.items()},
         "target_architecture": target_architecture,
         **{name: getattr(plan, name) for name in ("combine", "classifier", "shortcuts", "reinitialize")},

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from rich.progress import Progress
 
 import cli
 from clafusion import networks
@@ -20,6 +23,7 @@ from lightning_modules.progress import steps
 ROOT = Path(__file__).parent.parent
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 SHORT = [*QUIET, "--trainer.enable_model_summary", "false", "--trainer.max_epochs", "1"]
+MODULES = "CIFARDataModule, DigitsDataModule, ImageFolderDataModule, MNISTDataModule, TinyImageNetDataModule"
 FEW = ["--fusion.num_samples", "70"]
 
 
@@ -75,7 +79,9 @@ def test_a_configuration_trains_a_parent(capsys):
 
 def test_fuse_writes_an_ordinary_checkpoint_and_its_record(mlp_checkpoints, capsys):
     run(*fuse_arguments(mlp_checkpoints))
-    assert sorted(path.name for path in Path.cwd().iterdir()) == ["fused.ckpt", "fusion.json", "report.html"]
+    assert sorted(path.name for path in Path.cwd().iterdir()) == [
+        *("fused.ckpt", "fusion.json", "fusion.yaml", "report.html", "report_figures")
+    ]
     record = json.loads(Path("fusion.json").read_text())
     names = [row["name"] for row in record["networks"]]
     assert names[:3] == ["parent 1", "parent 2", "ensemble"] and names[-1] == "fused"
@@ -103,7 +109,13 @@ def test_the_short_form_spares_other_arguments():
     given = ["fuse", "-c", "x.yaml", "a, b.ckpt", "--fusion.seed", "3", "c.ckpt", "-od.ckpt", "--fusion.weights=[1,2]"]
     named = ['--parents=["a, b.ckpt", "c.ckpt"]', "--output=d.ckpt"]
     assert spell_out(given) == ["fuse", "-c", "x.yaml", "--fusion.seed", "3", "--fusion.weights=[1,2]", *named]
-    assert spell_out(["convert", "a", "-o", "b"]) == ["convert", "a", "-o", "b"]
+    assert spell_out(["convert", "a", "-o", "b"]) == spell_out(["convert", "a", "b"])
+    assert spell_out(["export", "a", "--output", "b", "--shape", "[8]"]) == [
+        *("export", "--output", "b", "--shape", "[8]", "--input=a")
+    ]
+    assert spell_out(["report", "a.json", "-o", "b.html"]) == ["report", "a.json", "--output=b.html"]
+    assert spell_out(["convert", "a", "b", "c"]) == ["convert", "--input=a", "--output=b", "c"]
+    assert spell_out(["fit", "a", "-o", "b"]) == ["fit", "a", "-o", "b"]
 
 
 @pytest.mark.parametrize(
@@ -113,8 +125,8 @@ def test_the_short_form_spares_other_arguments():
         (["a.ckpt", "b.ckpt", "-o", "c.ckpt", "--output", "d.ckpt"], "Expected one output, got several"),
         (["a.ckpt", "b.ckpt", "-o", "c.ckpt", "-o", "d.ckpt"], "Expected one output, got several"),
         (["a.ckpt", "b.ckpt", "-o"], "Expected a file after -o, got --trainer.acc"),
-        (["a.ckpt", "b.ckpt"], "Expected --output, got none"),
-        (["-o", "c.ckpt"], "Expected --parents, got none"),
+        (["a.ckpt", "b.ckpt"], "Expected -o NAME.ckpt, got none"),
+        (["-o", "c.ckpt"], "Expected A.ckpt B.ckpt, got none"),
         (["a.ckpt", "-o", "c.ckpt"], "Expected two or more parents, got 1"),
     ],
 )
@@ -147,6 +159,24 @@ def test_steps_are_shown_on_a_terminal_only(monkeypatch, capsys):
         with steps(quiet) as step:
             step("fusing 2 networks")
         assert ("fusing 2 networks" in capsys.readouterr().err) == (terminal == "1" and not quiet)
+
+
+def test_a_bar_shows_how_far_a_fusion_is(mlp_checkpoints, monkeypatch):
+    shown = []
+    add, update = Progress.add_task, Progress.update
+    monkeypatch.setattr(Progress, "add_task", lambda self, words, **new: shown.append(words) or add(self, words, **new))
+    monkeypatch.setattr(
+        Progress, "update", lambda self, *_, **new: shown.append(new["count"]) or update(self, *_, **new)
+    )
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    run(*fuse_arguments(mlp_checkpoints))
+    assert shown[0] == "fusing 2 networks"
+    for words, layers in (("matching neurons", 4), ("refitting layers", 5)):
+        at = shown.index(words)
+        assert shown[at + 1 : at + 1 + layers] == [f"{done}/{layers}" for done in range(1, layers + 1)]
+    shown.clear()
+    run(*fuse_arguments(mlp_checkpoints), "--overwrite", "--quiet")
+    assert not shown
 
 
 def test_equal_parents_are_also_averaged_naively(mlp_checkpoints):
@@ -313,6 +343,29 @@ def test_the_installed_command_ends_with_one_line_and_code_2():
     assert end.stderr == "clafusion: error: Expected a checkpoint, got none.ckpt, which is no file; check the path\n"
 
 
+@pytest.mark.parametrize(
+    "end, code", [(KeyboardInterrupt(), 130), (SIGTERMException(), 143)], ids=["Ctrl-C", "SIGTERM"]
+)
+@pytest.mark.parametrize("command", ["fit", "fuse"])
+def test_the_exit_code_of_an_interruption(mlp_checkpoints, monkeypatch, capsys, command, end, code):
+    def interrupted(*_):
+        raise end
+
+    monkeypatch.setattr(ImageClassifier, "training_step", interrupted)
+    monkeypatch.setattr("lightning_modules.trainer.fuse_checkpoints", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            if command == "fit":
+                run("fit", "--config", "configs/train/digits_deep.yaml", *SHORT)
+            run(*fuse_arguments(mlp_checkpoints))
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores a second one
+    assert caught.value.code == code
+    assert capsys.readouterr().err.splitlines()[-1] == "clafusion: interrupted"
+    assert not list(Path.cwd().rglob("*.ckpt"))
+
+
 @pytest.mark.slow
 def test_the_commands_of_the_readme_work_as_typed():
     commands = re.findall(r"^clafusion (.*?)(?:\s+#.*)?$", (ROOT / "README.md").read_text(), re.MULTILINE)
@@ -442,7 +495,7 @@ def test_existing_results_are_replaced_only_on_demand(mlp_checkpoints, capsys, n
         (["fit", "--model.arch", "{a: 1}"], "model.arch"),
         (["fit", "--config", "configs/train/fashion_mlp_deep.yaml", "--data.data_dir", "none", *SHORT], "idx3-ubyte"),
         (["no_such_command"], "no_such_command"),
-        ([], "subcommand"),
+        ([], "Expected a command"),
     ],
 )
 def test_bad_use_of_the_other_commands_is_refused(capsys, arguments, message):
@@ -469,3 +522,27 @@ def test_other_errors_keep_their_traceback(mlp_checkpoints, monkeypatch):
     with pytest.raises(RuntimeError, match="a bug"):
         run(*fuse_arguments(mlp_checkpoints))
     assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "Expected a command, such as fuse (clafusion --help lists them), got none\n"),
+        (["fus"], "Expected a command, such as fuse (clafusion --help lists them), got 'fus'\n"),
+        (["fuse"], "Expected A.ckpt B.ckpt and -o NAME.ckpt, got none; give it, see clafusion fuse --help\n"),
+        (["report"], "Expected INPUT, got none; give it, see clafusion report --help\n"),
+        (
+            ["fuse", "a", "b", "-o", "c.ckpt", "--data.data_dir", "d"],
+            "Expected an option that the data module has, got --data.data_dir; name the module by --data, such as "
+            f"{MODULES}\n",
+        ),
+        (
+            ["fuse", "a", "b", "-o", "c.ckpt", "--data", "ImageFolder"],
+            f"Expected --data to name a data module, got ImageFolder; there are {MODULES}, or give package.Class of "
+            "your own\n",
+        ),
+        (["fuse", "a", "b", "-o", "c.ckpt", "--num_sample", "3"], "unrecognized arguments: --num_sample 3\n"),
+    ],
+)
+def test_what_is_not_a_whole_command_is_refused(capsys, arguments, message):
+    assert refused(capsys, *arguments) == f"clafusion: error: {message}"

@@ -601,7 +601,7 @@ BAD_FILES = {
     "list.pt": "got list.pt with a list",
     "number.pt": "Expected model_state_dict in number.pt to be a dict, got int",
     "gap.pt": r"Expected 'fc1.weight', got none; .* \(in gap.pt\)",
-    "lightning.ckpt": "got lightning.ckpt with no architecture",
+    "lightning.ckpt": "Expected the parameters of an MLP, VGG or ResNet by the names .* got none; rename",
     "loop.pt": "Expected plain values in loop.pt, got a container in itself",
 }
 
@@ -636,3 +636,13 @@ def test_other_outputs_are_refused():
         ("s3://bucket/ours.ckpt", "ours", "Expected a local output file"),
     ):
         assert message in refused_file("good.pt", output, to=to, overwrite=True)
+
+
+def test_the_network_in_another_lightning_module_is_found():
+    network = torchvision.models.resnet18(num_classes=5)
+    state = {f"model.{name}": tensor for name, tensor in network.state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": {"lr": 0.1}, "epoch": 3, "global_step": 9}, "theirs.ckpt")
+    torch.save({f"module.{name}": tensor for name, tensor in state.items()}, "parallel.pt")
+    for name in ("theirs.ckpt", "parallel.pt"):
+        cli.main(["convert", name, "ours.ckpt", "--overwrite"])
+        assert torch.equal(load_parent("ours.ckpt")(images(2, 32).float()), network.eval()(images(2, 32).float()))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
+import yaml
 
 import cli
 from clafusion import FusionOptions
@@ -29,7 +30,8 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 def carry_out(command: str) -> None:
     """A command of a page, at the smallest scale: one epoch."""
-    name, *arguments = shlex.split(command.removeprefix("clafusion "))
+    # What is printed need not go to a file here.
+    name, *arguments = shlex.split(command.removeprefix("clafusion ").partition(" > ")[0])
     if name in ("fit", "fuse", "test", "transfer"):
         arguments += QUIET
     if name == "fit":
@@ -112,6 +114,28 @@ def test_every_option_is_in_the_table_as_the_code_has_it():
     assert found == option_rows()
 
 
+def published_settings() -> list[dict[str, Any]]:
+    """For every option of `fuse` that stands beside a published setting: it and its value."""
+    section = (DOCS / "options.md").read_text().partition("## From the published settings")[2]
+    cells = [line.split(" | ")[1] for line in section.splitlines() if line.startswith("| ") and " | " in line]
+    found = []
+    for cell in cells:
+        for names, more in re.findall(r"`((?:--fusion\.[^`]*))`((?:, `[^`-]*`)*)", cell):
+            pairs = re.findall(r"--fusion\.(\w+) ('[^']*'|\S+)", names)
+            values = [value.strip("'") for _, value in pairs] + re.findall("`([^`]*)`", more)
+            found += [{(pairs[0][0] if more else pairs[at][0]): yaml.safe_load(v)} for at, v in enumerate(values)]
+    return found
+
+
+def test_what_stands_beside_a_published_setting_is_an_option_and_its_value():
+    found = published_settings()
+    assert len(found) > 35
+    for option in found:
+        FusionOptions(**{"correction": "none", **option})
+    named = {name for option in found for name in option}
+    assert named == {field.name for field in fields(FusionOptions)} - {"anchor", "ridge", "anchor_lead"}
+
+
 # --- troubleshooting ---
 
 
@@ -119,6 +143,8 @@ def messages() -> str:
     """All source text, with the strings that Python joins joined."""
     packages = ("clafusion", "lightning_modules", "datamodules", "callbacks")
     sources = [path.read_text() for package in packages for path in sorted((ROOT / package).glob("*.py"))]
+    # The parser's own, which test_cli.py looks at.
+    sources += [(ROOT / "cli.py").read_text(), "unrecognized arguments: "]
     return re.sub(r'"\s*f?"', "", "\n".join(sources))
 
 

@@ -1,13 +1,19 @@
 """The examples, at tiny scale."""
 
 import importlib.util
+import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from test_folders import write_class_folders
+from torchvision.models import resnet18, resnet34
 
+import cli
 from clafusion import load_network
+from lightning_modules import load_parent
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -28,6 +34,24 @@ def test_networks_of_torchvision_on_a_folder_of_images(tmp_path):
     accuracies = example("torchvision_folder").main([str(tmp_path / "images"), *scale, "--output", str(output)])
     assert list(accuracies) == ["deep", "shallow", "ensemble", "fused"]
     assert load_network(output).fc.out_features == 3
+
+
+@pytest.mark.slow
+def test_the_way_from_torchvision_in_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "test"):
+        write_class_folders(tmp_path / "photos" / part, 20)
+    torch.manual_seed(0)
+    for name, network in {"deep": resnet34, "shallow": resnet18}.items():
+        torch.save(network(num_classes=3).state_dict(), f"{name}.pt")
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    commands = re.findall("^    clafusion (.*)$", readme, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["convert", "convert", "fuse"]
+    few = ["--fusion.num_samples", "40", "--fusion.correction", "repair", "--trainer.accelerator", "cpu"]
+    for command in commands:
+        cli.main([*shlex.split(command), *(few if command.startswith("fuse") else [])])
+    assert load_parent("fused.ckpt").architecture["blocks"] == [3, 4, 6, 3]
+    assert "fused" in Path("report.html").read_text() and len(list(Path("report_figures").iterdir())) > 20
 
 
 @pytest.mark.slow

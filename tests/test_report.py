@@ -6,19 +6,34 @@ import json
 import re
 import zlib
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+import resvg_py
 import torch
 from helpers import images, mlp, plain, resnet, vectors
+from PIL import Image
+from pytorch_lightning.loggers import TensorBoardLogger
 
 import cli
+from callbacks import FusionCallback
 from clafusion import FusionError, FusionOptions, align_layers, fuse, linear_cka
-from clafusion.report import experiment_report, fusion_report, line_accuracies, report_data
+from clafusion.report import (
+    experiment_report,
+    figures,
+    fusion_report,
+    line_accuracies,
+    rasterised,
+    report_data,
+)
 from clafusion.report_data import PIXELS, diagnose, map_picture
 from clafusion.report_line import averages
 from datamodules import DigitsDataModule
+from lightning_modules import FusionTrainer, ImageClassifier
+from lightning_modules.pictures import Pictures
 
 HOSTILE = "<script>alert('x')</script>\" onload=\"x\x00&amp;"
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--fusion.num_samples", "70"]
@@ -397,7 +412,10 @@ def test_fuse_writes_a_report_that_can_be_drawn_again(mlp_checkpoints, in_an_emp
     )
     cli.main(command)
     assert len(taken) == 1  # what the report measures on are the samples that the fusion had
-    assert sorted(path.name for path in Path.cwd().iterdir()) == ["fused.ckpt", "fusion.json", "report.html"]
+    assert sorted(path.name for path in Path.cwd().iterdir()) == [
+        *("fused.ckpt", "fusion.json", "fusion.yaml", "report.html", "report_figures")
+    ]
+    assert "report.html: all of it to look at\n" in capsys.readouterr().out
     document = read(Path("report.html").read_text())
     record = json.loads(Path("fusion.json").read_text())
     assert f"{record['networks'][-1]['test_acc']:.2%}" in document.words
@@ -406,6 +424,8 @@ def test_fuse_writes_a_report_that_can_be_drawn_again(mlp_checkpoints, in_an_emp
     Path("fusion.json").rename("kept.json")
     assert "got report.html, which exists" in refused(capsys, *command)
     cli.main(["report", "kept.json", "--output", "again.html"])
+    for path in Path("report_figures").iterdir():
+        assert Path("again_figures", path.name).read_bytes() == path.read_bytes()
     assert Path("again.html").read_bytes() == Path("report.html").read_bytes()
     assert "got again.html, which exists" in refused(capsys, "report", "kept.json", "--output", "again.html")
 
@@ -413,25 +433,81 @@ def test_fuse_writes_a_report_that_can_be_drawn_again(mlp_checkpoints, in_an_emp
 def test_fuse_draws_no_report_that_nobody_wants(mlp_checkpoints, in_an_empty_folder):
     command = ["fuse", *map(str, mlp_checkpoints), "-o", "fused.ckpt", *QUIET, "--report", "false"]
     cli.main(command)
-    assert sorted(path.name for path in Path.cwd().iterdir()) == ["fused.ckpt", "fusion.json"]
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["fused.ckpt", "fusion.json", "fusion.yaml"]
     assert "report" not in json.loads(Path("fusion.json").read_text())
 
 
-def test_every_figure_is_a_file_of_its_own_on_demand(record, in_an_empty_folder, capsys):
+def pixels_of(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(BytesIO(data)).convert("RGB")))
+
+
+def test_every_figure_is_a_drawing_and_an_image_that_stand_alone(record):
+    drawings = figures(fusion_report(record))
+    assert len(drawings) == 1 + 1 + 4 + 5 and "layers-of-parent-1-and-parent-2-that-correspond" in drawings
+    assert rasterised(drawings).keys() == drawings.keys()
+    for name, data in rasterised(drawings).items():
+        drawn = ElementTree.fromstring(drawings[name])
+        assert drawn.tag == "{http://www.w3.org/2000/svg}svg" and "var(" not in drawings[name]
+        assert ("after rescale</text>" in drawings[name]) == ("layer-by-layer" in name)  # a chart has its legend
+        image = pixels_of(data)
+        assert list(image.shape[:2]) == [round(float(drawn.attrib[side])) for side in ("height", "width")]
+        assert image[0, 0].tolist() == [255] * 3 and len(image.flatten(0, 1).unique(dim=0)) > 2
+
+
+def test_without_a_font_there_are_drawings_only(record, monkeypatch, tmp_path):
+    draw = resvg_py.svg_to_bytes
+    monkeypatch.setattr(resvg_py, "svg_to_bytes", lambda **given: draw(**given, skip_system_fonts=True))
+    with pytest.warns(UserWarning, match="Expected a font to draw PNG files with, got none; install one"):
+        pictures = Pictures.of(figures(fusion_report(record)))
+    pictures.write(tmp_path / "figures")
+    assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".svg"}
+
+
+def test_report_writes_every_figure_beside_the_page(record, in_an_empty_folder, capsys):
     Path("fusion.json").write_text(json.dumps(record))
-    cli.main(["report", "fusion.json", "--figures", "a/b"])
-    names = sorted(path.name for path in Path("a/b").iterdir())
-    assert len(names) == 1 + 1 + 4 + 5 and "layers-of-parent-1-and-parent-2-that-correspond.svg" in names
-    for path in Path("a/b").glob("*.svg"):
-        drawn = ElementTree.fromstring(path.read_text())
-        assert drawn.tag == "{http://www.w3.org/2000/svg}svg" and "var(" not in path.read_text()
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in Path("a/b").glob("*.png"))
+    cli.main(["report", "fusion.json"])
+    assert capsys.readouterr().out == "wrote report.html and 11 figures in report_figures\n"
+    assert len(list(Path("report_figures").iterdir())) == 2 * 11
     Path("report.html").unlink()
-    assert "which exists; give --overwrite" in refused(capsys, "report", "fusion.json", "--figures", "a/b")
-    cli.main(["report", "fusion.json", "--figures", "a/b", "--overwrite"])
-    Path("report.html").unlink()
-    Path("file").touch()
-    assert "Expected a folder for the figures" in refused(capsys, "report", "fusion.json", "--figures", "file/x")
+    assert "got report_figures, which exists; give --overwrite" in refused(capsys, "report", "fusion.json")
+    for name in ("of-an-earlier-report.svg", "notes.txt"):
+        Path("report_figures", name).touch()
+    cli.main(["report", "fusion.json", "--overwrite"])
+    names = {path.name for path in Path("report_figures").iterdir()}
+    assert len(names) == 2 * 11 + 1 and "notes.txt" in names  # what is no figure is left alone
+    cli.main(["report", "fusion.json", "--output", "other.html", "--figures", "false"])
+    assert not Path("other_figures").exists()
+
+
+def images_in(folder: Path) -> dict[str, bytes]:
+    """The images that TensorBoard would show, as PNG."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [log] = folder.rglob("version_*")
+    events = EventAccumulator(str(log), size_guidance={"images": 0}).Reload()
+    return {tag: events.Images(tag)[0].encoded_image_string for tag in events.Tags()["images"]}
+
+
+def test_the_figures_are_in_tensorboard_where_that_is_the_logger(mlp_checkpoints, in_an_empty_folder, capsys):
+    pytest.importorskip("tensorboard")
+    board = ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "board"]
+    cli.main(["fuse", *map(str, mlp_checkpoints), "-o", "fused.ckpt", *QUIET, *board, "--quiet"])
+    assert capsys.readouterr() == ("", "")
+    shown = images_in(Path("board"))
+    files = {path.stem: path.read_bytes() for path in Path("report_figures").glob("*.png")}
+    assert shown.keys() == {f"report/{name}" for name in files} and len(files) == 10
+    name = "layers-of-parent-1-and-parent-2-that-correspond"
+    assert torch.equal(pixels_of(shown[f"report/{name}"]), pixels_of(files[name]))
+
+
+def test_a_training_that_begins_with_a_fusion_shows_it_in_tensorboard(mlp_checkpoints, in_an_empty_folder):
+    pytest.importorskip("tensorboard")
+    callback = FusionCallback([str(path) for path in mlp_checkpoints], FusionOptions(num_samples=70))
+    options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = FusionTrainer(max_epochs=1, callbacks=[callback], logger=TensorBoardLogger("board"), **options)
+    trainer.fit(ImageClassifier(lr=0.01), DigitsDataModule())
+    assert "report/layers-of-parent-1-and-parent-2-that-correspond" in images_in(Path("board"))
 
 
 def test_report_reads_the_folder_of_an_experiment(results, record, in_an_empty_folder):
@@ -449,6 +525,8 @@ def test_report_reads_the_folder_of_an_experiment(results, record, in_an_empty_f
     Path("run/seed_1/fuse_default").mkdir()
     Path("run/seed_1/fuse_default/fusion.json").write_text(json.dumps(record))
     cli.main(["report", "run"])
+    names = {path.stem for path in Path("report_figures").iterdir()}
+    assert {"test-accuracy-of-every-network", "default-layer-costs-of-stage-1-parent-2"} < names
     words = read(Path("report.html").read_text()).words
     for word in ("epoch 0: 0.375", "epoch 1: 0.75", "epoch 0: 3.5"):
         assert f"fused default, finetuned, {word}" in words

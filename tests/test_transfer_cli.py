@@ -35,7 +35,7 @@ def samples() -> list[torch.Tensor]:
 
 def test_transfer_writes_an_ordinary_checkpoint_and_its_record(mlp_checkpoints, capsys):
     run(*arguments(mlp_checkpoints))
-    assert sorted(path.name for path in Path.cwd().iterdir()) == ["out.ckpt", "transfer.json"]
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["out.ckpt", "transfer.json", "transfer.yaml"]
     found = record()
     assert [row["name"] for row in found["networks"]] == ["source", "target", "result"]
     assert all(0 <= row["test_acc"] <= 1 and row["parameters"] > 0 for row in found["networks"])
