@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clafusion.statistics import check_features
+
 
 def design_rows(module: nn.Linear | nn.Conv2d, inputs: Tensor, chosen: Tensor) -> Tensor:
     """The inputs of the neurons of a layer at chosen observations: what each output is a linear function of.
@@ -92,9 +94,13 @@ class RidgeSystem:
             x: [observations, groups, inputs].
             ridge: the penalty in units of the sum of squares of an average input.
             intercept: whether the last input is the constant one.
+
+        Raises:
+            FusionError: if an input is not finite.
         """
         count, inputs = x.shape[0], x.shape[2] - intercept
         total, squares = _sums(x[:, :, :inputs])
+        check_features(total, squares)
         mean = total / count if intercept else torch.zeros_like(total)
         # A layer whose input is dead keeps its weights.
         penalty = (ridge * squares.mean(1)).clamp_min(torch.finfo(torch.float64).eps * max(count, 1))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from clafusion.affine import affine_layer
 from clafusion.cursor import Cursor
-from clafusion.statistics import rows
+from clafusion.statistics import check_features, rows
 from clafusion.structure import Structure, Unit
 from clafusion.targets import Parents
 
@@ -52,6 +52,7 @@ def _moments(cursor: Cursor, node: str) -> tuple[Tensor, Tensor]:
         total = x.sum(0) if total is None else total + x.sum(0)
         squares = x.square().sum(0) if squares is None else squares + x.square().sum(0)
     assert total is not None and squares is not None
+    check_features(total, squares)
     mean = total / count
     variance = squares / count - mean.square()
     return mean, torch.where(variance > 16 * precision * squares / count, variance, 0.0).sqrt()
