@@ -31,6 +31,8 @@ SHARE_TOLERANCE = 1e-6
 
 #: A layer, what it should give, and what it gives.
 Observed = tuple[Layer, Tensor, Tensor]
+#: Where an output is: behind a layer, or at a node by its name.
+Place = Layer | str
 #: What is made of a parameter before it is used, by name.
 Change = Callable[[str, Tensor], Tensor]
 
@@ -75,15 +77,15 @@ def check_inserted(network: Structure, original: Structure, alignment: Alignment
 
 
 def _inserted(
-    unit: Unit, partners: Mapping[str, Unit], expected: Mapping[str, Tensor], got: Mapping[str, Tensor]
+    unit: Unit, partners: Mapping[str, Unit], expected: Mapping[Place, Tensor], got: Mapping[Place, Tensor]
 ) -> Iterator[Observed]:
     """What the layers of a unit should give: what its partner's give, or without one what the unit is given."""
     if unit.name in partners:
         pairs = match_layers(unit, partners[unit.name])
-        yield from ((layer, expected[other.name], got[layer.name]) for layer, other in pairs)
+        yield from ((layer, expected[other], got[layer]) for layer, other in pairs)
         return
     if unit.kind == "plain":
-        yield from ((layer, got[unit.input], got[layer.name]) for layer in unit.layers)
+        yield from ((layer, got[unit.input], got[layer]) for layer in unit.layers)
     closing = next(layer for layer in unit.layers if layer.name == unit.closing)
     yield closing, got[unit.input], got[unit.output.post]
 
@@ -104,7 +106,7 @@ def check_maps(balanced: Balanced, maps: Sequence[Maps]) -> None:
 def check_moved(balanced: Balanced, maps: Sequence[Maps], samples: Tensor, options: FusionOptions) -> None:
     """Refuse a parent that is another function once its neurons are permuted.
 
-    They are permuted as its maps say where these are permutations; otherwise the order in every space is reversed.
+    They are permuted as its maps say where these are permutations, and otherwise at random.
 
     Args:
         balanced: the parents.
@@ -118,7 +120,7 @@ def check_moved(balanced: Balanced, maps: Sequence[Maps], samples: Tensor, optio
         if orders := _orders(structure, its_maps, options):
             _check_permuted(f"parent {k}", structure, graph, orders, its_maps, samples[:SAMPLES], options)
         else:
-            orders, shared = _reversals(structure), replace(options, streams="shared")
+            orders, shared = _shuffled(structure), replace(options, streams="shared")
             _check_permuted(f"parent {k}", structure, graph, orders, orders, samples[:SAMPLES], shared)
 
 
@@ -136,7 +138,7 @@ def _check_permuted(
     if error <= TOLERANCE[logits.dtype]:
         return
     expected, got = before.outputs(few), after.outputs(few)
-    pairs = ((layer, permuted(expected[layer.name], layer.space), got[layer.name]) for layer in structure.layers)
+    pairs = ((layer, permuted(expected[layer], layer.space), got[layer]) for layer in structure.layers)
     raise FusionError(
         f"Expected {called} to be the same function with its neurons permuted, got logits that differ by {error:.1e} "
         f"(relative), first behind {_first(pairs, structure)}; it cannot be fused safely, report it"
@@ -155,11 +157,11 @@ def _orders(structure: Structure, maps: Maps, options: FusionOptions) -> Maps:
     return orders
 
 
-def _reversals(structure: Structure) -> Maps:
-    """The maps that reverse every free space."""
-    device = next(structure.module.parameters()).device
-    sizes = {space: structure.sizes[space] for space in structure.free_spaces}
-    return {space: torch.eye(size, dtype=torch.float64, device=device).flip(0) for space, size in sizes.items()}
+def _shuffled(structure: Structure) -> Maps:
+    """A permutation of every free space; they are unlike, so that spaces that belong together show when they do not."""
+    device, generator = next(structure.module.parameters()).device, torch.Generator().manual_seed(0)
+    orders = {space: torch.randperm(structure.sizes[space], generator=generator) for space in structure.free_spaces}
+    return {space: torch.eye(len(order), dtype=torch.float64)[order].to(device) for space, order in orders.items()}
 
 
 def check_outputs(model: nn.Module, samples: Tensor) -> None:
@@ -173,9 +175,9 @@ def check_outputs(model: nn.Module, samples: Tensor) -> None:
     if all_finite(model(few)):
         return
     structure = trace(model, few)
-    nodes = _nodes(structure.module.graph)
+    nodes = _nodes(structure.layers, structure.module.graph)
     outputs = dict(observe(structure.module, few, nodes.values()))
-    layer = next((layer for layer in structure.layers if not all_finite(outputs[nodes[layer.name]])), None)
+    layer = next((layer for layer in structure.layers if not all_finite(outputs[nodes[layer]])), None)
     raise FusionError(
         "Expected finite outputs of the fused network, got NaN or infinity, first behind "
         f"{_named(layer or structure.layers[-1])}; fuse in a wider dtype"
@@ -193,7 +195,7 @@ class _Checked(fx.Interpreter):
 
     def __init__(self, structure: Structure, graph: fx.Graph | None = None, change: Change | None = None) -> None:
         super().__init__(structure.module, garbage_collect_values=False, graph=graph)
-        self.captured, self.change = structure.module, change
+        self.structure, self.change = structure, change
         self.precision = working_precision(next(structure.module.parameters()))
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -211,20 +213,21 @@ class _Checked(fx.Interpreter):
         (end,) = (node.name for node in self.graph.nodes if node.op == "output")
         return next(value for _, value in self._observed(few, [end]))
 
-    def outputs(self, few: Tensor, more: Collection[str] = ()) -> dict[str, Tensor]:
-        """What each module gives, and more nodes, by name."""
-        modules = _nodes(self.graph)
-        found = dict(self._observed(few, {*modules.values(), *more}))
-        return {**found, **{name: found[node] for name, node in modules.items()}}
+    def outputs(self, few: Tensor, more: Collection[str] = ()) -> dict[Place, Tensor]:
+        """What each layer gives, and nodes that are named besides."""
+        nodes = _nodes(self.structure.layers, self.graph)
+        found: dict[Place, Tensor] = dict(self._observed(few, {*nodes.values(), *more}))
+        return found | {layer: found[node] for layer, node in nodes.items()}
 
     def _observed(self, few: Tensor, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        few = as_input(few, self.captured).to(self.precision)
-        return observe(self.captured, few, names, interpreter=self)
+        few = as_input(few, self.structure.module).to(self.precision)
+        return observe(self.structure.module, few, names, interpreter=self)
 
 
-def _nodes(graph: fx.Graph) -> dict[str, str]:
-    """The node of every module."""
-    return {str(node.target): node.name for node in graph.nodes if node.op == "call_module"}
+def _nodes(layers: Iterable[Layer], graph: fx.Graph) -> dict[Layer, str]:
+    """The name of the node that runs each layer."""
+    nodes = {node.target: node.name for node in graph.nodes if node.op == "call_module"}
+    return {layer: nodes[layer.name] for layer in layers}
 
 
 def _difference(expected: Tensor, got: Tensor) -> float:
