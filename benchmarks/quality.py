@@ -30,7 +30,7 @@ from datamodules import MNISTDataModule
 
 #: What the second table has no row for is measured and dropped. `equal features`: hidden layers, too, are refit to the
 #: plain mean of the parents; `anchor's features`: the control of the default between the two, the anchor as it is with
-#: an output layer that is fitted to the ensemble.
+#: an output layer that is fitted to the ensemble; `anchor by agreement`: the default, the anchor chosen without labels.
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"correction": "none"},
     "rescale": {"correction": "rescale"},
@@ -38,8 +38,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "refit, equal features": {"anchor_lead": 1.0},
     "refit, anchor's features": {"anchor_lead": 1e9},
     "refit": {},
+    "refit, anchor by agreement": {"anchor": "agreement"},
 }
-FINETUNED = ("none", "refit, equal features", "refit")
+FINETUNED = ("none", "refit, equal features", "refit", "refit, anchor by agreement")
 VGG = {
     "vgg11": [[64], [128], [256, 256], [512, 512], [512, 512]],
     "vgg13": [[64, 64], [128, 128], [256, 256], [512, 512], [512, 512]],
@@ -225,6 +226,8 @@ def before_finetuning(
     found["published"] = accuracy(fuse(parents, [samples], FusionOptions.paper(anchor=anchor)).model, images)
     kept = {f"parent {k}": parent for k, parent in enumerate(parents, 1)}
     for name, changes in VARIANTS.items():
+        if changes.keys() & experiment.fusion.keys():
+            continue
         result = fuse(parents, [samples], FusionOptions(num_samples=num_samples, **experiment.fusion, **changes))
         found[name] = accuracy(result.model, images)
         if name in FINETUNED:

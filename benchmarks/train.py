@@ -9,6 +9,7 @@ against none of them, in the bare loop; on a CPU few of them pay.
 
 import copy
 import logging
+import shutil
 import statistics
 import time
 import warnings
@@ -100,7 +101,7 @@ def main() -> None:
         f"An epoch of {IMAGES} images of 3x32x32 in batches of 128",
         [trainer_against_bare(name) for name in ("resnet18_eighth",)],
     )
-    networks_ = [networks.build({"name": "resnet18_fourth", "batch_norm": True}) for _ in range(4)]
+    networks_ = [networks.build({"name": "resnet18_fourth", "batch_norm": True}) for _ in range(5)]
     last = networks_[3].to(memory_format=torch.channels_last)
     steps = {
         "none": step_of(networks_[0]),
@@ -108,6 +109,8 @@ def main() -> None:
         "bfloat16": step_of(networks_[2], autocast=True),
         "channels_last": step_of(last),
     }
+    if shutil.which("c++"):
+        steps["compile"] = step_of(torch.compile(networks_[4]))
     for step in steps.values():
         step()
     seconds = fastest(steps, rounds=3)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from clafusion.operations import is_norm
@@ -92,3 +93,44 @@ def affine_layer(structure: Structure, layer: Layer) -> AffineLayer:
 def _node_of(structure: Structure, layer: Layer) -> fx.Node:
     nodes = structure.module.graph.nodes
     return next(node for node in nodes if node.op == "call_module" and node.target == layer.name)
+
+
+def design_rows(module: nn.Linear | nn.Conv2d, inputs: Tensor, chosen: Tensor) -> Tensor:
+    """The inputs of the neurons of a layer at chosen observations: what each output is a linear function of.
+
+    Args:
+        module: a Linear, or a Conv2d of any kernel, stride, padding, dilation and grouping.
+        inputs: a batch of its inputs.
+        chosen: indices of observations; they are counted sample by sample, then by output row and column.
+
+    Returns:
+        [chosen, groups, fan-in].
+    """
+    if isinstance(module, nn.Linear):
+        return inputs[chosen, None, :]
+    left, right, top, bottom = _padding(module)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = F.pad(inputs, (left, right, top, bottom), mode=mode)
+    height, width = (
+        (extent - dilation * (kernel - 1) - 1) // stride + 1
+        for extent, kernel, stride, dilation in zip(
+            padded.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True
+        )
+    )
+    sample, y, x = chosen // (height * width), chosen // width % height, chosen % width
+    offsets = [
+        torch.arange(kernel, device=inputs.device) * dilation
+        for kernel, dilation in zip(module.kernel_size, module.dilation, strict=True)
+    ]
+    rows = (y * module.stride[0])[:, None, None] + offsets[0][None, :, None]
+    columns = (x * module.stride[1])[:, None, None] + offsets[1][None, None, :]
+    patches = padded.movedim(1, -1)[sample[:, None, None], rows, columns]  # [chosen, kernel, kernel, channels]
+    return patches.movedim(-1, 1).reshape(len(chosen), module.groups, -1)
+
+
+def _padding(module: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Left, right, top, bottom."""
+    if isinstance(module.padding, str):
+        return tuple(module._reversed_padding_repeated_twice)  # type: ignore[return-value]
+    vertical, horizontal = module.padding
+    return horizontal, horizontal, vertical, vertical

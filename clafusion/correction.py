@@ -23,7 +23,7 @@ from clafusion.errors import FusionError
 from clafusion.options import FusionOptions
 from clafusion.refit import refit_unit
 from clafusion.rescaling import add_missing_biases, match_moments
-from clafusion.statistics import as_input, chunks
+from clafusion.statistics import as_input, batch_size, chunks
 from clafusion.structure import Structure, trace
 from clafusion.targets import Parents
 
@@ -35,7 +35,7 @@ def correct(model: nn.Module, parents: Parents, samples: Tensor, options: Fusion
         model: the fused network.
         parents: what it was fused from.
         samples: unlabelled inputs. Of every network one activation per sample is held at a time.
-        options: `correction`, `ridge` and `seed` are read.
+        options: `correction`, `ridge`, `memory_budget` and `seed` are read.
 
     Warns:
         UserWarning: if a layer is refit from fewer observations than it has unknowns, or if a norm is left as it is.
@@ -45,7 +45,7 @@ def correct(model: nn.Module, parents: Parents, samples: Tensor, options: Fusion
     if options.correction == "repair":
         add_missing_biases(model)
     structure = trace(model, as_input(samples[:2], model))
-    parts = chunks(samples)
+    parts = chunks(samples, batch_size([structure, *parents.balanced.structures], options.memory_budget))
     fused = Cursor(structure, parts)
     cursors = [Cursor(parent, parts) for parent in parents.balanced.structures]
     generator = torch.Generator().manual_seed(options.seed)

@@ -20,7 +20,7 @@ from clafusion.layer_maps import Alignment, deep_and_shallow, map_stages, open_c
 from clafusion.maps import Balanced, Maps, neuron_maps
 from clafusion.merging import merged
 from clafusion.options import FusionOptions
-from clafusion.parents import check_parents, template_of, trace_all
+from clafusion.parents import check_parents, template_of, trace_all, with_anchor
 from clafusion.rescaling import add_missing_biases
 from clafusion.statistics import as_input, collect
 from clafusion.structure import Structure, trace
@@ -45,7 +45,7 @@ class Fusion:
         maps: per parent the maps [its neurons, the result's neurons] by neuron space (or layer).
         costs: per parent the transport cost of each map.
         weights: per parent, summing to one.
-        options: what was asked for.
+        options: what was asked for, with the anchor that was chosen.
         num_samples: how many samples were measured on.
     """
 
@@ -103,7 +103,7 @@ def fuse(models: Sequence[nn.Module], batches: Iterable[Any], options: FusionOpt
     samples = collect(batches, options.num_samples)
     if len(samples) < 2:
         raise FusionError(f"Expected at least 2 samples to measure on, got {len(samples)}; pass more")
-    weights = normalized(options.weights, len(models))
+    weights, options = normalized(options.weights, len(models)), with_anchor(models, samples, options)
     if options.many == "iterative" and len(models) > 2:
         return _fold(models, samples, weights, options)
     return _fuse_at_once(models, samples, weights, options)
@@ -127,13 +127,13 @@ def _fuse_at_once(
     balanced = Balanced(
         structures=tuple(structure for _, structure in parts),
         owners=owners_by_unit(structures[template], template, alignments, held, options),
-        anchor=options.anchor,
+        anchor=options.anchor_index,
         template=template,
     )
     maps, transport_costs = _maps(balanced, samples, options)
     check_maps(balanced, maps)
     check_moved(balanced, maps, samples, options)
-    model = combine(parents[options.anchor], balanced, maps, weights, options)
+    model = combine(parents[options.anchor_index], balanced, maps, weights, options)
     check_finite(model, "the fused network", balanced.structure)
     lead = options.anchor_lead if options.correction == "refit" else 1.0
     correct(model, Parents(balanced, maps, weights, options.head, lead), samples, options)
@@ -150,7 +150,8 @@ def _fold(models: Sequence[nn.Module], samples: Tensor, weights: Sequence[float]
     if options.correction == "repair":
         # Repairing one step gives its result biases, which the next parent must have as well.
         models = [add_missing_biases(independent_copy(model)) for model in models]
-    order = [options.anchor, *(k for k in range(len(models)) if k != options.anchor)]
+    anchor = options.anchor_index
+    order = [anchor, *(k for k in range(len(models)) if k != anchor)]
     pairwise = replace(options, anchor=0, weights=None)
     current, share, held = models[order[0]], weights[order[0]], None
     steps: dict[int, Fusion] = {}
@@ -162,9 +163,7 @@ def _fold(models: Sequence[nn.Module], samples: Tensor, weights: Sequence[float]
     first, last = steps[order[1]], steps[order[-1]]
 
     def gathered(name: str) -> tuple[Any, ...]:
-        return tuple(
-            getattr(first, name)[0] if k == options.anchor else getattr(steps[k], name)[1] for k in range(len(models))
-        )
+        return tuple(getattr(first, name)[0] if k == anchor else getattr(steps[k], name)[1] for k in range(len(models)))
 
     return replace(
         last, balanced=gathered("balanced"), alignments=gathered("alignments"), layer_costs=gathered("layer_costs"),

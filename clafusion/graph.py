@@ -1,6 +1,7 @@
 """Networks as `torch.fx` graphs: captured without touching the model, cut into segments, run with observers."""
 
 import copy
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -105,6 +106,19 @@ def needed(nodes: Iterable[fx.Node], wanted: Iterable[fx.Node], known: Collectio
             found.add(node)
             open_nodes += node.all_input_nodes
     return [node for node in nodes if node in found]
+
+
+def live_numbers(module: fx.GraphModule) -> int:
+    """Numbers of one sample that a captured network holds at once, at most, when each is dropped after its last use."""
+    nodes = tensor_nodes(module)
+    last_use = {used: node for node in nodes for used in (node, *node.all_input_nodes)}
+    sizes = {node: math.prod(node.meta["shape"][1:]) for node in nodes}
+    alive = most = 0
+    for node in nodes:
+        alive += sizes[node]
+        most = max(most, alive)
+        alive -= sum(sizes[used] for used in {node, *node.all_input_nodes} if last_use[used] is node and used in sizes)
+    return most
 
 
 def tensor_nodes(module: fx.GraphModule) -> list[fx.Node]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from clafusion.errors import FusionError
 from clafusion.options import FusionOptions
 from clafusion.parameters import move, state_of
-from clafusion.statistics import Moments, paired_moments
+from clafusion.statistics import Moments, batch_size, paired_moments
 from clafusion.structure import Axis, Layer, Structure, Unit
 from clafusion.transport import as_map, gromov_plan, ground_cost, transport_plan
 
@@ -123,7 +123,8 @@ def neuron_maps(
         relations = [(one, other)] if options.solver != "gromov" else [(one, other), (one, one), (other, other)]
         for node in nodes[site.key, one]:
             pairs[node] = list(dict.fromkeys([*pairs.get(node, []), *relations]))
-    moments = paired_moments(balanced.structures, pairs, samples)
+    size = batch_size(balanced.structures, options.memory_budget)
+    moments = paired_moments(balanced.structures, pairs, samples, size)
 
     def solved(problem: tuple[Site, int]) -> tuple[Tensor, float]:
         site, one = problem

@@ -6,6 +6,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from clafusion.errors import FusionError
 
+#: The least value of what is counted.
+LEAST = {"pin_first": 0, "pin_last": 0, "anchor": 0, "anchor_lead": 1, "num_samples": 2, "memory_budget": 1}
+
 
 @dataclass(frozen=True)
 class FusionOptions:
@@ -33,7 +36,8 @@ class FusionOptions:
         streams: `shared`: one map for a whole residual stream; `per_layer`: one map per layer, as published.
         head: the output layer: `average` label by label, `transport` its outputs too (published), or keep the
             `anchor`'s.
-        anchor: index of the parent whose neurons and widths the result has.
+        anchor: index of the parent whose neurons and widths the result has; `agreement`: the parent that agrees most
+            often with what all parents predict together, which without labels is the best guess at the best of them.
         weights: weight of every parent in the average; None: equal.
         combine: `transport` the neurons before averaging, or plainly `average`.
         many: more than two parents: all onto the anchor at once, or one after another (`iterative`).
@@ -45,6 +49,7 @@ class FusionOptions:
             approximate; the larger, the closer they are to the anchor's.
         ridge: pull of a refit layer towards the averaged weights, in units of the mean square of its inputs.
         num_samples: unlabelled samples to measure on, at most.
+        memory_budget: MiB for the activations that are computed at once, from which the batch follows.
         seed: seed of the random layer map and of the choice of samples.
 
     Raises:
@@ -68,7 +73,7 @@ class FusionOptions:
     mass: Literal["uniform", "l1", "l2"] = "uniform"
     streams: Literal["shared", "per_layer"] = "shared"
     head: Literal["average", "transport", "anchor"] = "average"
-    anchor: int = 0
+    anchor: int | Literal["agreement"] = 0
     weights: Sequence[float] | None = None
     combine: Literal["transport", "average"] = "transport"
     many: Literal["many_to_one", "iterative"] = "many_to_one"
@@ -76,13 +81,14 @@ class FusionOptions:
     anchor_lead: float = 6.0
     ridge: float = 1e-4
     num_samples: int = 2000
+    memory_budget: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             _check(name, getattr(self, name), hint)
-        for name, least in {"pin_first": 0, "pin_last": 0, "anchor": 0, "anchor_lead": 1, "num_samples": 2}.items():
-            if getattr(self, name) < least:
+        for name, least in LEAST.items():
+            if getattr(self, name) != "agreement" and getattr(self, name) < least:
                 raise FusionError(f"Expected {name} of at least {least}, got {getattr(self, name)}")
         for name in ("regularization", "marginal_regularization", "anchor_lead", "ridge"):
             if not 0 < getattr(self, name) < float("inf"):
@@ -101,6 +107,12 @@ class FusionOptions:
     def _check_weights(weights: Sequence[float]) -> None:
         if not all(0 <= weight < float("inf") for weight in weights) or sum(weights) <= 0:
             raise FusionError(f"Expected weights of at least 0 with a positive sum, got {list(weights)}")
+
+    @property
+    def anchor_index(self) -> int:
+        """The anchor, where it is not left to `fuse` to choose it."""
+        assert isinstance(self.anchor, int)
+        return self.anchor
 
     @classmethod
     def paper(cls, **changes: Any) -> "FusionOptions":
@@ -130,6 +142,8 @@ def _check(name: str, value: Any, hint: Any) -> None:
     if name == "weights":
         ok = value is None or (isinstance(value, list | tuple) and all(_is_number(item) for item in value))
         expected = "a list of numbers or None"
+    elif name == "anchor":
+        ok, expected = type(value) is int or value == "agreement", "a whole number or agreement"
     elif hint is float:
         ok, expected = _is_number(value), "a number"
     else:

@@ -1,15 +1,18 @@
 """The parents as they come: checked, traced, and compared in depth."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from clafusion.checks import check_finite
+from clafusion.combination import normalized
 from clafusion.errors import FusionError
 from clafusion.layer_costs import check_stages
 from clafusion.options import FusionOptions
 from clafusion.parameters import state_of
-from clafusion.statistics import all_finite, as_input
+from clafusion.statistics import all_finite, as_input, chunks
 from clafusion.structure import Structure, trace
 
 
@@ -21,7 +24,7 @@ def check_parents(models: Sequence[nn.Module], options: FusionOptions) -> None:
     """
     if len(models) < 2:
         raise FusionError(f"Expected at least 2 networks to fuse, got {len(models)}")
-    if options.anchor >= len(models):
+    if options.anchor != "agreement" and options.anchor >= len(models):
         raise FusionError(f"Expected anchor to be below {len(models)}, the number of networks, got {options.anchor}")
     check_alike(models, [f"parent {number}" for number in range(len(models))])
 
@@ -45,6 +48,21 @@ def check_alike(models: Sequence[nn.Module], names: Sequence[str]) -> None:
         kinds.add((first.device, first.dtype))
     if len(kinds) > 1:
         raise FusionError(f"Expected networks on one device and of one dtype, got {sorted(map(str, kinds))}")
+
+
+@torch.no_grad()
+def with_anchor(models: Sequence[nn.Module], samples: Tensor, options: FusionOptions) -> FusionOptions:
+    """The options with an index as anchor: the smallest of those that agree most often with the parents' ensemble."""
+    if options.anchor != "agreement":
+        return options
+    networks = [structure.module for structure in trace_all(models, samples)]
+    weights = normalized(options.weights, len(models))
+    agreements = torch.zeros(len(models), dtype=torch.int64)
+    for chunk in chunks(samples):
+        answers = [network(as_input(chunk, network)).softmax(1) for network in networks]
+        together = sum(weight * answer for weight, answer in zip(weights, answers, strict=True)).argmax(1)
+        agreements += torch.stack([(answer.argmax(1) == together).sum() for answer in answers]).cpu()
+    return replace(options, anchor=int(agreements.argmax()))
 
 
 def trace_as(model: nn.Module, samples: Tensor, name: str) -> Structure:
@@ -83,8 +101,8 @@ def template_of(structures: Sequence[Structure], options: FusionOptions) -> int:
         check_stages(structures[0], structure, ("parent 0", f"parent {k}"))
     depths = [tuple(len(stage) for stage in structure.stages) for structure in structures]
     extreme = tuple(map(max if options.balance == "insert" else min, zip(*depths, strict=True)))
-    if depths[options.anchor] == extreme:
-        return options.anchor
+    if depths[options.anchor_index] == extreme:
+        return options.anchor_index
     if extreme not in depths:
         word = "deepest" if options.balance == "insert" else "shallowest"
         raise FusionError(

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from clafusion.affine import AffineLayer, affine_layer
+from clafusion.affine import AffineLayer, affine_layer, design_rows
 from clafusion.cursor import Cursor
-from clafusion.regression import RidgeSystem, design_rows, rectified_regression, soft_label_regression
+from clafusion.regression import rectified_regression, soft_label_regression
+from clafusion.ridge import RidgeSystem
 from clafusion.statistics import rows
 from clafusion.structure import Layer, Structure, Unit
 from clafusion.targets import Parents
@@ -89,8 +90,12 @@ def _choose(
     device = together[0].module.weight.device
     if generator is None or share >= 1:
         return [torch.arange(count, device=device) for count in counts], available
-    picked = [torch.randperm(count, generator=generator)[: max(1, round(share * count))] for count in counts]
-    return [indices.to(device) for indices in picked], available
+    # Chosen among all, so that the choice does not depend on how the samples are cut into chunks.
+    picked = torch.randperm(available, generator=generator)[: max(1, round(share * available))].sort().values
+    ends = torch.tensor(counts).cumsum(0)
+    parts = picked.tensor_split(torch.searchsorted(picked, ends[:-1]))
+    starts = (ends - torch.tensor(counts)).tolist()
+    return [(part - start).to(device) for part, start in zip(parts, starts, strict=True)], available
 
 
 def _targets(
@@ -140,15 +145,20 @@ def _refit(
     on_top_of_shortcut: bool,
 ) -> None:
     """Ridge regression of one layer, or of the layer that closes a branch jointly with the projection shortcut."""
-    x = torch.cat(list(_design(fused, together, chosen)))
-    target = torch.cat(list(targets))
-    offset = _offset(fused, layer, together[0], chosen) if on_top_of_shortcut else x.new_zeros(1, 1)
-    prior, system = _prior(together), RidgeSystem.of(x, ridge, _has_bias(together))
-    if layer.activation in RECTIFIERS and len(prior) == 1:
-        solved = rectified_regression(system, target, offset, prior[0])[None]
+    x, prior = torch.cat(list(_design(fused, together, chosen))), _prior(together)
+    target = _by_group(torch.cat(list(targets)), prior)
+    offset = _by_group(_offset(fused, layer, together[0], chosen), prior) if on_top_of_shortcut else x.new_zeros(())
+    system = RidgeSystem.of(x, ridge, _has_bias(together))
+    if layer.activation in RECTIFIERS:
+        solved = rectified_regression(system, target, offset, prior)
     else:
         solved = system.regress(target - offset, prior)
     _write(together, solved, system)
+
+
+def _by_group(outputs: Tensor, prior: Tensor) -> Tensor:
+    """[observations, neurons] as [groups, observations, neurons per group]."""
+    return outputs.unflatten(1, prior.shape[:2]).transpose(0, 1)
 
 
 def _refit_head(
@@ -157,8 +167,8 @@ def _refit_head(
     """The head is fitted to the parents' mean logits, and from there to their mean probability."""
     everything = [torch.arange(len(target), device=target.device) for target in targets]
     x = torch.cat(list(_design(fused, [head], everything)))
-    system = RidgeSystem.of(x, ridge, head.has_bias)
-    start = system.regress(torch.cat(list(targets)), _prior([head]))
+    system, prior = RidgeSystem.of(x, ridge, head.has_bias), _prior([head])
+    start = system.regress(_by_group(torch.cat(list(targets)), prior), prior)
     solved = soft_label_regression(x[:, 0], probabilities, start[0], ridge, head.has_bias)
     _write([head], solved[None], system)
 

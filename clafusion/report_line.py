@@ -32,9 +32,9 @@ def averages(fusion: Fusion, samples: Tensor, weights: Iterable[Sequence[float]]
     options = fusion.options
     structures = tuple(trace(parent, as_input(samples[:2], parent)) for parent in fusion.balanced)
     owners = owners_by_unit(structures[fusion.template], fusion.template, fusion.alignments, None, options)
-    balanced = Balanced(structures, owners, options.anchor, fusion.template)
+    balanced = Balanced(structures, owners, options.anchor_index, fusion.template)
     for shares in weights:
-        yield combine(fusion.balanced[options.anchor], balanced, fusion.maps, shares, options)
+        yield combine(fusion.balanced[options.anchor_index], balanced, fusion.maps, shares, options)
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def line_accuracies(fusion: Fusion, images: Tensor, labels: Tensor) -> dict[str,
     """
     if not made_at_once(fusion):
         return None
-    anchor, count = fusion.options.anchor, len(fusion.balanced)
+    anchor, count = fusion.options.anchor_index, len(fusion.balanced)
     found = {}
     for k in range(count):
         if k != anchor:

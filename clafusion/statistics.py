@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.errors import FusionError
-from clafusion.graph import observe
+from clafusion.graph import live_numbers, observe
 from clafusion.structure import Structure
 
-#: Samples that are run at once: activations of one such chunk are all that is ever held.
+#: Samples that are run at once, at most: on a CPU more are slower, and on an accelerator more gain nothing.
 CHUNK = 32
+ACCELERATOR_CHUNK = 1024
 #: Observations whose products are summed in single precision before they are added to sums in float64.
 BLOCK = 4096
 
@@ -145,6 +146,19 @@ def check_features(*sums: Tensor) -> None:
         )
 
 
+def batch_size(structures: Sequence[Structure], memory_budget: int) -> int:
+    """How many samples to run through networks side by side.
+
+    Args:
+        structures: the networks.
+        memory_budget: MiB for the activations that are alive at once, as `live_numbers` counts them.
+    """
+    tensors = [next(structure.module.parameters()) for structure in structures]
+    each = [live_numbers(structure.module) * t.element_size() for structure, t in zip(structures, tensors, strict=True)]
+    most = CHUNK if tensors[0].device.type == "cpu" else ACCELERATOR_CHUNK
+    return max(1, min(most, memory_budget * 2**20 // max(1, sum(each))))
+
+
 def chunks(samples: Tensor, size: int = CHUNK) -> tuple[Tensor, ...]:
     """Near-equal parts of at most `size` samples, so that no part is too small for an unbiased estimate."""
     return samples.tensor_split(max(1, -(-len(samples) // size)))
@@ -180,7 +194,10 @@ def rows(features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def paired_moments(
-    structures: Sequence[Structure], pairs: Mapping[str, Sequence[tuple[int, int]]], samples: Tensor
+    structures: Sequence[Structure],
+    pairs: Mapping[str, Sequence[tuple[int, int]]],
+    samples: Tensor,
+    size: int = CHUNK,
 ) -> dict[tuple[str, int, int], Moments]:
     """The joint moments of the features of pairs of networks that share one graph.
 
@@ -188,13 +205,14 @@ def paired_moments(
         structures: networks with equal node names.
         pairs: for every node to observe, the pairs of networks to relate there.
         samples: inputs.
+        size: how many of them to run at once.
 
     Returns:
         For every (node, network, other network) the moments of the features of the two.
     """
     order = [node.name for node in structures[0].module.graph.nodes if pairs.get(node.name)]
     sums: dict[tuple[str, int, int], Moments] = {}
-    for chunk in chunks(samples):
+    for chunk in chunks(samples, size):
         for name, outputs in zip(order, in_step(structures, [order] * len(structures), chunk), strict=True):
             for one, other in pairs[name]:
                 key = name, one, other

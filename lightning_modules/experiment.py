@@ -177,7 +177,8 @@ class Experiment:
     def _check_fit(self, where: str, options: Variants, networks: Collection[str]) -> None:
         """Refuses options that are not for as many networks."""
         count, weights = len(networks), options.weights
-        if options.anchor >= count or (weights is not None and len(weights) != count):
+        out_of_range = options.anchor != "agreement" and options.anchor >= count
+        if out_of_range or (weights is not None and len(weights) != count):
             raise FusionError(
                 f"Expected {where} to fit {count} parents, got anchor {options.anchor} and weights "
                 f"{None if weights is None else list(weights)}; change them"

@@ -1,10 +1,11 @@
 """Several processes: every image is evaluated once, and training shares one order."""
 
 import re
+import signal
 
 import pytest
 import torch
-from processes import succeed
+from processes import clafusion, succeed
 
 from clafusion import FusionError
 from datamodules import DigitsDataModule
@@ -122,3 +123,24 @@ def test_validation_ends_although_the_ranks_have_different_shares(tmp_path):
     more = ["--model.architecture", network, "--data.val_fraction", "0.024", "--data.eval_batch_size", "16", *TWO]
     succeed(tmp_path, *FIT, *more)
     assert read_checkpoint(tmp_path / "runs" / "best.ckpt")["global_step"] > 0
+
+
+@pytest.mark.slow
+def test_the_options_for_speed_go_together_with_fusing_two_processes_and_a_kill(tmp_path):
+    """All but `compile`, which would take a C++ compiler and minutes here."""
+    resnet = {"name": "ResNet", "width": 8, "num_classes": 10, "in_channels": 1}
+    for name, blocks in {"a": [2, 1], "b": [1, 1]}.items():
+        save_checkpoint(ImageClassifier({**resnet, "blocks": blocks}), tmp_path / f"{name}.ckpt")
+    command = [*FIT, *TWO, "--data.batch_size", "10", "--trainer.precision", "bf16-mixed"]
+    command += ["--model.fused", "true", "--model.channels_last", "true"]
+    command += ["--trainer.callbacks+=FusionCallback", "--trainer.callbacks.parents=[a.ckpt, b.ckpt]"]
+    killed = ["--trainer.callbacks+=processes.KillAt", "--trainer.callbacks.batches=[7]"]
+    killed += [f"--trainer.callbacks.folder={tmp_path}", "--trainer.default_root_dir", "killed"]
+    assert clafusion(tmp_path, *command, *killed).returncode == -signal.SIGKILL
+    succeed(tmp_path, *command, *killed)
+    succeed(tmp_path, *command, "--trainer.default_root_dir", "whole")
+    whole, resumed = (read_checkpoint(tmp_path / name / "last.ckpt") for name in ("whole", "killed"))
+    assert whole["global_step"] == resumed["global_step"] == 10
+    assert whole["optimizer_states"][0]["param_groups"][0]["fused"]
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(tensor, resumed["state_dict"][name]), name

@@ -1,6 +1,7 @@
 """What goes in: kinds of input, parents left as they are, more than two of them, and every refusal."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -19,6 +20,50 @@ SETTINGS = [
     FusionOptions(combine="average", weights=[1, 2]),
     FusionOptions(many="iterative", head="anchor"),
 ]
+
+
+# --- the anchor ------------------------------------------------------------------------------------------------------
+
+
+def opinionated(scale: float, seed: int) -> nn.Module:
+    """A network with a mind of its own, the surer of it the larger the scale."""
+    model = mlp([6, 5], 0)
+    with torch.no_grad():
+        model.fc3.weight.copy_(scale * model.fc3.weight.roll(seed, 0))
+    return model
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_the_anchor_may_be_who_agrees_most_with_all_together(order):
+    models = [opinionated(scale, seed) for seed, scale in enumerate([0.01, 100.0, 0.01])]
+    options = FusionOptions(anchor="agreement", num_samples=40, correction="none")
+    fusion = fuse([models[k] for k in order], [vectors(50)], options)
+    assert fusion.options.anchor == fusion.summary()["options"]["anchor"] == order.index(1)
+    assert not fusion.maps[order.index(1)] and all(fusion.maps[k] for k in range(3) if order[k] != 1)
+    expected = fuse([models[k] for k in order], [vectors(50)], dataclasses.replace(options, anchor=order.index(1)))
+    assert largest_difference(fusion.model, expected.model) == 0
+
+
+@pytest.mark.parametrize(("weights", "expected"), [([1, 0], 0), ([0, 1], 1), ([1, 1], 1)])
+def test_agreement_is_with_the_weighted_ensemble(weights, expected):
+    options = FusionOptions(anchor="agreement", weights=weights)
+    assert fuse([opinionated(1, 0), opinionated(9, 1)], [vectors(50)], options).options.anchor == expected
+
+
+def test_who_agrees_equally_often_is_taken_in_order_and_chooses_the_widths():
+    model = vgg([[4], [6, 6]])
+    assert fuse([model, copy.deepcopy(model)], [images(20)], FusionOptions(anchor="agreement")).options.anchor == 0
+    narrow, wide = opinionated(9, 0), mlp([9, 8], 1)
+    fused = fuse([wide, narrow], [vectors(50)], FusionOptions(anchor="agreement"))
+    assert fused.options.anchor == 1 and fused.model.fc1.out_features == 6
+
+
+def test_folding_one_after_another_begins_with_the_anchor_that_was_chosen():
+    models = [opinionated(scale, seed) for seed, scale in enumerate([0.01, 100.0, 0.01])]
+    chosen, given = (
+        fuse(models, [vectors(50)], FusionOptions(anchor=anchor, many="iterative")) for anchor in ("agreement", 1)
+    )
+    assert largest_difference(chosen.model, given.model) == 0 and chosen.options == given.options
 
 
 # --- parents are left as they are ------------------------------------------------------------------------------------

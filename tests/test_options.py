@@ -55,8 +55,16 @@ def test_counts_are_whole_numbers(name):
             FusionOptions(**{name: wrong})
 
 
+def test_the_anchor_is_an_index_or_chosen():
+    assert FusionOptions(anchor="agreement").to_dict()["anchor"] == "agreement"
+    for wrong in (1.0, True, "best", None):
+        with pytest.raises(FusionError, match="Expected anchor to be a whole number or agreement, got"):
+            FusionOptions(anchor=wrong)
+
+
 @pytest.mark.parametrize(
-    ("name", "least"), [("pin_first", 0), ("pin_last", 0), ("anchor", 0), ("anchor_lead", 1), ("num_samples", 2)]
+    ("name", "least"),
+    [("pin_first", 0), ("pin_last", 0), ("anchor", 0), ("anchor_lead", 1), ("num_samples", 2), ("memory_budget", 1)],
 )
 def test_counts_have_a_least_value(name, least):
     FusionOptions(**{name: least})

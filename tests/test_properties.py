@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from clafusion import FusionOptions, fuse, insert_identities, statistics, trace
+from clafusion import FusionOptions, fuse, insert_identities, trace
 from clafusion.graph import observe
 from clafusion.statistics import Moments, paired_moments, rows
 from tests.architectures import CLASSES, architectures, flags, pairs
@@ -184,10 +184,7 @@ def test_streamed_statistics_are_stacked_ones(parts, n, m, extent, precision, of
 def test_statistics_do_not_depend_on_how_the_samples_are_cut(drawn, size):
     structures, samples = [trace(drawn.build(seed), drawn.samples(2)) for seed in range(2)], drawn.samples(31)
     nodes = {layer.post: [(0, 1)] for layer in structures[0].layers}
-    whole = paired_moments(structures, nodes, samples)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "chunks", lambda samples: samples.split(size))
-        cut = paired_moments(structures, nodes, samples)
+    whole, cut = (paired_moments(structures, nodes, samples, batch) for batch in (31, size))
     assert whole.keys() == cut.keys()
     for key, moments in whole.items():
         for name in ("x", "y", "xx", "yy", "xy"):

@@ -1,7 +1,5 @@
 """The same networks and samples give the same result: whatever the batches, the threads, the precision; and the seed."""
 
-import json
-
 import pytest
 import torch
 
@@ -34,8 +32,7 @@ def test_nor_does_how_many_samples_are_run_at_once(case, correction, dtype, tole
     make, samples = CASES[case]
     models, options = [model.to(dtype) for model in make()], FusionOptions(correction=correction)
     expected = fuse(models, [samples], options).model
-    for name in ("statistics", "correction"):
-        monkeypatch.setattr(f"clafusion.{name}.chunks", lambda samples: samples.split(13))
+    monkeypatch.setattr(statistics, "CHUNK", 13)
     found = fuse(models, [samples], options).model
     assert relative_error(found, expected, as_input(samples, found)) < tolerance
 
@@ -55,9 +52,7 @@ def test_nor_does_the_number_of_threads(case, correction):
     assert relative_error(*found, samples.float()) < 1e-4
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float16, 0.1), (torch.bfloat16, 0.3)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float16, 0.1), (torch.bfloat16, 0.3)])
 @pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("case", CASES)
 def test_every_precision_comes_near_double(case, correction, dtype, tolerance):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from clafusion import FusionError, statistics, trace
-from clafusion.statistics import CHUNK, Moments, chunks, collect, paired_moments, rows
+from clafusion import FusionError, FusionOptions, fuse, statistics, trace
+from clafusion.graph import live_numbers
+from clafusion.statistics import CHUNK, Moments, batch_size, chunks, collect, paired_moments, rows
 from clafusion.transport import ground_cost
 from tests.helpers import images, mlp, resnet, vectors
 
@@ -86,6 +87,48 @@ def test_streamed_sums_equal_those_of_all_samples_at_once(make, monkeypatch):
         assert moments.count == at_once[key].count
         for name in ("x", "y", "xx", "yy", "xy"):
             assert torch.allclose(getattr(moments, name), getattr(at_once[key], name), rtol=1e-12)
+
+
+class Branching(torch.nn.Module):
+    """With an activation that stays alive for long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.inner = torch.nn.Conv2d(8, 8, 3, padding=1)
+        self.head = torch.nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        return self.head((x + self.inner(x).relu()).mean((2, 3)))
+
+
+def test_what_is_alive_at_once_is_counted():
+    chain, branching = trace(mlp([6, 5]), vectors(2)), trace(Branching().double(), images(2, 4))
+    assert live_numbers(chain.module) == 12 + 12  # the input and its flattened view; later layers are smaller
+    assert live_numbers(branching.module) == 3 * 8 * 16  # the stream, and the branch before and after its ReLU
+
+
+def test_the_batch_follows_from_the_memory_budget():
+    structures = [trace(resnet([1, 1], seed, width=64), images(2, 32)) for seed in range(2)]
+    each = sum(8 * live_numbers(structure.module) for structure in structures)
+    assert each > 2**20  # MiB
+    assert batch_size(structures, 1) == 1 < batch_size(structures, 20) == 20 * 2**20 // each < CHUNK
+    assert batch_size(structures, 10**6) == CHUNK
+
+
+@pytest.mark.parametrize("correction", ["none", "repair", "refit"])
+def test_the_memory_budget_changes_nothing_but_rounding(correction, monkeypatch):
+    models, samples = [resnet([1, 1], 0), resnet([2, 1], 1)], images(70, 8)
+    monkeypatch.setattr(statistics, "live_numbers", lambda module: 2**15)  # 256 KiB a sample
+    sizes, fused = [], []
+    cut = statistics.chunks
+    monkeypatch.setattr("clafusion.correction.chunks", lambda samples, size: sizes.append(size) or cut(samples, size))
+    for budget in (1, 256):
+        options = FusionOptions(correction=correction, memory_budget=budget)
+        fused.append(fuse(models, [samples], options).model(samples))
+    assert torch.allclose(*fused, atol=1e-6)
+    assert sizes == ([] if correction == "none" else [1, CHUNK])
 
 
 def test_sums_are_those_of_the_features():
