@@ -34,6 +34,7 @@ def tried(count: int):
 @given(architectures(), st.integers(0, 99))
 def test_permuting_every_free_space_leaves_the_function_as_it_is(drawn, seed):
     model, samples = drawn.build(seed), drawn.samples(3)
+    assume(model(samples).any())
     other, orders = permuted(model, samples, seed)
     assert relative_error(other, model, samples) < 1e-10
     assert set(orders) == set(trace(model, samples).free_spaces) and orders
