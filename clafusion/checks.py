@@ -22,8 +22,8 @@ from clafusion.parameters import copied_rows, move, state_of
 from clafusion.statistics import all_finite, as_input, working_precision
 from clafusion.structure import Axis, Layer, Structure, Unit, trace
 
-#: Samples that a check runs.
-SAMPLES = 4
+#: Images and vectors that a check runs; an image has many positions.
+IMAGES, VECTORS = 2, 8
 #: How far logits may be from what they should be, relative to the largest of them.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 #: How far the shares in a column of a map may be from summing to one.
@@ -62,7 +62,7 @@ def check_inserted(network: Structure, original: Structure, alignment: Alignment
         samples: inputs; the first few are run.
         called: what the message calls the network.
     """
-    ours, theirs, few = _Checked(network), _Checked(original), samples[:SAMPLES]
+    ours, theirs, few = _Checked(network), _Checked(original), _few(samples)
     error = _difference(theirs.logits(few), ours.logits(few))
     if error <= TOLERANCE.get(next(original.module.parameters()).dtype, 1e-3):
         return
@@ -118,10 +118,10 @@ def check_moved(balanced: Balanced, maps: Sequence[Maps], samples: Tensor, optio
     graph = balanced.structures[balanced.template].module.graph
     for k, (structure, its_maps) in enumerate(zip(balanced.structures, maps, strict=True)):
         if orders := _orders(structure, its_maps, options):
-            _check_permuted(f"parent {k}", structure, graph, orders, its_maps, samples[:SAMPLES], options)
+            _check_permuted(f"parent {k}", structure, graph, orders, its_maps, _few(samples), options)
         else:
             orders, shared = _shuffled(structure), replace(options, streams="shared")
-            _check_permuted(f"parent {k}", structure, graph, orders, orders, samples[:SAMPLES], shared)
+            _check_permuted(f"parent {k}", structure, graph, orders, orders, _few(samples), shared)
 
 
 def _check_permuted(
@@ -171,7 +171,7 @@ def check_outputs(model: nn.Module, samples: Tensor) -> None:
         model: the fused network, in eval mode.
         samples: inputs.
     """
-    few = as_input(samples[:SAMPLES], model)
+    few = as_input(_few(samples), model)
     if all_finite(model(few)):
         return
     structure = trace(model, few)
@@ -222,6 +222,10 @@ class _Checked(fx.Interpreter):
     def _observed(self, few: Tensor, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         few = as_input(few, self.structure.module).to(self.precision)
         return observe(self.structure.module, few, names, interpreter=self)
+
+
+def _few(samples: Tensor) -> Tensor:
+    return samples[: VECTORS if samples.ndim == 2 else IMAGES]
 
 
 def _nodes(layers: Iterable[Layer], graph: fx.Graph) -> dict[Layer, str]:
