@@ -101,8 +101,8 @@ def template_of(structures: Sequence[Structure], options: FusionOptions) -> int:
         check_stages(structures[0], structure, ("parent 0", f"parent {k}"))
     depths = [tuple(len(stage) for stage in structure.stages) for structure in structures]
     extreme = tuple(map(max if options.balance == "insert" else min, zip(*depths, strict=True)))
-    if depths[options.anchor_index] == extreme:
-        return options.anchor_index
+    if options.anchor != "agreement" and depths[options.anchor] == extreme:
+        return options.anchor
     if extreme not in depths:
         word = "deepest" if options.balance == "insert" else "shallowest"
         raise FusionError(

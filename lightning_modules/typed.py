@@ -5,6 +5,7 @@ of Parent"), and answers a wrong value of an optional dataclass with a page: an 
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from types import UnionType
@@ -55,8 +56,15 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     """A value of the hinted type."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        [inner] = [argument for argument in arguments if argument is not type(None)]
-        return None if value is None else _value(inner, value, where)
+        if value is None and type(None) in arguments:
+            return None
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        if len(kinds) == 1:
+            return _value(kinds[0], value, where)
+        for kind in kinds:
+            with suppress(FusionError):
+                return _value(kind, value, where)
+        raise FusionError(f"Expected {where} to be {' or '.join(map(_words, kinds))}, got {value!r}; change {where}")
     if is_dataclass(hint):
         return from_plain(hint, value, where)  # type: ignore[arg-type]
     if origin in (list, Sequence) and isinstance(value, list | tuple):
@@ -67,8 +75,14 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if hint is Any or (origin is Literal and value in arguments) or (isinstance(hint, type) and type(value) is hint):
         return value
-    wanted = " or ".join(map(repr, arguments)) if origin is Literal else _NAMES.get(origin or hint, str(hint))
-    raise FusionError(f"Expected {where} to be {wanted}, got {value!r}; change {where}")
+    raise FusionError(f"Expected {where} to be {_words(hint)}, got {value!r}; change {where}")
+
+
+def _words(hint: Any) -> str:
+    """What a type is called in a message."""
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    return _NAMES.get(get_origin(hint) or hint, str(hint))
 
 
 _NAMES = {
