@@ -269,7 +269,7 @@ def overflowing(dtype=torch.float16):
         ({"solver": "gromov"}, "parent 1, neuron space 'fc1': Expected finite activations"),
         ({"features": "weights", "correction": "rescale"}, "rescale of 'fc1': Expected finite activations"),
         ({"features": "weights", "correction": "repair"}, "repair of 'fc1': Expected finite activations"),
-        ({"features": "weights"}, "refit of 'fc1': Expected finite activations"),
+        ({"features": "weights"}, "refit of 'fc2': Expected finite activations"),
         ({"pin_last": 0}, "Expected finite activations"),
         ({"pin_last": 0, "layer_measure": "cca"}, "Expected finite activations"),
         ({"pin_last": 0, "layer_measure": "wasserstein"}, "Expected finite activations"),
