@@ -242,10 +242,8 @@ def _difference(expected: Tensor, got: Tensor) -> float:
 
 def _first(observed: Iterable[Observed], structure: Structure) -> str:
     """The first layer that does not give what it should; the last one of all where only what follows it does not."""
-    for layer, expected, got in observed:
-        if not _difference(expected, got) <= TOLERANCE[got.dtype]:
-            return _named(layer)
-    return _named(structure.layers[-1])
+    wrong = (layer for layer, expected, got in observed if not _difference(expected, got) <= TOLERANCE[got.dtype])
+    return _named(next(wrong, structure.layers[-1]))
 
 
 def _named(layer: Layer) -> str:

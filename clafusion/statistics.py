@@ -1,7 +1,7 @@
 """What is measured on unlabelled samples: sums over batches, so that memory does not grow with their number."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -82,10 +82,6 @@ class Moments:
             self.yy + 2 * y * self.y + self.count * y.square(),
             self.xy.addr_(x, total_y).addr_(self.x, y),
         )
-
-    def __add__(self, other: "Moments") -> "Moments":
-        names = ("count", "x", "y", "xx", "yy", "xy")
-        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 def working_precision(*tensors: Tensor) -> torch.dtype:
