@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from clafusion.checks import check_inserted
 from clafusion.errors import FusionError
 from clafusion.matching import Alignment, check_shapes, copied_state, match_layers, matched_units
 from clafusion.parameters import load_state, resized, state_of
 from clafusion.statistics import as_input
 from clafusion.structure import Layer, Structure, Unit, trace
-
-#: How far an inserted identity may move the logits, relative to the largest of them.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @torch.no_grad()
@@ -50,7 +48,7 @@ def insert_identities(
     example = example_for(shallow) if example is None else example
     a, b = trace(deep, as_input(example, deep)), trace(shallow, as_input(example, shallow))
     network = inserted(deep, a, b, alignment, zero_branches)
-    check_same_function(trace(network, as_input(example, network)), b)
+    check_inserted(trace(network, as_input(example, network)), b, alignment, example, "the network")
     return network
 
 
@@ -133,7 +131,7 @@ def pass_on(structure: Structure, inserted_units: Collection[str], zero_branches
     """Let the graph of a network take what its inserted units give for granted instead of computing it.
 
     The graph of the structure is changed; the modules are not, nor the names of the nodes. Valid where
-    `check_same_function` has found nothing.
+    `check_inserted` has found nothing.
 
     Args:
         structure: of a network that `inserted` has made.
@@ -167,25 +165,6 @@ def _same(x: Tensor) -> Tensor:
 
 def _nothing(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.new_zeros(()).expand(len(x), *shape)
-
-
-def check_same_function(network: Structure, original: Structure) -> None:
-    """Compare what both gave for the example of their traces: an inserted identity is exact for ReLU-like activations.
-
-    Args:
-        network: with inserted units.
-        original: without them, traced on the same example.
-
-    Raises:
-        FusionError: if they differ.
-    """
-    before, after = original.logits, network.logits
-    error = float((after - before).abs().max() / before.abs().max().clamp_min(torch.finfo(before.dtype).tiny))
-    if not error <= TOLERANCE.get(before.dtype, 1e-4):
-        raise FusionError(
-            f"Expected inserted layers to leave the network's function as it is, got logits that differ by {error:.1e} "
-            "(relative); only ReLU-like activations pass an identity"
-        )
 
 
 def example_for(model: nn.Module) -> Tensor:

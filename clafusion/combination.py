@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from clafusion.errors import FusionError
 from clafusion.graph import independent_copy
-from clafusion.maps import Balanced, Maps, axis_map
+from clafusion.maps import Balanced, Maps, moved
 from clafusion.options import FusionOptions
-from clafusion.parameters import load_state, move, resized, state_of
+from clafusion.parameters import load_state, resized, state_of
 from clafusion.structure import Layer, Unit
 
 
@@ -55,14 +55,9 @@ def _add_up(
     total = fused.to(torch.promote_types(fused.dtype, torch.float32))
     for k, share in enumerate(shares):
         if share:
-            total.add_(_moved(balanced, k, name, tensors[k].to(total.dtype), maps[k], options), alpha=share)
+            total.add_(moved(balanced.structures[k], name, tensors[k].to(total.dtype), maps[k], options), alpha=share)
     if total is not fused:
         fused.copy_(total)
-
-
-def _moved(balanced: Balanced, k: int, name: str, tensor: Tensor, maps: Maps, options: FusionOptions) -> Tensor:
-    axes = balanced.structures[k].axes[name]
-    return move(tensor, axes, [axis_map(axis, maps, options) for axis in axes])
 
 
 def _sizes(balanced: Balanced, options: FusionOptions) -> dict[str, int]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from clafusion.affine import affine_layer
 from clafusion.cursor import Cursor
+from clafusion.errors import FusionError
 from clafusion.options import FusionOptions
 from clafusion.refit import refit_unit
 from clafusion.rescaling import add_missing_biases, match_moments
@@ -75,10 +76,13 @@ def _layer_by_layer(
     for unit in structure.units:
         for cursor in (fused, *cursors):
             cursor.advance([unit.input])
-        if options.correction == "refit":
-            yield from refit_unit(structure, unit, fused, cursors, parents, generator, options.ridge)
-        else:
-            yield from match_moments(structure, unit, fused, cursors, parents, shift=options.correction == "repair")
+        try:
+            if options.correction == "refit":
+                yield from refit_unit(structure, unit, fused, cursors, parents, generator, options.ridge)
+            else:
+                yield from match_moments(structure, unit, fused, cursors, parents, shift=options.correction == "repair")
+        except FusionError as error:
+            raise FusionError(f"{options.correction} of {unit.name!r}: {error}") from error
 
 
 def _lone_norms(structure: Structure) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clafusion.balance import check_same_function, inserted, pass_on
+from clafusion.balance import inserted, pass_on
+from clafusion.checks import check_finite, check_inserted, check_maps, check_moved, check_outputs
 from clafusion.combination import combine, normalized
 from clafusion.correction import correct
 from clafusion.errors import FusionError
@@ -130,9 +131,14 @@ def _fuse_at_once(
         template=template,
     )
     maps, transport_costs = _maps(balanced, samples, options)
+    check_maps(balanced, maps)
+    check_moved(balanced, maps, samples, options)
     model = combine(parents[options.anchor_index], balanced, maps, weights, options)
+    check_finite(model, "the fused network", balanced.structure)
     lead = options.anchor_lead if options.correction == "refit" else 1.0
     correct(model, Parents(balanced, maps, weights, options.head, lead), samples, options)
+    check_finite(model, f"the fused network after {options.correction}", balanced.structure)
+    check_outputs(model, samples)
     return Fusion(
         model.requires_grad_(True), parents, alignments, template, tuple(costs), maps, transport_costs, tuple(weights),
         options, len(samples),
@@ -200,7 +206,7 @@ def _balance(
     zero_branches = options.streams == "per_layer"
     network = inserted(models[template], deep, shallow, alignment, zero_branches).requires_grad_(True)
     structure = trace(network, as_input(samples[:2], network))
-    check_same_function(structure, shallow)
+    check_inserted(structure, shallow, alignment, samples, f"parent {k}")
     stages = zip(deep.stages, alignment, strict=True)
     new = {unit.name for stage, places in stages for place, unit in enumerate(stage) if place not in places}
     pass_on(structure, new, zero_branches)

@@ -68,15 +68,24 @@ def capture(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, Any]:
     return module, _record_shapes(module, example, type(model).__name__)
 
 
-def observe(module: fx.GraphModule, batch: Tensor, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+def observe(
+    module: fx.GraphModule, batch: Tensor, names: Collection[str], interpreter: fx.Interpreter | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Run a captured network and yield (node, output) for the nodes in `names`, in graph order.
 
     Only what these need is run. Each output is yielded the moment it is computed and dropped when nothing needs it any
     more, so that two networks with the same graph can be run in step, and never hold more than a few activations.
+
+    Args:
+        module: the captured network.
+        batch: its input.
+        names: the nodes to observe.
+        interpreter: runs the nodes; None: as the network does.
     """
-    interpreter = fx.Interpreter(module, garbage_collect_values=False)
+    interpreter = interpreter or fx.Interpreter(module, garbage_collect_values=False)
     interpreter.args_iter = iter([batch])
-    steps = needed(module.graph.nodes, [node for node in module.graph.nodes if node.name in names])
+    nodes = interpreter.graph.nodes
+    steps = needed(nodes, [node for node in nodes if node.name in names])
     last_use = {used: node for node in steps for used in (node, *node.all_input_nodes)}
     for node in steps:
         value = interpreter.env[node] = interpreter.run_node(node)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clafusion.errors import FusionError
 from clafusion.options import FusionOptions
 from clafusion.parameters import move, state_of
 from clafusion.statistics import Moments, batch_size, paired_moments
@@ -130,7 +131,7 @@ def neuron_maps(
         site, one = problem
         other = balanced.reference(site.owners)
         sides = [[moments[node, a, b] for node in nodes[site.key, one]] for a, b in _sides(one, other, options)]
-        return _solve(sides, _mass(balanced, site, one, options), options)
+        return _solve(site, one, sides, _mass(balanced, site, one, options), options)
 
     problems = _problems(balanced, places)
     # The solvers let other threads run.
@@ -160,9 +161,19 @@ def _nodes(balanced: Balanced, site: Site, one: int, options: FusionOptions) -> 
 
 
 def _solve(
+    site: Site, one: int, sides: Sequence[Sequence[Moments]], mass: tuple[Tensor, Tensor] | None, options: FusionOptions
+) -> tuple[Tensor, float]:
+    """The map of a site and its cost; an error says of which neurons it speaks."""
+    try:
+        return _transport(sides, mass, options)
+    except FusionError as error:
+        raise FusionError(f"parent {one}, neuron space {site.size_of!r}: {error}") from error
+
+
+def _transport(
     sides: Sequence[Sequence[Moments]], mass: tuple[Tensor, Tensor] | None, options: FusionOptions
 ) -> tuple[Tensor, float]:
-    """The map and its cost, from the moments of one pair, or for Gromov of each network with itself."""
+    """A map and its cost, from the moments of one pair, or for Gromov of each network with itself."""
     costs = [
         torch.stack([ground_cost(part, options.cost, options.squared, options.normalize) for part in side]).mean(0)
         for side in sides
@@ -188,7 +199,9 @@ def _weight_maps(
         x, y = (_incoming(balanced.structures[k], layer, maps[k], options) for k in (one, other))
         pairs = [(x, x), (y, y)] if options.solver == "gromov" else [(x, y)]
         sides = [[Moments.of(a.T, b.T)] for a, b in pairs]
-        maps[one][site.key], costs[one][site.key] = _solve(sides, _mass(balanced, site, one, options), options)
+        maps[one][site.key], costs[one][site.key] = _solve(
+            site, one, sides, _mass(balanced, site, one, options), options
+        )
     return maps, costs
 
 
@@ -209,6 +222,12 @@ def axis_map(axis: Axis | None, maps: Maps, options: FusionOptions) -> Tensor | 
         return maps.get(axis.space)
     found = [maps[layer] for layer in axis.layers if layer in maps]
     return torch.stack(found).mean(0) if found else None
+
+
+def moved(structure: Structure, name: str, tensor: Tensor, maps: Maps, options: FusionOptions) -> Tensor:
+    """A parameter of a balanced parent with all its axes carried onto the anchor's neurons."""
+    axes = structure.axes[name]
+    return move(tensor, axes, [axis_map(axis, maps, options) for axis in axes])
 
 
 def _mass(balanced: Balanced, site: Site, one: int, options: FusionOptions) -> tuple[Tensor, Tensor] | None:

@@ -10,7 +10,7 @@ from clafusion.errors import FusionError
 from clafusion.graph import observe
 from clafusion.matching import Alignment, check_shapes, copied_state, match_layers, matched_units
 from clafusion.parameters import State, load_state, resized, state_of
-from clafusion.statistics import as_input, chunks, collect
+from clafusion.statistics import as_input, check_features, chunks, collect
 from clafusion.structure import Structure, Unit, trace
 
 
@@ -96,6 +96,7 @@ def _gates(structure: Structure, nodes: Sequence[str], samples: Tensor, relu: st
         for name, value in observe(structure.module, as_input(chunk, structure.module), frozenset(nodes)):
             part = torch.stack([value.double().sum(0), (value > 0).double().sum(0)])
             sums[name] = sums[name] + part if name in sums else part
+    check_features(*sums.values())
     rules = {
         "sum": lambda total, active: (total > 0).double(),
         "majority": lambda total, active: (active >= len(samples) / 2).double(),

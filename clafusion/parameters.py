@@ -34,7 +34,7 @@ def move(tensor: Tensor, axes: Sequence[Axis | None], maps: Sequence[Tensor | No
     for dim, (axis, mapping) in enumerate(zip(axes, maps, strict=True)):
         if axis is None or mapping is None:
             continue
-        if (copied := _copied_rows(mapping)) is not None:
+        if (copied := copied_rows(mapping)) is not None:
             places = copied[:, None] * axis.repeat + torch.arange(axis.repeat, device=copied.device)
             tensor = tensor.index_select(dim, places.flatten())
             continue
@@ -46,7 +46,7 @@ def move(tensor: Tensor, axes: Sequence[Axis | None], maps: Sequence[Tensor | No
     return tensor
 
 
-def _copied_rows(mapping: Tensor) -> Tensor | None:
+def copied_rows(mapping: Tensor) -> Tensor | None:
     """The neuron that each new one is a copy of; None where some are mixtures."""
     largest, places = mapping.max(0)
     return places if (largest == 1).all() and mapping.count_nonzero() == len(places) else None

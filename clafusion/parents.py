@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from clafusion.checks import check_finite
 from clafusion.combination import normalized
 from clafusion.errors import FusionError
 from clafusion.layer_costs import check_stages
@@ -40,9 +41,7 @@ def check_alike(models: Sequence[nn.Module], names: Sequence[str]) -> None:
     """
     kinds = set()
     for model, called in zip(models, names, strict=True):
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if not all_finite(tensor):
-                raise FusionError(f"Expected finite weights, got NaN or infinity in {name!r} of {called}")
+        check_finite(model, called)
         first = next(model.parameters(), None)
         if first is None:
             raise FusionError(f"Expected networks with parameters, got none in {called}")
@@ -78,9 +77,14 @@ def trace_all(models: Sequence[nn.Module], samples: Tensor) -> list[Structure]:
     """The structures of networks that tell the same number of classes apart.
 
     Raises:
-        FusionError: if a network cannot be traced, or their classes differ in number.
+        FusionError: if a network cannot be traced, its outputs are not finite, or their classes differ in number.
     """
     structures = [trace_as(model, samples, f"parent {number}") for number, model in enumerate(models)]
+    for number, structure in enumerate(structures):
+        if not all_finite(structure.logits):
+            raise FusionError(
+                f"Expected finite outputs, got NaN or infinity from parent {number}; check its weights and the samples"
+            )
     classes = [structure.sizes[structure.output] for structure in structures]
     if len(set(classes)) > 1:
         raise FusionError(f"Expected parents with the same number of classes, got {classes}; choose others")

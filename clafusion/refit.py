@@ -117,7 +117,7 @@ def _design(fused: Cursor, together: Sequence[AffineLayer], chosen: Sequence[Ten
         x = torch.cat([design_rows(part.module, outputs[part.input], indices) for part in together], 2)
         if _has_bias(together):
             x = torch.cat([x, torch.ones_like(x[:, :, :1])], 2)
-        yield x
+        yield x.to(torch.promote_types(x.dtype, torch.float32))  # in half precision nothing can be solved
 
 
 def _offset(fused: Cursor, layer: Layer, branch: AffineLayer, chosen: Sequence[Tensor]) -> Tensor:

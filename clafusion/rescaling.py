@@ -7,9 +7,12 @@ from torch import Tensor, nn
 
 from clafusion.affine import affine_layer
 from clafusion.cursor import Cursor
-from clafusion.statistics import rows
+from clafusion.statistics import check_features, rows
 from clafusion.structure import Structure, Unit
 from clafusion.targets import Parents
+
+#: A smaller standard deviation, relative to the root mean square, is taken for rounding.
+SMALLEST_SPREAD = 2e-6
 
 
 def match_moments(
@@ -30,14 +33,14 @@ def match_moments(
     """
     for layer in (layer for layer in unit.layers if layer.weighted):
         part = affine_layer(structure, layer)
-        mean, deviation = _moments(fused, part.output)
+        mean, deviation, rounding = _moments(fused, part.output)
         wanted_mean, wanted_deviation = torch.zeros_like(mean), torch.zeros_like(mean)
         for k, share in parents.shares(layer, unit).items():
-            its_mean, its_deviation = _moments(cursors[k], part.output)
+            its_mean, its_deviation, _ = _moments(cursors[k], part.output)
             wanted_mean += share * parents.moved(k, layer, its_mean[None])[0]
             wanted_deviation += share * parents.moved(k, layer, its_deviation[None])[0]
         # A neuron that does not vary has no scale that could be given back.
-        scale = torch.where(deviation > 0, wanted_deviation / deviation, 1.0)
+        scale = torch.where(deviation > rounding, wanted_deviation / deviation, 1.0)
         weight, bias = part.read()
         centre = scale * (mean - bias)
         new_bias = wanted_mean - centre if shift and part.has_bias else scale * bias
@@ -45,8 +48,8 @@ def match_moments(
         yield
 
 
-def _moments(cursor: Cursor, node: str) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every neuron at a node, float64; a spread within rounding errors is none."""
+def _moments(cursor: Cursor, node: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every neuron at a node the mean, the standard deviation, and how much of that may be rounding; float64."""
     count, total, squares, precision = 0, None, None, 0.0
     for outputs in cursor.look_ahead([node]):
         x = rows(outputs[node])
@@ -56,9 +59,10 @@ def _moments(cursor: Cursor, node: str) -> tuple[Tensor, Tensor]:
         total = x.sum(0) if total is None else total + x.sum(0)
         squares = x.square().sum(0) if squares is None else squares + x.square().sum(0)
     assert total is not None and squares is not None
-    mean = total / count
-    variance = squares / count - mean.square()
-    return mean, torch.where(variance > 16 * precision * squares / count, variance, 0.0).sqrt()
+    check_features(total, squares)
+    mean, square = total / count, squares / count
+    rounding = max(2 * precision, SMALLEST_SPREAD) * square.sqrt()
+    return mean, (square - mean.square()).clamp_min(0).sqrt(), rounding
 
 
 def add_missing_biases(model: nn.Module) -> nn.Module:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clafusion.statistics import check_features
+
 #: The least ridge: enough for dependent observations to be no obstacle in float64.
 MIN_RIDGE = 1e-10
 #: Numbers in a block of a design, the products of which are summed in the design's own precision.
@@ -48,9 +50,13 @@ class RidgeSystem:
             x: [observations, groups, inputs].
             ridge: the penalty in units of the sum of squares of an average input.
             intercept: whether the last input is the constant one.
+
+        Raises:
+            FusionError: if an input is not finite.
         """
         count, inputs = x.shape[0], x.shape[2] - intercept
         total, squares = _sums(x[:, :, :inputs])
+        check_features(total, squares)
         mean = total / count if intercept else torch.zeros_like(total)
         # A layer whose input is dead keeps its weights.
         penalty = (max(ridge, MIN_RIDGE) * squares.mean(1)).clamp_min(torch.finfo(torch.float64).eps * max(count, 1))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from clafusion.errors import FusionError
+from clafusion.statistics import check_features
 
 #: The unbiased estimator divides by n (n - 3).
 MIN_SAMPLES = 4
@@ -89,6 +90,7 @@ def hsic(gram_x: Tensor, gram_y: Tensor, debiased: bool) -> Tensor:
 
 def cka_from_hsic(kl: Tensor, kk: Tensor, ll: Tensor) -> Tensor:
     """CKA from the three (sums of) HSIC values; 0 where a representation does not vary."""
+    check_features(kl, kk, ll)
     scale = (kk.clamp_min(0) * ll.clamp_min(0)).sqrt()
     return torch.where(scale > 0, kl / scale, torch.zeros_like(kl))
 
@@ -107,3 +109,4 @@ def _check(x: Tensor, y: Tensor, samples: int) -> None:
             f"Expected features [samples, features] of the same samples, at least {samples}, got {list(x.shape)} and "
             f"{list(y.shape)}"
         )
+    check_features(x, y)

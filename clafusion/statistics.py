@@ -1,7 +1,8 @@
 """What is measured on unlabelled samples: sums over batches, so that memory does not grow with their number."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Moments:
             y: features of the other.
             onto: sums of earlier batches to add these to; they are used up.
         """
-        dtype = _precision(x, y)
+        dtype = working_precision(x, y)
         # Any constant near the mean will do; the sums are shifted back below.
         centres = [_by_neuron(one[: max(1, len(one) // 32)], dtype).mean(1) for one in (x, y)]
         products = x.new_zeros(x.shape[1], y.shape[1], dtype=torch.float64) if onto is None else onto.xy
@@ -83,15 +84,11 @@ class Moments:
             self.xy.addr_(x, total_y).addr_(self.x, y),
         )
 
-    def __add__(self, other: "Moments") -> "Moments":
-        names = ("count", "x", "y", "xx", "yy", "xy")
-        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in names})
 
-
-def _precision(x: Tensor, y: Tensor) -> torch.dtype:
-    """The precision to multiply in: at least single; on an accelerator double, where single may mean much less."""
-    wider = torch.promote_types(x.dtype, y.dtype)
-    return torch.promote_types(wider, torch.float32) if x.device.type == "cpu" else torch.float64
+def working_precision(*tensors: Tensor) -> torch.dtype:
+    """The precision to compute in: at least single; on an accelerator double, where single may mean much less."""
+    wider = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    return wider if tensors[0].device.type == "cpu" else torch.float64
 
 
 def _by_neuron(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -135,6 +132,15 @@ def collect(batches: Iterable[Any], num_samples: int) -> Tensor:
 def all_finite(tensor: Tensor) -> bool:
     """Whether there is neither NaN nor infinity; a finite sum says so at once, but a sum may also overflow."""
     return bool(tensor.sum().isfinite() or tensor.isfinite().all())
+
+
+def check_features(*sums: Tensor) -> None:
+    """Refuse what was summed over features that are not finite, or too large for their dtype."""
+    if not all(all_finite(one) for one in sums):
+        raise FusionError(
+            "Expected finite activations, got NaN or infinity for some of the samples; check the samples, or use a "
+            "wider dtype"
+        )
 
 
 def batch_size(structures: Sequence[Structure], memory_budget: int) -> int:

@@ -13,7 +13,7 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from clafusion.errors import FusionError
-from clafusion.statistics import Moments
+from clafusion.statistics import Moments, check_features
 
 _NORMALIZERS = {
     "none": lambda cost: cost,
@@ -36,7 +36,11 @@ def ground_cost(moments: Moments, kind: str = "correlation", squared: bool = Fal
 
     Returns:
         [n, m], float64, non-negative.
+
+    Raises:
+        FusionError: if the moments are not finite.
     """
+    check_features(moments.xx, moments.yy, moments.xy)
     if kind == "euclidean":
         distance = (moments.xx[:, None] + moments.yy[None, :] - 2 * moments.xy).clamp_min(0)
         cost = distance if squared else distance.sqrt()
@@ -90,8 +94,7 @@ def transport_plan(
     Raises:
         FusionError: if the cost is not finite, or the solver is unknown.
     """
-    if cost.ndim != 2 or not cost.isfinite().all():
-        raise FusionError(f"Expected a finite cost matrix [n, m], got shape {list(cost.shape)} or non-finite values")
+    _check(cost)
     if solver == "exact":
         return _exact(cost, mass)
     ground = cost.double().cpu().numpy()
@@ -103,6 +106,11 @@ def transport_plan(
     else:
         raise FusionError(f"Expected solver exact, sinkhorn or unbalanced, got {solver!r}")
     return torch.from_numpy(np.asarray(plan)).to(cost.device)
+
+
+def _check(cost: Tensor) -> None:
+    if cost.ndim != 2 or not cost.isfinite().all():
+        raise FusionError(f"Expected a finite cost matrix [n, m], got shape {list(cost.shape)} or non-finite values")
 
 
 def _unbalanced(
@@ -145,7 +153,12 @@ def gromov_plan(x: Tensor, y: Tensor, mass: tuple[Tensor, Tensor] | None = None)
 
     Returns:
         A (locally optimal) plan [n, m], float64.
+
+    Raises:
+        FusionError: if a distance is not finite.
     """
+    _check(x)
+    _check(y)
     p, q = _marginals(x.new_empty(x.shape[0], y.shape[0]), mass)
     plan = ot.gromov.gromov_wasserstein(x.double().cpu().numpy(), y.double().cpu().numpy(), p, q, symmetric=True)
     return torch.from_numpy(np.asarray(plan)).to(x.device)

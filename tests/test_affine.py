@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from clafusion import trace
-from clafusion.affine import affine_layer
+from clafusion.affine import affine_layer, design_rows
 from clafusion.cursor import Cursor
-from clafusion.regression import design_rows
 from clafusion.statistics import rows
 from tests.helpers import images, mlp, randomised, resnet, vectors, vgg
 

@@ -66,6 +66,14 @@ def test_six_perceptrons_have_their_shares_in_every_layer(many):
         assert torch.allclose(found.get_submodule(f"fc{number}").weight, mean(weights, layers), atol=1e-13)
 
 
+@pytest.mark.parametrize("many", MANY)
+def test_merging_one_after_another_gives_the_shallow_depth(many):
+    parents = [mlp([9, 8, 7], 0), mlp([6, 5], 1), mlp([7, 6, 5, 4], 2)]
+    fusion = fuse(parents, [vectors(60)], plain(many=many, balance="merge", weights=[0, 1, 0]))
+    assert fusion.template == 1 and fusion.model.architecture["hidden"] == [9, 7]
+    assert len(fusion.balanced) == 3 and fusion.model(vectors(5)).isfinite().all()
+
+
 @pytest.mark.parametrize(("correction", "balance"), [("none", "merge"), ("refit", "insert")])
 def test_two_parents_one_after_another_are_two_parents_at_once(correction, balance):
     options = {"correction": correction, "balance": balance, "weights": [1, 3]}

@@ -22,15 +22,6 @@ def test_moments_are_the_sums_they_name():
         assert torch.allclose(got, expected)
 
 
-def test_moments_of_parts_add_up():
-    x, y = vectors(20, 3), vectors(20, 4, 1)
-    whole = Moments.of(x, y)
-    total = Moments.of(x[:7], y[:7]) + Moments.of(x[7:], y[7:])
-    assert total.count == 20
-    for name in ("x", "y", "xx", "yy", "xy"):
-        assert torch.allclose(getattr(total, name), getattr(whole, name))
-
-
 def test_moments_are_float64_whatever_comes():
     assert Moments.of(torch.ones(2, 3).bfloat16(), torch.ones(2, 3)).xy.dtype == torch.float64
 
