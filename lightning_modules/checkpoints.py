@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-import pickle
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from clafusion.errors import FusionError
 from clafusion.storage import load_network, restore
+from lightning_modules.plain_files import Foreign, check_content, check_file
 
 PREFIX = "network."
 # Where old Lightning versions kept hyperparameters; `load_from_checkpoint` still merges what it finds there.
@@ -162,23 +163,32 @@ def local_file(path: str | os.PathLike[str]) -> Path:
 
 def load_plain(path: Path) -> dict[str, Any]:
     """The content of a checkpoint file: only tensors and plain containers."""
+    size = path.stat().st_size
+    if size > _memory():
+        raise FusionError(f"Expected a checkpoint that fits into memory, got {path} of {size:,} bytes; choose another")
     try:
+        check_file(path)
         # weights_only is always given: an environment variable can turn the default off.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # How PyTorch words its refusal of a class or function; anything else is a file that is no pickle.
-        if "GLOBAL" in str(error) or "allowlisted" in str(error):
-            raise FusionError(
-                f"Expected only tensors and plain values in {path}, got pickled objects, which were not run; "
-                "save the network with save_network"
-            ) from error
-        raise _damaged(path) from error
+        check_content(checkpoint, size)
+    except Foreign as error:
+        raise FusionError(
+            f"Expected only tensors and plain values in {path}, got {error}; save the network with save_network"
+        ) from error
     # A damaged file can make the unpickler fail in any way, MemoryError included.
     except Exception as error:
         raise _damaged(path) from error
     if not isinstance(checkpoint, dict):
         raise _foreign(path, f"a {type(checkpoint).__name__}")
     return checkpoint
+
+
+def _memory() -> int:
+    """The bytes of memory of this machine; without limit where that is not known."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return sys.maxsize
 
 
 def _weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

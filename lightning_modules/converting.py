@@ -122,10 +122,7 @@ def _load(path: str) -> _Loaded:
     if "://" not in path and Path(path).suffix not in (*_PICKLED, _SAFE):
         raise FusionError(f"Expected a file named {_names((*_PICKLED, _SAFE))}, got {path}; rename it if it is one")
     file = local_file(path)
-    try:
-        return _load_safetensors(file) if file.suffix == _SAFE else _load_pickled(file)
-    except RecursionError as error:
-        raise FusionError(f"Expected plain values in {path}, got a container in itself; save it again") from error
+    return _load_safetensors(file) if file.suffix == _SAFE else _load_pickled(file)
 
 
 def _load_safetensors(file: Path) -> _Loaded:

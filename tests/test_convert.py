@@ -602,7 +602,7 @@ BAD_FILES = {
     "number.pt": "Expected model_state_dict in number.pt to be a dict, got int",
     "gap.pt": r"Expected 'fc1.weight', got none; .* \(in gap.pt\)",
     "lightning.ckpt": "got lightning.ckpt with no architecture",
-    "loop.pt": "Expected plain values in loop.pt, got a container in itself",
+    "loop.pt": "Expected only tensors and plain values in loop.pt, got containers in containers without end",
 }
 
 
