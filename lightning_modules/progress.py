@@ -18,8 +18,12 @@ def steps(quiet: bool) -> Iterator[Step]:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        # Not left to `disable`: before version 15 rich ends what it does not show with an empty line.
+        yield lambda words: None
+        return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     # Transient: the results that follow stand alone.
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=None)
         yield lambda words: progress.update(task, description=words)
