@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any, NoReturn
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 import callbacks  # noqa: F401 (FusionCallback is known by its short name once it is imported)
 import datamodules
@@ -26,6 +27,7 @@ from clafusion.errors import FusionError
 from lightning_modules import FusionTrainer, ImageClassifier, catalogue, read_checkpoint
 from lightning_modules.arguments import spell_out
 from lightning_modules.converting import convert_file
+from lightning_modules.endings import ended_by, explained
 from lightning_modules.exporting import export_file
 from lightning_modules.pipeline import ExperimentFailed
 from lightning_modules.reporting import report_file
@@ -33,7 +35,9 @@ from lightning_modules.reporting import report_file
 # Lightning's advertising and remarks on hardware that nobody asked for.
 _CHATTER = re.compile(
     r"(GPU|TPU|HPU|IPU) available|💡|Seed set to|Restor(ing|ed)|Loaded model weights|`Trainer\.fit` stopped"
+    r"|\s*Detected KeyboardInterrupt|\[rank: \d+\] Received SIGTERM"
 )
+_SIGNALS = "pytorch_lightning.trainer.connectors.signal_connector"
 _NEEDLESS_WARNINGS = (
     # The images are in memory already: a worker process would only add start-up time.
     r"The '\w+_dataloader' does not have many workers",
@@ -61,7 +65,9 @@ _DEFAULTS = {
 _COMMON: dict[str, Any] = {"allow_abbrev": False, "default_env": True, "env_prefix": "CLAFUSION"}
 
 _EPILOG = """exit codes: 0 success; 1 stages of an experiment failed, or an unexpected error (a traceback, please report
-it); 2 something given cannot be used: one line on standard error says what and what to do, and nothing was written."""
+it); 2 something given cannot be used: one line on standard error says what and what to do, and nothing was written;
+130 after Ctrl-C, 143 after SIGTERM: the same command goes on, fit with --ckpt_path last."""
+_GO_ON = "what was saved is kept: give the same command again, fit with --ckpt_path last"
 
 # The subcommands that need no trainer: a function each.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -223,7 +229,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: With code 2, after one line on standard error, if the input cannot be used; with code 1 if stages of
-            an experiment have failed.
+            an experiment have failed, or another process is gone; with code 130 after Ctrl-C, 143 after SIGTERM.
     """
     try:
         with _quiet():
@@ -251,14 +257,24 @@ def main(args: Sequence[str] | None = None) -> None:
                 args=sys.argv[1:] if args is None else list(args),
             )
     except ExperimentFailed as failure:
-        print("clafusion: failed:", failure, file=sys.stderr)
-        sys.exit(1)
-    except (ValueError, MisconfigurationException) as error:
-        reason = _reason(error)
-        if reason is None:
+        _end("failed:", failure, 1)
+    except BaseException as error:
+        number = ended_by(error)
+        if number is not None:
+            # Of one process: all of them are told.
+            words = f"{signal.Signals(number).name}; {_GO_ON}" if rank_zero_only.rank == 0 else None
+            _end("ended by", words, 128 + number)
+        found = explained(error)
+        if found is None:
             raise
-        print("clafusion: error:", " ".join(str(reason).split()), file=sys.stderr)
-        sys.exit(2)
+        _end("error:" if found[1] == 2 else "failed:", *found)
+
+
+def _end(kind: str, reason: object, code: int) -> NoReturn:
+    """Ends the program with one line; None: with none."""
+    if reason is not None:
+        print("clafusion:", kind, " ".join(str(reason).split()), file=sys.stderr)
+    sys.exit(code)
 
 
 def _interrupted_run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,13 +287,6 @@ def _interrupted_run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             # PyTorch seeds itself with more bits than a seed on the command line may have.
             return {"data": data, **({"seed_everything": state["seed"]} if state["seed"] < 2**32 else {})}
     return {}
-
-
-def _reason(error: BaseException | None) -> BaseException | None:
-    """What the user can put right about an error: it, or the error of that kind that caused it; None for a bug."""
-    while error is not None and not isinstance(error, (FusionError, MisconfigurationException)):
-        error = error.__cause__
-    return error
 
 
 def _from_environment(subcommand: str = "") -> list[str]:
@@ -308,7 +317,7 @@ def _quiet() -> Iterator[None]:
         return not _CHATTER.match(record.getMessage())
 
     loggers = [logging.getLogger(f"{name}.utilities.rank_zero") for name in ("pytorch_lightning", "lightning_fabric")]
-    loggers.append(logging.getLogger("lightning_fabric.utilities.seed"))
+    loggers += map(logging.getLogger, ("lightning_fabric.utilities.seed", _SIGNALS))
     with warnings.catch_warnings():
         for message in _NEEDLESS_WARNINGS:
             warnings.filterwarnings("ignore", message)

@@ -17,6 +17,7 @@ from clafusion.errors import FusionError
 from clafusion.graph import independent_copy
 from clafusion.layer_maps import Alignment, deep_and_shallow, map_stages, open_costs
 from clafusion.maps import Balanced, Maps, neuron_maps
+from clafusion.memory import within_memory
 from clafusion.merging import merged
 from clafusion.options import FusionOptions
 from clafusion.parents import check_parents, template_of, trace_all
@@ -103,9 +104,8 @@ def fuse(models: Sequence[nn.Module], batches: Iterable[Any], options: FusionOpt
     if len(samples) < 2:
         raise FusionError(f"Expected at least 2 samples to measure on, got {len(samples)}; pass more")
     weights = normalized(options.weights, len(models))
-    if options.many == "iterative" and len(models) > 2:
-        return _fold(models, samples, weights, options)
-    return _fuse_at_once(models, samples, weights, options)
+    fold = options.many == "iterative" and len(models) > 2
+    return within_memory(lambda: (_fold if fold else _fuse_at_once)(models, samples, weights, options))
 
 
 def _fuse_at_once(

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from clafusion.errors import FusionError
 from clafusion.graph import observe
+from clafusion.memory import samples_at_once
 from clafusion.structure import Structure
 
-#: Samples that are run at once: activations of one such chunk are all that is ever held.
-CHUNK = 32
 #: Observations whose products are summed in single precision before they are added to sums in float64.
 BLOCK = 4096
 
@@ -135,8 +134,9 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite() or tensor.isfinite().all())
 
 
-def chunks(samples: Tensor, size: int = CHUNK) -> tuple[Tensor, ...]:
-    """Near-equal parts of at most `size` samples, so that no part is too small for an unbiased estimate."""
+def chunks(samples: Tensor) -> tuple[Tensor, ...]:
+    """Near-equal parts of as many samples as are run at once, none too small for an unbiased estimate."""
+    size = samples_at_once()
     return samples.tensor_split(max(1, -(-len(samples) // size)))
 
 

@@ -69,10 +69,21 @@ def load_parent(path: str | os.PathLike[str]) -> nn.Module:
         checkpoint = read_checkpoint(path)
         network = _blank_network(checkpoint, path)
         network.load_state_dict(_weights(checkpoint), assign=True)
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise FusionError(f"Expected finite weights in {path}, got NaN or infinity in {name}; train it again")
+    name = not_finite(network.state_dict())
+    if name is not None:
+        raise FusionError(f"Expected finite weights in {path}, got NaN or infinity in {name}; train it again")
     return network.eval()
+
+
+def not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with NaN or infinity; None if there is none."""
+    return next((name for name, tensor in state.items() if not _is_finite(tensor)), None)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # The types of eight bits have no isfinite of their own.
+    wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+    return bool(wide.isfinite().all())
 
 
 def load_fusion(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -113,7 +124,13 @@ def save_checkpoint(classifier: LightningModule, path: str | os.PathLike[str]) -
         "hyper_parameters": dict(classifier.hparams),
     }
     classifier.on_save_checkpoint(checkpoint)
-    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    write_atomically(path, lambda temporary: save_plain(checkpoint, temporary))
+
+
+def save_plain(content: dict[str, Any], path: str) -> None:
+    """Calls `torch.save` so that an error of the disk is told as what it is."""
+    with open(path, "wb") as file:
+        torch.save(content, file)
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
@@ -127,11 +144,27 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             temporary = os.path.join(folder, path.name)
             write(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        reason = why_not_written(error)
+        if reason is None:
+            raise
         raise FusionError(
-            f"Expected a file that can be written, got {path}: {error.strerror}; choose another"
+            f"Expected a file that can be written, got {path}: {reason}; make room or choose another"
         ) from error
+
+
+def why_not_written(error: Exception) -> str | None:
+    """What the system says about a file that could not be written; None if the error is about something else.
+
+    PyTorch's writers answer an error of the file with a RuntimeError of their own.
+    """
+    cause = error if isinstance(error, OSError) else error.__context__
+    if isinstance(cause, OSError):
+        return cause.strerror or str(cause)
+    return "the disk may be full" if "PytorchStreamWriter" in str(error) else None
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

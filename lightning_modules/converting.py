@@ -18,6 +18,7 @@ from lightning_modules.checkpoints import (
     load_plain,
     local_file,
     read_checkpoint,
+    save_plain,
     write_atomically,
 )
 from lightning_modules.classifier import ImageClassifier
@@ -103,7 +104,7 @@ def convert_file(
     loaded = _load(input)
     if to == "published":
         content = _published(loaded)
-        write_atomically(output, lambda temporary: torch.save(content, temporary))
+        write_atomically(output, lambda temporary: save_plain(content, temporary))
     elif Path(output).suffix == _SAFE:
         save_network(loaded.network, output)
     else:

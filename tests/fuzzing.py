@@ -46,7 +46,15 @@ _SPECIAL = [0, -1, 1, 2**31 - 1, 2**31, 2**63 - 1, 2**63, 2**64, 10**30, -(2**63
 _ODD: list[Any] = [*_SPECIAL, None, True, "", "x", "__class__", "../x", "\n", [], {}, [[]], {"a": 1}, [1, 2], "é" * 9]
 _TORCH = re.compile(r"\.(ckpt|pth|pt)$")
 #: What may not happen while a file is read (see sys.audit): nothing is run, and files are written in one folder only.
-_FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "socket.connect", "ctypes.dlopen")
+_FORBIDDEN = (
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.posix_spawn",
+    "subprocess.Popen",
+    "socket.connect",
+    "ctypes.dlopen",
+)
 
 
 class _Images:
@@ -92,19 +100,32 @@ def seeds(folder: Path) -> dict[str, tuple[bytes, list[Callable[[Path], Any]]]]:
     published = {"model_state_dict": networks.build(mlp).state_dict(), "test_accuracy": 1.5, "epoch": 3}
     torch.save({**published, "args": argparse.Namespace(lr=0.1, device=torch.device("cpu"))}, folder / "published.pth")
     resnet = torchvision.models.resnet18(num_classes=4, width_per_group=64)
-    small = {name: tensor[:8, :8].clone() if tensor.ndim > 1 else tensor[:8].clone() if tensor.ndim else tensor
-             for name, tensor in resnet.state_dict().items() if name.startswith(("conv1", "bn1", "layer1", "fc"))}
+    small = {
+        name: tensor[:8, :8].clone() if tensor.ndim > 1 else tensor[:8].clone() if tensor.ndim else tensor
+        for name, tensor in resnet.state_dict().items()
+        if name.startswith(("conv1", "bn1", "layer1", "fc"))
+    }
     torch.save(small, folder / "legacy.pt", _use_new_zipfile_serialization=False)
-    (folder / "images.gz").write_bytes(gzip.compress(bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 3]) + bytes(18)))
+    (folder / "images.gz").write_bytes(
+        gzip.compress(bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 3]) + bytes(18))
+    )
     entries = {b"data": np.zeros((2, 3072), np.uint8), b"labels": [1, 2], b"batch_label": b"x"}
     (folder / "batch.pickle").write_bytes(pickle.dumps(entries, protocol=2))
     pair = networks.MLP(8, [6, 5, 4], 3), networks.MLP(8, [6, 4], 3)
     samples = torch.randn(20, 8)
     fusion = fuse(pair, [samples], FusionOptions(num_samples=20))
     row = {"name": "fused", "parameters": 1, "test_acc": 0.5}
-    record = {**fusion.summary(), "output": "c.ckpt", "networks": [row], "parents": [{"path": "a", "sha256": "b"}] * 2,
-              "seconds": 1.0, "peak_memory_bytes": 1, "seeds": {"fusion": 0, "global": 0}, "versions": {"torch": "2"},
-              "report": report_data(fusion, pair, samples)}
+    record = {
+        **fusion.summary(),
+        "output": "c.ckpt",
+        "networks": [row],
+        "parents": [{"path": "a", "sha256": "b"}] * 2,
+        "seconds": 1.0,
+        "peak_memory_bytes": 1,
+        "seeds": {"fusion": 0, "global": 0},
+        "versions": {"torch": "2"},
+        "report": report_data(fusion, pair, samples),
+    }
     (folder / "fusion.json").write_text(json.dumps(record))
     readers: dict[str, list[Callable[[Path], Any]]] = {
         "ours.ckpt": [use, convert], "ours.safetensors": [use, convert], "graph.safetensors": [use, convert],
@@ -133,7 +154,9 @@ def _scramble(content: bytes, chance: random.Random) -> bytes:
     for _ in range(chance.choice([1, 1, 2, 4, 16])):
         # Often near the beginning or the end, where the formats say what there is.
         edge = chance.choice([len(data), 64, -256])
-        at = chance.randrange(max(1, min(edge, len(data)))) if edge > 0 else max(0, len(data) - chance.randrange(1, 257))
+        at = (
+            chance.randrange(max(1, min(edge, len(data)))) if edge > 0 else max(0, len(data) - chance.randrange(1, 257))
+        )
         span = chance.choice([1, 1, 2, 4, 8, 64, 4096])
         kind = chance.randrange(6)
         if kind == 0:
@@ -299,7 +322,9 @@ def read(reader: Callable[[Path], Any], path: Path) -> str:
     return "read"
 
 
-def fuzz(folder: Path, seed: int, first: int, going_on: Callable[[int], bool], keep: Path | None = None) -> Counter[str]:
+def fuzz(
+    folder: Path, seed: int, first: int, going_on: Callable[[int], bool], keep: Path | None = None
+) -> Counter[str]:
     """Reads damaged files, as long as `going_on` of their number.
 
     Args:
