@@ -262,7 +262,7 @@ def main(args: Sequence[str] | None = None) -> None:
         number = ended_by(error)
         if number is not None:
             # Of one process: all of them are told.
-            words = f"{signal.Signals(number).name}; {_GO_ON}" if rank_zero_only.rank == 0 else None
+            words = f"{signal.Signals(number).name}; {_GO_ON}" if getattr(rank_zero_only, "rank", 0) == 0 else None
             _end("ended by", words, 128 + number)
         found = explained(error)
         if found is None:

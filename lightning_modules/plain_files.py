@@ -111,9 +111,9 @@ def _inspect_pickle(file: IO[bytes]) -> None:
         if name == "MARK":
             marks.append(len(stack))
         elif name.endswith("PUT"):
-            memo[argument] = stack[-1]
+            memo[int(argument or 0)] = stack[-1]
         elif name.endswith("GET"):
-            stack.append(memo[argument])
+            stack.append(memo[int(argument or 0)])
         elif name != "PROTO" and name != "FRAME":
             before = opcode.stack_before
             start = marks.pop() if pickletools.markobject in before else len(stack) - len(before)

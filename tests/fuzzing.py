@@ -153,10 +153,8 @@ def _scramble(content: bytes, chance: random.Random) -> bytes:
     data = bytearray(content)
     for _ in range(chance.choice([1, 1, 2, 4, 16])):
         # Often near the beginning or the end, where the formats say what there is.
-        edge = chance.choice([len(data), 64, -256])
-        at = (
-            chance.randrange(max(1, min(edge, len(data)))) if edge > 0 else max(0, len(data) - chance.randrange(1, 257))
-        )
+        beginning, end = min(64, len(data)), max(0, len(data) - 256)
+        at = chance.randint(*chance.choice([(0, len(data)), (0, beginning), (end, len(data))]))
         span = chance.choice([1, 1, 2, 4, 8, 64, 4096])
         kind = chance.randrange(6)
         if kind == 0:
@@ -271,9 +269,9 @@ class Watch:
             return
         if event in _FORBIDDEN:
             self.seen.append(f"{event} {arguments}")
-        if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
-            if not str(arguments[0]).startswith((self.folder, "/proc/self/")):
-                self.seen.append(f"wrote {arguments[0]}")
+        writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+        if writes and not str(arguments[0]).startswith((self.folder, "/proc/self/")):
+            self.seen.append(f"wrote {arguments[0]}")
 
     @contextlib.contextmanager
     def over(self, size: int) -> Iterator[None]:
