@@ -18,6 +18,8 @@ from clafusion.storage import load_network, restore
 from lightning_modules.plain_files import Foreign, check_content, check_file
 
 PREFIX = "network."
+#: In what precision weights may be saved.
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Where old Lightning versions kept hyperparameters; `load_from_checkpoint` still merges what it finds there.
 _LEGACY_KEYS = ("hparams", "module_arguments")
 
@@ -69,21 +71,18 @@ def load_parent(path: str | os.PathLike[str]) -> nn.Module:
         checkpoint = read_checkpoint(path)
         network = _blank_network(checkpoint, path)
         network.load_state_dict(_weights(checkpoint), assign=True)
-    name = not_finite(network.state_dict())
-    if name is not None:
-        raise FusionError(f"Expected finite weights in {path}, got NaN or infinity in {name}; train it again")
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and tensor.dtype not in FLOATS:
+            raise FusionError(f"Expected {name} in {path} of type {FLOATS[0]}, got {tensor.dtype}; convert it")
+    spoilt = not_finite(network.state_dict())
+    if spoilt is not None:
+        raise FusionError(f"Expected finite weights in {path}, got NaN or infinity in {spoilt}; train it again")
     return network.eval()
 
 
 def not_finite(state: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor with NaN or infinity; None if there is none."""
-    return next((name for name, tensor in state.items() if not _is_finite(tensor)), None)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # The types of eight bits have no isfinite of their own.
-    wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
-    return bool(wide.isfinite().all())
+    return next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
 
 
 def load_fusion(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -237,13 +236,17 @@ def _blank_network(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) 
             network = restore(checkpoint["hyper_parameters"]["architecture"])
     except FusionError as error:
         raise FusionError(f"Expected a network in {path} that can be built: {error}") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in _weights(checkpoint).items()}
+    wanted, weights = network.state_dict(), _weights(checkpoint)
+    expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise FusionError(
                 f"Expected {name} in {path} to have shape {expected.get(name)}, got {found.get(name)}; save it again"
             )
+        types = FLOATS if wanted[name].is_floating_point() else (wanted[name].dtype,)
+        if weights[name].dtype not in types:
+            raise FusionError(f"Expected {name} in {path} of type {types[0]}, got {weights[name].dtype}; convert it")
     return network
 
 
