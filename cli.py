@@ -281,7 +281,7 @@ def _interrupted_run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Data and seed of the training that a checkpoint interrupted; nothing for a checkpoint of `fuse`."""
     for name in datamodules.__all__:
         state = checkpoint.get(name)
-        if isinstance(state, dict) and "seed" in state:
+        if isinstance(state, dict) and type(state.get("seed")) is int:
             arguments = checkpoint.get("datamodule_hyper_parameters", {})
             data = {"class_path": f"datamodules.{name}", "init_args": arguments}
             # PyTorch seeds itself with more bits than a seed on the command line may have.

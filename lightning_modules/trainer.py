@@ -26,6 +26,7 @@ from lightning_modules.outputs import check_empty, check_new, check_output, comp
 from lightning_modules.pipeline import run_experiment
 from lightning_modules.progress import steps
 from lightning_modules.reporting import drawn, fusion_report
+from lightning_modules.restoring import CheckedConnector
 from lightning_modules.results import as_json, print_results, write_results
 from lightning_modules.stage_trainers import check_arguments, influences, stage_arguments
 from lightning_modules.transferring import transfer_checkpoint
@@ -85,6 +86,7 @@ class FusionTrainer(Trainer):
             barebones=barebones,
             **kwargs,
         )
+        self._checkpoint_connector = CheckedConnector(self)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = AtomicCheckpointIO()
         if last is not None:
