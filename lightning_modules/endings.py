@@ -1,7 +1,6 @@
 """How a command ends that does not succeed: what there is to say in one line, and the exit code."""
 
 import errno
-import os
 import signal
 
 import torch
@@ -34,9 +33,9 @@ def explained(error: BaseException | None) -> tuple[str, int] | None:
     while error is not None:
         if isinstance(error, (FusionError, MisconfigurationException)):
             return str(error), 2
-        if isinstance(error, OSError) and error.errno in _REFUSED and error.filename is not None:
+        if isinstance(error, OSError) and error.errno in _REFUSED:
             return (
-                f"Expected to use {os.fspath(error.filename)!r}, got {error.strerror}; make room or choose another",
+                f"Expected to use {error.filename or 'a file'}, got {error.strerror}; make room or choose another",
                 2,
             )
         if is_out_of_memory(error):

@@ -88,7 +88,10 @@ def _export(write: Callable[[nn.Module, Tensor, str], None], network: nn.Module,
 
 
 def _write_program(network: nn.Module, samples: Tensor, path: str) -> None:
-    torch.export.save(torch.export.export(network, (samples,), dynamic_shapes=(_BATCH,)), path)
+    content = io.BytesIO()
+    torch.export.save(torch.export.export(network, (samples,), dynamic_shapes=(_BATCH,)), content)
+    # Not written by PyTorch, which aborts the process where the disk is full.
+    Path(path).write_bytes(content.getbuffer())
 
 
 def _run_program(path: str, samples: Tensor) -> Tensor:
