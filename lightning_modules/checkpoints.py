@@ -3,9 +3,10 @@
 import hashlib
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytorch_lightning
@@ -17,6 +18,8 @@ from clafusion.errors import FusionError
 from clafusion.storage import load_network, restore
 from lightning_modules.plain_files import Foreign, check_content, check_file
 
+#: Called with the name of a file to write.
+Writer = Callable[[str], object]
 PREFIX = "network."
 #: In what precision weights may be saved.
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -111,6 +114,12 @@ def save_checkpoint(classifier: LightningModule, path: str | os.PathLike[str]) -
     Raises:
         FusionError: The file cannot be written; nothing is left behind.
     """
+    content = checkpoint_of(classifier)
+    write_atomically(path, lambda temporary: save_plain(content, temporary))
+
+
+def checkpoint_of(classifier: LightningModule) -> dict[str, Any]:
+    """The content of the file that `save_checkpoint` writes."""
     checkpoint: dict[str, Any] = {
         "epoch": 0,
         "global_step": 0,
@@ -123,7 +132,7 @@ def save_checkpoint(classifier: LightningModule, path: str | os.PathLike[str]) -
         "hyper_parameters": dict(classifier.hparams),
     }
     classifier.on_save_checkpoint(checkpoint)
-    write_atomically(path, lambda temporary: save_plain(checkpoint, temporary))
+    return checkpoint
 
 
 def save_plain(content: dict[str, Any], path: str) -> None:
@@ -132,20 +141,34 @@ def save_plain(content: dict[str, Any], path: str) -> None:
         torch.save(content, file)
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
+def write_atomically(path: str | os.PathLike[str], write: Writer) -> None:
     """Calls `write` with a temporary name next to `path`, then moves the file there: it is whole or not there.
 
     Raises:
         FusionError: The file cannot be written; nothing is left behind.
     """
-    path = Path(path)
+    write_together({Path(path): write})
+
+
+def write_together(files: Mapping[Path, Writer]) -> None:
+    """Writes files as `write_atomically` does, and moves none to its place before all could be written.
+
+    Raises:
+        FusionError: One of them cannot be written; nothing is left behind.
+    """
+    path = Path()
+    moves: dict[str, Path] = {}
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            temporary = os.path.join(folder, path.name)
-            write(temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        with ExitStack() as folders:
+            for path, write in files.items():
+                folder = folders.enter_context(TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent))
+                temporary = os.path.join(folder, path.name)
+                write(temporary)
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
+                moves[temporary] = path
+            for temporary, path in moves.items():
+                os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         reason = why_not_written(error)
         if reason is None:
@@ -172,7 +195,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         FusionError: The file cannot be written.
     """
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8", newline=""))
+    write_atomically(path, writer(text))
+
+
+def writer(text: str) -> Writer:
+    """What writes a text in UTF-8."""
+    return lambda path: Path(path).write_text(text, encoding="utf-8", newline="")
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

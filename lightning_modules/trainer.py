@@ -15,14 +15,14 @@ from clafusion.errors import FusionError
 from clafusion.storage import describe
 from lightning_modules.aligning import align_checkpoints, print_alignment
 from lightning_modules.atomic_io import AtomicCheckpointIO
-from lightning_modules.checkpoints import write_text
+from lightning_modules.checkpoints import write_together, writer
 from lightning_modules.checks import ImageData
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.experiment import Scale
 from lightning_modules.fusing import fuse_checkpoints
 from lightning_modules.last_checkpoint import LastCheckpoint
 from lightning_modules.orders import prepare
-from lightning_modules.outputs import check_empty, check_new, check_output, compare, save_as
+from lightning_modules.outputs import check_empty, check_new, check_output, compare, prepared
 from lightning_modules.pipeline import run_experiment
 from lightning_modules.progress import steps
 from lightning_modules.reporting import drawn, fusion_report
@@ -155,11 +155,9 @@ class FusionTrainer(Trainer):
             networks = compare(self, _contestants(fused.parents, fused.fusion), datamodule, step)
         results = {"output": output, "networks": networks, **fused.record, **figures}
         if self.is_global_zero:
-            text = fusion_report(results) if report else ""
-            save_as(model, fused.fusion.model, results, output)
-            write_results(results, record)
-            if report:
-                write_text(page, text)
+            text = {page: writer(fusion_report(results))} if report else {}
+            checkpoint = prepared(model, fused.fusion.model, results)
+            write_together({path: checkpoint, record: writer(as_json(results)), **text})
             _say(results, print_results, quiet, json)
         return results
 
