@@ -59,7 +59,8 @@ def uninterrupted(tmp_path_factory) -> dict[str, Any]:
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_training_that_is_ended_says_so_and_goes_on_exactly(uninterrupted, capsys, number, code):
-    handler = signal.getsignal(signal.SIGINT)
+    # Where the tests run in the background of a shell, Ctrl-C is ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     stop = ["--trainer.callbacks+=processes.SignalRank", "--trainer.callbacks.batch=4"]
     line = ended(capsys, code, *COMMAND, *stop, f"--trainer.callbacks.number={int(number)}")
     signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
