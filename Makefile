@@ -1,4 +1,4 @@
-# make demo | make test | make test-slurm | make bench | make docs | make lint | make format
+# make demo | make test | make test-lowest | make fuzz | make test-slurm | make bench | make docs | make lint | make format
 # VENV and PYTHON may be given: make test VENV=~/venvs/clafusion
 VENV ?= .venv
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.clafusion-installed
 DOCS_STAMP := $(VENV)/.clafusion-docs-installed
 
-.PHONY: demo test test-slurm bench docs lint format
+.PHONY: demo test test-lowest fuzz test-slurm bench docs lint format
 
 # Trains a deep and a shallow parent on real digits, fuses them and shows how the result compares (about a minute).
 demo: $(STAMP)
@@ -20,6 +20,24 @@ demo: $(STAMP)
 # Two processes of one thread each; a file's tests stay together, because they share what is trained for them.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# The tests with the oldest Python and the oldest packages that setup.cfg admits; TESTS names some of them.
+LOWEST ?= .venv-lowest
+LOWEST_PYTHON ?= python3.10
+test-lowest: $(LOWEST)/.clafusion-installed
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --numprocesses 2 --dist loadfile $(TESTS)
+
+$(LOWEST)/.clafusion-installed: setup.cfg pyproject.toml .ci/lowest.py
+	test -x $(LOWEST)/bin/python || $(LOWEST_PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python .ci/lowest.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint $(LOWEST)/constraints.txt --editable '.[dev]'
+	touch $@
+
+# Damages files of every kind that is read, and reads them, for ten minutes.
+FUZZ_SECONDS ?= 600
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.fuzzing --seconds $(FUZZ_SECONDS)
 
 # As root, on a Debian or Ubuntu without SLURM: installs it, trains with two tasks, requeues the job, removes SLURM.
 test-slurm: $(STAMP)

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 import callbacks  # noqa: F401 (FusionCallback is known by its short name once it is imported)
 import datamodules
@@ -29,6 +29,7 @@ from lightning_modules.arguments import spell_out
 from lightning_modules.checkpoints import write_text
 from lightning_modules.completing import PrintCompletion
 from lightning_modules.converting import convert_file
+from lightning_modules.endings import ended_by, explained
 from lightning_modules.exporting import export_file
 from lightning_modules.pipeline import ExperimentFailed
 from lightning_modules.reporting import report_file
@@ -37,7 +38,9 @@ from lightning_modules.requests import REQUEST, as_asked, check_request, request
 # Lightning's advertising and remarks on hardware that nobody asked for.
 _CHATTER = re.compile(
     r"(GPU|TPU|HPU|IPU) available|💡|Seed set to|Restor(ing|ed)|Loaded model weights|`Trainer\.fit` stopped"
+    r"|\s*Detected KeyboardInterrupt|\[rank: \d+\] Received SIGTERM"
 )
+_SIGNALS = "pytorch_lightning.trainer.connectors.signal_connector"
 _NEEDLESS_WARNINGS = (
     # The images are in memory already: a worker process would only add start-up time.
     r"The '\w+_dataloader' does not have many workers",
@@ -66,8 +69,8 @@ _COMMON: dict[str, Any] = {"allow_abbrev": False, "default_env": True, "env_pref
 
 _EPILOG = """exit codes: 0 success; 1 stages of an experiment failed, or an unexpected error (a traceback, please report
 it); 2 something given cannot be used: one line on standard error says what and what to do, and nothing was written; 130
-interrupted by Ctrl-C, 143 ended by SIGTERM: a training goes on with --ckpt_path last, a pipeline with the same
-command."""
+after Ctrl-C, 143 after SIGTERM: the same command goes on, fit with --ckpt_path last."""
+_GO_ON = "what was saved is kept: give the same command again, fit with --ckpt_path last"
 
 # How the usage shows some arguments.
 _SHORT = {("fuse", "parents"): "A.ckpt B.ckpt", ("fuse", "output"): "-o NAME.ckpt", ("report", "input"): "INPUT"}
@@ -264,7 +267,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: With code 2, after one line on standard error, if the input cannot be used; with code 1 if stages of
-            an experiment have failed; with code 130 or 143 if it was interrupted.
+            an experiment have failed, or another process is gone; with code 130 after Ctrl-C, 143 after SIGTERM.
     """
     try:
         with _quiet():
@@ -292,47 +295,36 @@ def main(args: Sequence[str] | None = None) -> None:
                 args=sys.argv[1:] if args is None else list(args),
             )
     except ExperimentFailed as failure:
-        print("clafusion: failed:", failure, file=sys.stderr)
-        sys.exit(1)
-    except (ValueError, MisconfigurationException) as error:
-        reason = _reason(error)
-        if reason is None:
+        _end("failed:", failure, 1)
+    except BaseException as error:
+        number = ended_by(error)
+        if number is not None:
+            # Of one process: all of them are told.
+            words = f"{signal.Signals(number).name}; {_GO_ON}" if getattr(rank_zero_only, "rank", 0) == 0 else None
+            _end("ended by", words, 128 + number)
+        found = explained(error)
+        if found is None:
             raise
-        print("clafusion: error:", " ".join(str(reason).split()), file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, SystemExit) as end:
-        number = _signal_behind(end)
-        if number is None:
-            raise
-        print("clafusion: interrupted", file=sys.stderr)
-        sys.exit(128 + number)
+        _end("error:" if found[1] == 2 else "failed:", *found)
+
+
+def _end(kind: str, reason: object, code: int) -> NoReturn:
+    """Ends the program with one line; None: with none."""
+    if reason is not None:
+        print("clafusion:", kind, " ".join(str(reason).split()), file=sys.stderr)
+    sys.exit(code)
 
 
 def _interrupted_run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Data and seed of the training that a checkpoint interrupted; nothing for a checkpoint of `fuse`."""
     for name in datamodules.__all__:
         state = checkpoint.get(name)
-        if isinstance(state, dict) and "seed" in state:
+        if isinstance(state, dict) and type(state.get("seed")) is int:
             arguments = checkpoint.get("datamodule_hyper_parameters", {})
             data = {"class_path": f"datamodules.{name}", "init_args": arguments}
             # PyTorch seeds itself with more bits than a seed on the command line may have.
             return {"data": data, **({"seed_everything": state["seed"]} if state["seed"] < 2**32 else {})}
     return {}
-
-
-def _signal_behind(end: BaseException) -> signal.Signals | None:
-    """The signal that has ended the program; Lightning's codes are 1 for Ctrl-C and 0, success, for TERM."""
-    if isinstance(end, SIGTERMException):
-        return signal.SIGTERM
-    interrupted = isinstance(end, KeyboardInterrupt) or isinstance(end.__context__, KeyboardInterrupt)
-    return signal.SIGINT if interrupted else None
-
-
-def _reason(error: BaseException | None) -> BaseException | None:
-    """What the user can put right about an error: it, or the error of that kind that caused it; None for a bug."""
-    while error is not None and not isinstance(error, (FusionError, MisconfigurationException)):
-        error = error.__cause__
-    return error
 
 
 def _from_environment(subcommand: str = "") -> list[str]:
@@ -363,7 +355,7 @@ def _quiet() -> Iterator[None]:
         return not _CHATTER.match(record.getMessage())
 
     loggers = [logging.getLogger(f"{name}.utilities.rank_zero") for name in ("pytorch_lightning", "lightning_fabric")]
-    loggers.append(logging.getLogger("lightning_fabric.utilities.seed"))
+    loggers += map(logging.getLogger, ("lightning_fabric.utilities.seed", _SIGNALS))
     formatted = warnings.formatwarning
     warnings.formatwarning = _one_line
     with warnings.catch_warnings():

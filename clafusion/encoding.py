@@ -204,7 +204,9 @@ def _decode_node(
         "output": target == "output",
     }
     if not known.get(op, False):
-        raise FusionError(f"Expected an operation that can be stored, got {op} {target!r} at node {name!r}; remove it")
+        raise FusionError(
+            f"Expected an operation that can be stored, got {op!r} {target!r} at node {name!r}; remove it"
+        )
     if target == "builtins.getattr" and (args[1:] != ("shape",) or kwargs):
         raise FusionError(f"Expected only the attribute 'shape', got {args[1:]} at node {name!r}; remove it")
     node = graph.create_node(op, _FUNCTIONS[target] if op == "call_function" else target, args, kwargs, name)

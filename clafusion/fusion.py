@@ -18,6 +18,7 @@ from clafusion.errors import FusionError
 from clafusion.graph import independent_copy
 from clafusion.layer_maps import Alignment, deep_and_shallow, map_stages, open_costs
 from clafusion.maps import Balanced, Maps, neuron_maps
+from clafusion.memory import within_memory
 from clafusion.merging import merged
 from clafusion.options import FusionOptions
 from clafusion.parents import check_parents, template_of, trace_all, with_anchor
@@ -103,10 +104,14 @@ def fuse(models: Sequence[nn.Module], batches: Iterable[Any], options: FusionOpt
     samples = collect(batches, options.num_samples)
     if len(samples) < 2:
         raise FusionError(f"Expected at least 2 samples to measure on, got {len(samples)}; pass more")
-    weights, options = normalized(options.weights, len(models)), with_anchor(models, samples, options)
-    if options.many == "iterative" and len(models) > 2:
-        return _fold(models, samples, weights, options)
-    return _fuse_at_once(models, samples, weights, options)
+    weights = normalized(options.weights, len(models))
+
+    def compute() -> Fusion:
+        chosen = with_anchor(models, samples, options)
+        fold = chosen.many == "iterative" and len(models) > 2
+        return (_fold if fold else _fuse_at_once)(models, samples, weights, chosen)
+
+    return within_memory(compute)
 
 
 def _fuse_at_once(

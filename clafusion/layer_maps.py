@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from clafusion.alignment import align, chain, clamp_pins, is_forced, random_map
 from clafusion.errors import FusionError
 from clafusion.layer_costs import stage_costs
+from clafusion.memory import within_memory
 from clafusion.options import FusionOptions
 from clafusion.parents import check_parents, template_of, trace_all, with_anchor
 from clafusion.statistics import collect
@@ -81,7 +82,10 @@ def align_layers(
             "fused before; fuse, or choose many_to_one"
         )
     samples = collect(batches, options.num_samples)
-    options = with_anchor(models, samples, options)
+    return within_memory(lambda: _align(models, samples, with_anchor(models, samples, options)))
+
+
+def _align(models: Sequence[nn.Module], samples: Tensor, options: FusionOptions) -> LayerMaps:
     structures = trace_all(models, samples)
     template = template_of(structures, options)
     sides = [deep_and_shallow(structures, template, k, options) for k in range(len(models))]

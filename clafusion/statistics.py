@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from clafusion.errors import FusionError
 from clafusion.graph import live_numbers, observe
+from clafusion.memory import CHUNK, samples_at_once
 from clafusion.structure import Structure
 from clafusion.tracking import tracked
 
-#: Samples that are run at once, at most: on a CPU more are slower, and on an accelerator more gain nothing.
-CHUNK = 32
+#: Samples run at once on an accelerator, at most: more gain nothing, and on a CPU more than `CHUNK` are slower.
 ACCELERATOR_CHUNK = 1024
 #: Observations whose products are summed in single precision before they are added to sums in float64.
 BLOCK = 4096
@@ -153,11 +153,12 @@ def batch_size(structures: Sequence[Structure], memory_budget: int) -> int:
     tensors = [next(structure.module.parameters()) for structure in structures]
     each = [live_numbers(structure.module) * t.element_size() for structure, t in zip(structures, tensors, strict=True)]
     most = CHUNK if tensors[0].device.type == "cpu" else ACCELERATOR_CHUNK
-    return max(1, min(most, memory_budget * 2**20 // max(1, sum(each))))
+    return samples_at_once(min(most, memory_budget * 2**20 // max(1, sum(each))))
 
 
-def chunks(samples: Tensor, size: int = CHUNK) -> tuple[Tensor, ...]:
-    """Near-equal parts of at most `size` samples, so that no part is too small for an unbiased estimate."""
+def chunks(samples: Tensor, size: int | None = None) -> tuple[Tensor, ...]:
+    """Near-equal parts of at most `size` samples; without a size none is too small for an unbiased estimate."""
+    size = samples_at_once() if size is None else size
     return samples.tensor_split(max(1, -(-len(samples) // size)))
 
 

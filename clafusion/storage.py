@@ -164,7 +164,10 @@ def _write(content: bytes, target: Path) -> None:
     """Write all of `content` or nothing, by way of a temporary file in the same folder."""
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        temporary.write_bytes(content)
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, target)
     finally:
         with contextlib.suppress(OSError):

@@ -18,6 +18,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: Where Tiny-ImageNet keeps the labels of its validation images.
 ANNOTATIONS = "val/val_annotations.txt"
 
+#: Points of an image file: it is unpacked before it is scaled.
+_LARGEST = 2**26
+
 Samples = list[tuple[Path, int]]
 
 
@@ -134,7 +137,7 @@ class TinyImageNetDataModule(ImageDataModule):
         test = []
         for line in (self.root / ANNOTATIONS).read_text().splitlines():
             file, name = (line.split("\t") + [""])[:2]
-            if name not in numbers:
+            if name not in numbers or Path(file).name != file:
                 raise FusionError(
                     f"Expected a file and a class of wnids.txt in each line of {self.root / ANNOTATIONS}, got {line!r}"
                 )
@@ -164,6 +167,8 @@ def _read_image(path: Path, size: int) -> Tensor:
 
     try:
         with Image.open(path) as file:
+            if file.width * file.height > _LARGEST:
+                raise ValueError(f"{file.width}x{file.height} points, more than are read")
             fitted = ImageOps.fit(file.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())

@@ -12,6 +12,8 @@ from torch import Tensor
 from clafusion.errors import FusionError
 
 _UNSIGNED_BYTES = 0x08
+#: Values in a file: twenty times as many as MNIST has.
+_LARGEST = 2**30
 
 
 def locate_idx(folder: Path, name: str) -> Path | None:
@@ -36,19 +38,26 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
         FusionError: The file cannot be read, is truncated, or is not such a file; the message names it.
     """
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            header = file.read(4 + 4 * dimensions)
+            sizes = _sizes(header, dimensions, path)
+            expected = math.prod(sizes)
+            # One more than there should be, and no more: a small file may unpack to any size.
+            content = file.read(min(expected, _LARGEST) + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise FusionError(f"Expected an intact file {path}, got {error}; fetch it again") from error
-    header = 4 + 4 * dimensions
-    if len(content) < header or content[:4] != bytes((0, 0, _UNSIGNED_BYTES, dimensions)):
+    if len(content) != expected or not expected:
+        found = f"{len(content)}" if len(content) < expected else "more"
+        raise FusionError(f"Expected {expected} values {list(sizes)} in {path}, got {found}; fetch it again")
+    # A bytearray, because torch warns about tensors over read-only memory.
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(sizes)
+
+
+def _sizes(header: bytes, dimensions: int, path: Path) -> tuple[int, ...]:
+    """The sizes in the header of an IDX file."""
+    if len(header) < 4 + 4 * dimensions or header[:4] != bytes((0, 0, _UNSIGNED_BYTES, dimensions)):
         raise FusionError(
             f"Expected an IDX file of unsigned bytes in {dimensions} dimensions, "
-            f"got {path} that begins with {content[:4].hex() or 'nothing'}; fetch it again"
+            f"got {path} that begins with {header[:4].hex() or 'nothing'}; fetch it again"
         )
-    sizes = struct.unpack(f">{dimensions}I", content[4:header])
-    if len(content) - header != math.prod(sizes):
-        raise FusionError(
-            f"Expected {math.prod(sizes)} values {list(sizes)} in {path}, got {len(content) - header}; fetch it again"
-        )
-    # A bytearray, because torch warns about tensors over read-only memory.
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)[header:].reshape(sizes)
+    return struct.unpack(f">{dimensions}I", header[4:])

@@ -15,6 +15,9 @@ import numpy as np
 
 from clafusion.errors import FusionError
 
+#: Tuples in each other: the arguments of an array hold its shape.
+_DEEPEST = 4
+
 
 class _StandIn:
     """What a name in a pickle stands for: callable, and nothing else; the file cannot alter it."""
@@ -89,8 +92,41 @@ _KNOWN: dict[str, Callable[..., Any]] = {
 }
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Knows byte strings, numbers, containers and integer arrays; refuses every other name."""
+def _depth(value: Any) -> int:
+    """How deep tuples lie in each other, as far as that matters."""
+    return 1 + max(map(_depth, value), default=0) if isinstance(value, tuple) else 0
+
+
+def _shallow(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The instruction that makes a tuple, for tuples that a dict can look up in no time."""
+
+    def loaded(unpickler: Any) -> None:
+        load(unpickler)
+        if _depth(unpickler.stack[-1]) > _DEEPEST:
+            raise pickle.UnpicklingError("it holds tuples in tuples without end")
+
+    return loaded
+
+
+def _load_bytearray(unpickler: Any) -> None:
+    """The instruction for mutable bytes, which otherwise takes the memory that the file claims."""
+    unpickler.append(bytearray(unpickler.read(int.from_bytes(unpickler.read(8), "little"))))
+
+
+def _dispatch() -> dict[int, Callable[[Any], None]]:
+    """What is done at each instruction of a pickle."""
+    known: dict[int, Callable[[Any], None]] = dict(pickle._Unpickler.dispatch)
+    makers = (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
+    return {**known, pickle.BYTEARRAY8[0]: _load_bytearray, **{maker[0]: _shallow(known[maker[0]]) for maker in makers}}
+
+
+class _PlainUnpickler(pickle._Unpickler):
+    """Knows byte strings, numbers, containers and integer arrays; refuses every other name.
+
+    The one that is written in Python: a number in a file tells the other one how much memory to fill.
+    """
+
+    dispatch = _dispatch()
 
     def find_class(self, module: str, name: str) -> _StandIn:
         known = _KNOWN.get(f"{module}.{name}")

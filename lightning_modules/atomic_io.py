@@ -8,7 +8,7 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
 from clafusion.errors import FusionError
-from lightning_modules.checkpoints import load_plain, local_file
+from lightning_modules.checkpoints import load_plain, local_file, why_not_written
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -38,21 +38,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         temporary = path.with_name(f".{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
+            temporary.unlink(missing_ok=True)
+            # A new file, and not one that somebody has linked to from there.
+            with open(temporary, "xb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        # PyTorch's writer answers an error of the file with a RuntimeError of its own.
         except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
-            if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):
+            reason = why_not_written(error)
+            if reason is None:
                 raise
-            reason = error if isinstance(error, OSError) else error.__context__
             kept = "the previous one is kept" if path.exists() else "there is none yet"
             raise FusionError(
-                f"Expected to write the checkpoint {path}, got {getattr(reason, 'strerror', None) or reason}; {kept}: "
-                "make room and resume"
+                f"Expected to write the checkpoint {path}, got {reason}; {kept}: make room and resume"
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:

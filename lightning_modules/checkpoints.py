@@ -2,10 +2,11 @@
 
 import hashlib
 import os
-import pickle
-import tempfile
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytorch_lightning
@@ -15,8 +16,13 @@ from torch import Tensor, nn
 
 from clafusion.errors import FusionError
 from clafusion.storage import load_network, restore
+from lightning_modules.plain_files import Foreign, check_content, check_file
 
+#: Called with the name of a file to write.
+Writer = Callable[[str], object]
 PREFIX = "network."
+#: In what precision weights may be saved.
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Where old Lightning versions kept hyperparameters; `load_from_checkpoint` still merges what it finds there.
 _LEGACY_KEYS = ("hparams", "module_arguments")
 
@@ -74,9 +80,17 @@ def load_parent(path: str | os.PathLike[str]) -> nn.Module:
         network = _blank_network(checkpoint, path)
         network.load_state_dict(_weights(checkpoint), assign=True)
     for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise FusionError(f"Expected finite weights in {path}, got NaN or infinity in {name}; train it again")
+        if tensor.is_floating_point() and tensor.dtype not in FLOATS:
+            raise FusionError(f"Expected {name} in {path} of type {FLOATS[0]}, got {tensor.dtype}; convert it")
+    spoilt = not_finite(network.state_dict())
+    if spoilt is not None:
+        raise FusionError(f"Expected finite weights in {path}, got NaN or infinity in {spoilt}; train it again")
     return network.eval()
+
+
+def not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with NaN or infinity; None if there is none."""
+    return next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
 
 
 def load_fusion(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -105,6 +119,12 @@ def save_checkpoint(classifier: LightningModule, path: str | os.PathLike[str]) -
     Raises:
         FusionError: The file cannot be written; nothing is left behind.
     """
+    content = checkpoint_of(classifier)
+    write_atomically(path, lambda temporary: save_plain(content, temporary))
+
+
+def checkpoint_of(classifier: LightningModule) -> dict[str, Any]:
+    """The content of the file that `save_checkpoint` writes."""
     checkpoint: dict[str, Any] = {
         "epoch": 0,
         "global_step": 0,
@@ -117,25 +137,61 @@ def save_checkpoint(classifier: LightningModule, path: str | os.PathLike[str]) -
         "hyper_parameters": dict(classifier.hparams),
     }
     classifier.on_save_checkpoint(checkpoint)
-    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    return checkpoint
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
+def save_plain(content: dict[str, Any], path: str) -> None:
+    """Calls `torch.save` so that an error of the disk is told as what it is."""
+    with open(path, "wb") as file:
+        torch.save(content, file)
+
+
+def write_atomically(path: str | os.PathLike[str], write: Writer) -> None:
     """Calls `write` with a temporary name next to `path`, then moves the file there: it is whole or not there.
 
     Raises:
         FusionError: The file cannot be written; nothing is left behind.
     """
-    path = Path(path)
+    write_together({Path(path): write})
+
+
+def write_together(files: Mapping[Path, Writer]) -> None:
+    """Writes files as `write_atomically` does, and moves none to its place before all could be written.
+
+    Raises:
+        FusionError: One of them cannot be written; nothing is left behind.
+    """
+    path = Path()
+    moves: dict[str, Path] = {}
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            temporary = os.path.join(folder, path.name)
-            write(temporary)
-            os.replace(temporary, path)
-    except OSError as error:
+        with ExitStack() as folders:
+            for path, write in files.items():
+                folder = folders.enter_context(TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent))
+                temporary = os.path.join(folder, path.name)
+                write(temporary)
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
+                moves[temporary] = path
+            for temporary, path in moves.items():
+                os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        reason = why_not_written(error)
+        if reason is None:
+            raise
         raise FusionError(
-            f"Expected a file that can be written, got {path}: {error.strerror}; choose another"
+            f"Expected a file that can be written, got {path}: {reason}; make room or choose another"
         ) from error
+
+
+def why_not_written(error: Exception) -> str | None:
+    """What the system says about a file that could not be written; None if the error is about something else.
+
+    PyTorch's writers answer an error of the file with a RuntimeError of their own.
+    """
+    cause = error if isinstance(error, OSError) else error.__context__
+    if isinstance(cause, OSError):
+        return cause.strerror or str(cause)
+    return "the disk may be full" if "PytorchStreamWriter" in str(error) else None
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -144,7 +200,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         FusionError: The file cannot be written.
     """
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8", newline=""))
+    write_atomically(path, writer(text))
+
+
+def writer(text: str) -> Writer:
+    """What writes a text in UTF-8."""
+    return lambda path: Path(path).write_text(text, encoding="utf-8", newline="")
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -167,23 +228,33 @@ def local_file(path: str | os.PathLike[str]) -> Path:
 
 def load_plain(path: Path) -> dict[str, Any]:
     """The content of a checkpoint file: only tensors and plain containers."""
+    size = path.stat().st_size
+    if size > _memory():
+        raise FusionError(f"Expected a checkpoint that fits into memory, got {path} of {size:,} bytes; choose another")
     try:
+        check_file(path)
         # weights_only is always given: an environment variable can turn the default off.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # How PyTorch words its refusal of a class or function; anything else is a file that is no pickle.
-        if "GLOBAL" in str(error) or "allowlisted" in str(error):
-            raise FusionError(
-                f"Expected only tensors and plain values in {path}, got pickled objects, which were not run; "
-                "save network.state_dict() for clafusion convert, or the network by save_network"
-            ) from error
-        raise _damaged(path) from error
+        check_content(checkpoint, size)
+    except Foreign as error:
+        raise FusionError(
+            f"Expected only tensors and plain values in {path}, got {error}; save network.state_dict() for "
+            "clafusion convert, or the network by save_network"
+        ) from error
     # A damaged file can make the unpickler fail in any way, MemoryError included.
     except Exception as error:
         raise _damaged(path) from error
     if not isinstance(checkpoint, dict):
         raise _foreign(path, f"a {type(checkpoint).__name__}")
     return checkpoint
+
+
+def _memory() -> int:
+    """The bytes of memory of this machine; without limit where that is not known."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return sys.maxsize
 
 
 def _weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -199,13 +270,17 @@ def _blank_network(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) 
             network = restore(checkpoint["hyper_parameters"]["architecture"])
     except FusionError as error:
         raise FusionError(f"Expected a network in {path} that can be built: {error}") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in _weights(checkpoint).items()}
+    wanted, weights = network.state_dict(), _weights(checkpoint)
+    expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise FusionError(
                 f"Expected {name} in {path} to have shape {expected.get(name)}, got {found.get(name)}; save it again"
             )
+        types = FLOATS if wanted[name].is_floating_point() else (wanted[name].dtype,)
+        if weights[name].dtype not in types:
+            raise FusionError(f"Expected {name} in {path} of type {types[0]}, got {weights[name].dtype}; convert it")
     return network
 
 

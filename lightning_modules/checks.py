@@ -6,9 +6,13 @@ from typing import Any, Protocol
 
 import torch
 from pytorch_lightning import Trainer
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from clafusion.errors import FusionError
+from clafusion.graph import observe
+
+#: Numbers that a layer of a network from a file may give: at most, and at most for every number of the image.
+_LARGEST, _MOST_OF_ONE = 2**28, 2**15
 
 
 class ImageData(Protocol):
@@ -41,19 +45,48 @@ def check_images(network: nn.Module, data: ImageData, owner: str) -> int:
     probe = copy.deepcopy(network).eval()
     like = next(iter(probe.parameters()), torch.zeros(()))
     try:
-        with torch.no_grad():
-            output = probe(torch.zeros(2, *data.image_shape, dtype=like.dtype, device=like.device))
-    except (RuntimeError, ValueError, TypeError) as error:
+        output = run(probe, torch.zeros(2, *data.image_shape, dtype=like.dtype, device=like.device))
+    except FusionError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise FusionError(
             f"Expected images with {_input_of(network)}, as {owner} takes, got {shape} from {name}; "
             "choose the data it was trained on (--data)"
         ) from error
-    if output.ndim != 2 or output.shape[1] < data.num_classes:
+    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < data.num_classes:
         raise FusionError(
-            f"Expected at least {data.num_classes} classes for {name}, got output of shape {list(output.shape[1:])} "
+            f"Expected at least {data.num_classes} classes for {name}, got output of shape {_shape(output)} "
             f"from {owner}; choose the data it was trained on (--data)"
         )
     return output.shape[1]
+
+
+def run(network: nn.Module, samples: Tensor) -> Any:
+    """The output of a network that may come from anyone's file.
+
+    A graph in a file can ask for layers without weights that blow an image up to any size; that is seen first.
+
+    Raises:
+        FusionError: An activation would be out of all proportion to the image.
+        Exception: What PyTorch raises for samples that do not fit.
+    """
+    with torch.no_grad():
+        if not isinstance(network, fx.GraphModule):
+            return network(samples)
+        most = min(_LARGEST, _MOST_OF_ONE * samples.numel())
+        blank = copy.deepcopy(network).to("meta")
+        for name, value in observe(blank, samples.to("meta"), {node.name for node in network.graph.nodes}):
+            if isinstance(value, Tensor) and value.numel() > most:
+                raise FusionError(
+                    f"Expected at most {most:,} numbers from each layer for {len(samples)} images, got "
+                    f"{value.numel():,} from {name!r}; choose another network"
+                )
+        # Not called: called, a graph module prints a traceback when it fails.
+        return network.forward(samples)
+
+
+def _shape(output: object) -> Any:
+    return list(output.shape[1:]) if isinstance(output, Tensor) else type(output).__name__
 
 
 def resumes_from(trainer: Trainer) -> Any:

@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from clafusion.errors import FusionError
 from clafusion.storage import describe, restore
-from lightning_modules.checkpoints import read_checkpoint, refuse_classes
+from lightning_modules.checkpoints import PREFIX, not_finite, read_checkpoint, refuse_classes
 from lightning_modules.checks import check_images
 
 Batch = tuple[Tensor, Tensor]
@@ -159,7 +159,17 @@ class ImageClassifier(LightningModule):
         return [optimizer], [schedule]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds how the network was fused, if it was."""
+        """Adds how the network was fused, if it was.
+
+        Raises:
+            FusionError: The training has diverged; the checkpoint before is kept.
+        """
+        name = not_finite(checkpoint["state_dict"])
+        if name is not None:
+            raise FusionError(
+                f"Expected finite weights to save, got NaN or infinity in {name.removeprefix(PREFIX)} after "
+                f"{checkpoint['global_step']} steps: the training has diverged; lower the learning rate and begin anew"
+            )
         if self.fusion is not None:
             checkpoint["fusion"] = self.fusion
 

@@ -18,6 +18,7 @@ from lightning_modules.checkpoints import (
     load_plain,
     local_file,
     read_checkpoint,
+    save_plain,
     write_atomically,
 )
 from lightning_modules.classifier import ImageClassifier
@@ -104,7 +105,7 @@ def convert_file(
     loaded = _load(input)
     if to == "published":
         content = _published(loaded)
-        write_atomically(output, lambda temporary: torch.save(content, temporary))
+        write_atomically(output, lambda temporary: save_plain(content, temporary))
     elif Path(output).suffix == _SAFE:
         save_network(loaded.network, output)
     else:
@@ -123,10 +124,7 @@ def _load(path: str) -> _Loaded:
     if "://" not in path and Path(path).suffix not in (*_PICKLED, _SAFE):
         raise FusionError(f"Expected a file named {_names((*_PICKLED, _SAFE))}, got {path}; rename it if it is one")
     file = local_file(path)
-    try:
-        return _load_safetensors(file) if file.suffix == _SAFE else _load_pickled(file)
-    except RecursionError as error:
-        raise FusionError(f"Expected plain values in {path}, got a container in itself; save it again") from error
+    return _load_safetensors(file) if file.suffix == _SAFE else _load_pickled(file)
 
 
 def _load_safetensors(file: Path) -> _Loaded:

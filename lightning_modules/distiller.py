@@ -9,10 +9,13 @@ from clafusion.distillation import Reduction, check_distillation, distillation_l
 from clafusion.ensemble import Ensemble
 from clafusion.errors import FusionError
 from clafusion.storage import describe
-from lightning_modules.checkpoints import load_fusion, load_parent
+from lightning_modules.checkpoints import load_fusion, load_parent, sha256
 from lightning_modules.checks import check_images, resumes_from
 from lightning_modules.classifier import Batch, ImageClassifier
 from lightning_modules.fusing import load_alike
+
+#: Where a checkpoint keeps the teachers' checksums.
+_TAUGHT_BY = "teachers_sha256"
 
 
 class Distiller(ImageClassifier):
@@ -60,6 +63,8 @@ class Distiller(ImageClassifier):
         self.reduction: Reduction = reduction
         # In a tuple, where no module looks for children: not to be trained, saved, switched to training or counted.
         self._teacher: tuple[nn.Module, ...] = ()
+        #: The teachers' checksums, while training.
+        self._taught_by: list[str] = []
         # Lightning has collected the arguments as they were given; what is saved is plain and canonical.
         architecture = None if self.network is None else describe(self.network)
         self.hparams.update(architecture=architecture, milestones=self.milestones, teachers=self.teachers)
@@ -71,6 +76,7 @@ class Distiller(ImageClassifier):
         super().setup(stage)
         if stage == "fit":
             self._teacher = (self._load_teacher(),)
+            self._taught_by = [sha256(path) for path in self.teachers]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The distillation loss of a batch."""
@@ -81,6 +87,25 @@ class Distiller(ImageClassifier):
         loss = distillation_loss(self(images), target, labels, self.temperature, self.alpha, self.reduction)
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True)
         return loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the teachers' checksums, besides what every classifier adds."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[_TAUGHT_BY] = self._taught_by
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to go on with other teachers than the training began with.
+
+        Raises:
+            FusionError: The file of a teacher is another one.
+        """
+        super().on_load_checkpoint(checkpoint)
+        known = checkpoint.get(_TAUGHT_BY)
+        if self._taught_by and known and known != self._taught_by:
+            raise FusionError(
+                f"Expected the teachers that this training began with, got other ones in {', '.join(self.teachers)}; "
+                "put the files back, or begin anew"
+            )
 
     def teardown(self, stage: str) -> None:
         """Lets the teachers go."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clafusion.errors import FusionError
 from lightning_modules.checkpoints import load_parent, write_atomically
+from lightning_modules.checks import run
 from lightning_modules.outputs import check_new, check_output
 
 # Of the largest logit; other programs add up in another order.
@@ -64,9 +65,10 @@ def _samples(network: nn.Module, shape: Sequence[int], path: str) -> Tensor:
     like = next(network.parameters())
     samples = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(like.dtype)
     try:
-        with torch.no_grad():
-            network(samples)
-    except (RuntimeError, ValueError) as error:
+        run(network, samples)
+    except FusionError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = str(error).partition("\n")[0]
         raise FusionError(f"Expected a shape that {path} takes, got {list(shape)}: {reason}; change --shape") from error
     return samples
@@ -86,7 +88,10 @@ def _export(write: Callable[[nn.Module, Tensor, str], None], network: nn.Module,
 
 
 def _write_program(network: nn.Module, samples: Tensor, path: str) -> None:
-    torch.export.save(torch.export.export(network, (samples,), dynamic_shapes=(_BATCH,)), path)
+    content = io.BytesIO()
+    torch.export.save(torch.export.export(network, (samples,), dynamic_shapes=(_BATCH,)), content)
+    # Not written by PyTorch, which aborts the process where the disk is full.
+    Path(path).write_bytes(content.getbuffer())
 
 
 def _run_program(path: str, samples: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from pytorch_lightning import LightningDataModule, Trainer
 from torch import nn
 
 from clafusion.errors import FusionError
-from lightning_modules.checkpoints import save_checkpoint
+from lightning_modules.checkpoints import Writer, checkpoint_of, save_plain, write_atomically
 from lightning_modules.checks import ImageData
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.progress import Step
@@ -53,6 +53,14 @@ def check_empty(model: ImageClassifier) -> None:
         raise FusionError("Expected no model architecture to fuse into, got one; leave out --model.architecture")
 
 
+def prepared(classifier: ImageClassifier, network: nn.Module, record: dict[str, Any] | None) -> Writer:
+    """What writes a network as an ordinary checkpoint; the arguments are those of `save_as`."""
+    classifier.set_network(network.cpu())
+    classifier.fusion = record
+    content = checkpoint_of(classifier)
+    return lambda path: save_plain(content, path)
+
+
 def save_as(classifier: ImageClassifier, network: nn.Module, record: dict[str, Any] | None, path: str | Path) -> None:
     """Writes a network as an ordinary checkpoint.
 
@@ -65,9 +73,7 @@ def save_as(classifier: ImageClassifier, network: nn.Module, record: dict[str, A
     Raises:
         FusionError: The file cannot be written.
     """
-    classifier.set_network(network.cpu())
-    classifier.fusion = record
-    save_checkpoint(classifier, path)
+    write_atomically(path, prepared(classifier, network, record))
 
 
 def compare(

@@ -26,6 +26,7 @@ def steps(quiet: bool) -> Iterator[Step]:
 
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
+        # Not left to `disable`: before version 15 rich ends what it does not show with an empty line.
         yield lambda words: None
         return
     bar = BarColumn(complete_style=_COLOUR, finished_style=_COLOUR, pulse_style=_COLOUR)

@@ -17,18 +17,19 @@ from clafusion.report import figures as all_figures
 from clafusion.storage import describe
 from lightning_modules.aligning import align_checkpoints, print_alignment
 from lightning_modules.atomic_io import AtomicCheckpointIO
-from lightning_modules.checkpoints import write_text
+from lightning_modules.checkpoints import write_together, writer
 from lightning_modules.checks import ImageData
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.experiment import Scale
 from lightning_modules.fusing import fuse_checkpoints
 from lightning_modules.last_checkpoint import LastCheckpoint
 from lightning_modules.orders import prepare
-from lightning_modules.outputs import check_empty, check_new, check_output, compare, save_as
+from lightning_modules.outputs import check_empty, check_new, check_output, compare, prepared
 from lightning_modules.pictures import Pictures, check_folder, folder_beside
 from lightning_modules.pipeline import run_experiment
 from lightning_modules.progress import steps
 from lightning_modules.reporting import drawn, fusion_report
+from lightning_modules.restoring import CheckedConnector
 from lightning_modules.results import as_json, print_results, write_results
 from lightning_modules.stage_trainers import check_arguments, influences, stage_arguments
 from lightning_modules.transferring import transfer_checkpoint
@@ -88,6 +89,7 @@ class FusionTrainer(Trainer):
             barebones=barebones,
             **kwargs,
         )
+        self._checkpoint_connector = CheckedConnector(self)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = AtomicCheckpointIO()
         if last is not None:
@@ -166,10 +168,9 @@ class FusionTrainer(Trainer):
         if self.is_global_zero:
             text = fusion_report(results) if report else ""
             pictures = Pictures.of(all_figures(text) if figures else {})
-            save_as(model, fused.fusion.model, results, output)
-            write_results(results, record)
-            if report:
-                write_text(page, text)
+            pages = {page: writer(text)} if report else {}
+            checkpoint = prepared(model, fused.fusion.model, results)
+            write_together({path: checkpoint, record: writer(as_json(results)), **pages})
             if figures:
                 pictures.write(folder_beside(page))
                 pictures.log(self.loggers)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from pytorch_lightning import Trainer
@@ -11,13 +12,13 @@ from torch import Tensor, nn
 from clafusion import FusionOptions, average, fuse, map_units, transfer
 from clafusion.errors import FusionError
 from clafusion.transfer import MappingName
-from lightning_modules.checkpoints import load_parent, sha256
+from lightning_modules.checkpoints import load_parent, sha256, write_together, writer
 from lightning_modules.checks import ImageData, check_images
 from lightning_modules.classifier import ImageClassifier
 from lightning_modules.fusing import seeds
-from lightning_modules.outputs import check_empty, check_new, check_output, compare, save_as
+from lightning_modules.outputs import check_empty, check_new, check_output, compare, prepared
 from lightning_modules.progress import steps
-from lightning_modules.results import peak_memory, print_networks, versions, write_results
+from lightning_modules.results import as_json, peak_memory, print_networks, versions
 
 Combine = Literal["none", "average", "transport", "insert"]
 
@@ -151,8 +152,7 @@ def transfer_checkpoint(
         "versions": versions(),
     }
     if trainer.is_global_zero:
-        save_as(model, made["result"], results, output)
-        write_results(results, record)
+        write_together({Path(output): prepared(model, made["result"], results), record: writer(as_json(results))})
         print_networks(results["networks"])
     return results
 

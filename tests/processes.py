@@ -32,6 +32,23 @@ class KillAt(Callback):
             os.killpg(0, signal.SIGKILL)
 
 
+class SignalRank(Callback):
+    """Signals one process of the run before a batch.
+
+    Args:
+        batch: Number of the batch, counted over all epochs.
+        number: Of the signal.
+        rank: Of the process.
+    """
+
+    def __init__(self, batch: int, number: int, rank: int = 0) -> None:
+        self.batch, self.number, self.rank = batch, number, rank
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.fit_loop.total_batch_idx == self.batch and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), self.number)
+
+
 def clafusion(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The command in a folder, in a process group of its own."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PL_", "CLAFUSION_"))}

@@ -602,7 +602,7 @@ BAD_FILES = {
     "number.pt": "Expected model_state_dict in number.pt to be a dict, got int",
     "gap.pt": r"Expected 'fc1.weight', got none; .* \(in gap.pt\)",
     "lightning.ckpt": "Expected the parameters of an MLP, VGG or ResNet by the names .* got none; rename",
-    "loop.pt": "Expected plain values in loop.pt, got a container in itself",
+    "loop.pt": "Expected only tensors and plain values in loop.pt, got containers in containers without end",
 }
 
 

@@ -613,7 +613,7 @@ IMAGES = bytes((0, 0, 8, 3)) + struct.pack(">3I", 2, 3, 4) + bytes(24)
         ("f", b"", "begins with nothing"),
         ("f", IMAGES[:10], "begins with 00000803"),
         ("f", IMAGES[:-1], r"24 values \[2, 3, 4\] in .*f, got 23"),
-        ("f", IMAGES + b"x", "got 25"),
+        ("f", IMAGES + b"x", "got more"),
         ("f", bytes((0, 0, 8, 1)) + IMAGES[4:], "in 3 dimensions, got .*f that begins with 00000801"),
         ("f", bytes((0, 0, 13, 3)) + IMAGES[4:], "unsigned bytes"),
         ("f.gz", gzip.compress(IMAGES)[:-9], "intact file .*f.gz"),

@@ -100,6 +100,17 @@ def test_teachers_come_from_save_network_too_and_in_any_precision(tmp_path):
     make_trainer(tmp_path).fit(make(tmp_path / "teacher.safetensors"), data())
 
 
+def test_a_training_goes_on_with_the_teachers_it_began_with(tmp_path, teacher):
+    make_trainer(tmp_path).fit(make(teacher), data())
+    before, last = teacher.read_bytes(), str(tmp_path / "last.ckpt")
+    assert len(read_checkpoint(last)["teachers_sha256"]) == 1
+    saved(teacher, hidden=[4])
+    with pytest.raises(FusionError, match="Expected the teachers that this training began with, got other ones in .*;"):
+        make_trainer(tmp_path, max_epochs=2).fit(make(teacher), data(), ckpt_path=last, weights_only=True)
+    teacher.write_bytes(before)
+    make_trainer(tmp_path, max_epochs=2).fit(make(teacher), data(), ckpt_path=last, weights_only=True)
+
+
 # --- where the student comes from ---
 
 

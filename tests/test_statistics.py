@@ -6,7 +6,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from clafusion import FusionError, FusionOptions, fuse, statistics, trace
 from clafusion.graph import live_numbers
-from clafusion.statistics import CHUNK, Moments, batch_size, chunks, collect, paired_moments, rows
+from clafusion.memory import CHUNK
+from clafusion.statistics import Moments, batch_size, chunks, collect, paired_moments, rows
 from clafusion.transport import ground_cost
 from tests.helpers import images, mlp, resnet, vectors
 
@@ -71,7 +72,7 @@ def test_streamed_sums_equal_those_of_all_samples_at_once(make, monkeypatch):
     structures = [trace(model, samples[:2]) for model in models]
     pairs = {layer.pre: [(0, 1), (2, 1)] for layer in structures[0].layers}
     streamed = paired_moments(structures, pairs, samples)
-    monkeypatch.setattr(statistics, "chunks", lambda samples, size=CHUNK: (samples,))
+    monkeypatch.setattr(statistics, "chunks", lambda samples: (samples,))
     at_once = paired_moments(structures, pairs, samples)
     assert len(chunks(samples)) == 5 and list(streamed) == list(at_once) and len(streamed) == 2 * len(pairs)
     for key, moments in streamed.items():

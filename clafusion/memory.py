@@ -1,0 +1,61 @@
+"""Fewer samples at once where memory does not suffice for more."""
+
+import gc
+import warnings
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import TypeVar
+
+import torch
+
+from clafusion.errors import FusionError
+
+T = TypeVar("T")
+#: Samples that are run at once on a CPU: activations of one such chunk are all that is ever held.
+CHUNK = 32
+#: With fewer, a chunk of near-equal parts could be too small for an unbiased estimate, which takes four.
+SMALLEST = 8
+_chunk: ContextVar[int] = ContextVar("samples at once", default=CHUNK)
+
+
+def samples_at_once(most: int = CHUNK) -> int:
+    """How many samples to run at once: the given number while memory suffices, at least one."""
+    return max(1, most * _chunk.get() // CHUNK)
+
+
+def within_memory(compute: Callable[[], T]) -> T:
+    """Calls a function; where it runs out of memory once more, with half as many samples at once, and so on.
+
+    Args:
+        compute: What to call; it changes nothing before it has succeeded.
+
+    Raises:
+        FusionError: There is not enough memory even for the smallest number of samples.
+    """
+    size = CHUNK
+    while True:
+        token = _chunk.set(size)
+        try:
+            return compute()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        finally:
+            _chunk.reset(token)
+        # Only here, where the error and with it what it had in hand is gone.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if size == SMALLEST:
+            raise FusionError(
+                f"Expected enough memory to run {SMALLEST} samples at once, got {reason}; use another device, or "
+                "smaller networks"
+            )
+        size //= 2
+        warnings.warn(f"Out of memory; trying again with {size} samples at once", stacklevel=2)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no more memory, on an accelerator or in the machine."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: " in str(error)
