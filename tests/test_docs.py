@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -94,6 +94,8 @@ def option_rows() -> dict[str, dict[str, str]]:
 def _values(hint: Any) -> str:
     if get_origin(hint) is not None and all(isinstance(value, str) for value in get_args(hint)):
         return ", ".join(f"`{value}`" for value in get_args(hint))
+    if hint == int | Literal["agreement"]:
+        return "whole number, or `agreement`"
     return {bool: "`true`, `false`", int: "whole number", float: "number"}.get(hint, "list of numbers, or `null`")
 
 
@@ -133,7 +135,12 @@ def test_what_stands_beside_a_published_setting_is_an_option_and_its_value():
     for option in found:
         FusionOptions(**{"correction": "none", **option})
     named = {name for option in found for name in option}
-    assert named == {field.name for field in fields(FusionOptions)} - {"anchor", "ridge", "anchor_lead"}
+    assert named == {field.name for field in fields(FusionOptions)} - {
+        "anchor",
+        "ridge",
+        "anchor_lead",
+        "memory_budget",
+    }
 
 
 # --- troubleshooting ---
