@@ -23,7 +23,7 @@ from clafusion.statistics import all_finite, as_input, working_precision
 from clafusion.structure import Axis, Layer, Structure, Unit, trace
 
 #: Images and vectors that a check runs; an image has many positions.
-IMAGES, VECTORS = 2, 8
+IMAGES, VECTORS = 1, 8
 #: How far logits may be from what they should be, relative to the largest of them.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 #: How far the shares in a column of a map may be from summing to one.
@@ -106,7 +106,8 @@ def check_maps(balanced: Balanced, maps: Sequence[Maps]) -> None:
 def check_moved(balanced: Balanced, maps: Sequence[Maps], samples: Tensor, options: FusionOptions) -> None:
     """Refuse a parent that is another function once its neurons are permuted.
 
-    They are permuted as its maps say where these are permutations, and otherwise at random.
+    They are permuted as its maps say where these are permutations. Those of the template, whose graph all share, are
+    otherwise permuted at random.
 
     Args:
         balanced: the parents.
@@ -119,7 +120,7 @@ def check_moved(balanced: Balanced, maps: Sequence[Maps], samples: Tensor, optio
     for k, (structure, its_maps) in enumerate(zip(balanced.structures, maps, strict=True)):
         if orders := _orders(structure, its_maps, options):
             _check_permuted(f"parent {k}", structure, graph, orders, its_maps, _few(samples), options)
-        else:
+        elif k == balanced.template:
             orders, shared = _shuffled(structure), replace(options, streams="shared")
             _check_permuted(f"parent {k}", structure, graph, orders, orders, _few(samples), shared)
 
