@@ -251,7 +251,8 @@ def table(results: Iterable[Mapping[str, Any]], part: str) -> str:
     for result in results:
         for name, value in result.get(part, {}).items():
             rows.setdefault(result["experiment"], {}).setdefault(name, []).append(value)
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    columns = sorted(names, key=lambda name: not name.startswith("parent"))
 
     def cell(values: Sequence[float] | None) -> str:
         if not values:
