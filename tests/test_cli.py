@@ -344,10 +344,12 @@ def test_the_installed_command_ends_with_one_line_and_code_2():
 
 
 @pytest.mark.parametrize(
-    "end, code", [(KeyboardInterrupt(), 130), (SIGTERMException(), 143)], ids=["Ctrl-C", "SIGTERM"]
+    "end, name, code",
+    [(KeyboardInterrupt(), "SIGINT", 130), (SIGTERMException(), "SIGTERM", 143)],
+    ids=["Ctrl-C", "SIGTERM"],
 )
 @pytest.mark.parametrize("command", ["fit", "fuse"])
-def test_the_exit_code_of_an_interruption(mlp_checkpoints, monkeypatch, capsys, command, end, code):
+def test_the_exit_code_of_an_interruption(mlp_checkpoints, monkeypatch, capsys, command, end, name, code):
     def interrupted(*_):
         raise end
 
@@ -362,7 +364,7 @@ def test_the_exit_code_of_an_interruption(mlp_checkpoints, monkeypatch, capsys, 
     finally:
         signal.signal(signal.SIGINT, handler)  # Lightning ignores a second one
     assert caught.value.code == code
-    assert capsys.readouterr().err.splitlines()[-1] == "clafusion: interrupted"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"clafusion: ended by {name}; what was saved is kept")
     assert not list(Path.cwd().rglob("*.ckpt"))
 
 

@@ -211,6 +211,7 @@ def test_without_a_list_of_teachers_nothing_is_distilled(teachers):
         Distiller(teachers)
 
 
+@pytest.mark.filterwarnings("ignore:Expected teachers with the 10 classes of DigitsDataModule, got 12:UserWarning")
 def test_unusable_teachers_are_refused_before_training(mlp_checkpoints, tmp_path, teacher):
     deep, _ = mlp_checkpoints
     truncated = tmp_path / "truncated.ckpt"

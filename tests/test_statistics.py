@@ -72,7 +72,7 @@ def test_streamed_sums_equal_those_of_all_samples_at_once(make, monkeypatch):
     structures = [trace(model, samples[:2]) for model in models]
     pairs = {layer.pre: [(0, 1), (2, 1)] for layer in structures[0].layers}
     streamed = paired_moments(structures, pairs, samples)
-    monkeypatch.setattr(statistics, "chunks", lambda samples: (samples,))
+    monkeypatch.setattr(statistics, "chunks", lambda samples, size: (samples,))
     at_once = paired_moments(structures, pairs, samples)
     assert len(chunks(samples)) == 5 and list(streamed) == list(at_once) and len(streamed) == 2 * len(pairs)
     for key, moments in streamed.items():
