@@ -96,9 +96,9 @@ def timed_phases() -> dict[str, float]:
 
 
 def one_at_a_time(
-    structures: Sequence[Structure], pairs: Mapping[str, Sequence[tuple[int, int]]], samples: Tensor
+    structures: Sequence[Structure], pairs: Mapping[str, Sequence[tuple[int, int]]], samples: Tensor, size: int
 ) -> dict[tuple[str, int, int], Moments]:
-    """`paired_moments`, the straightforward way."""
+    """`paired_moments`, the straightforward way, whatever the size of a batch."""
     names = frozenset(name for name, wanted in pairs.items() if wanted)
     stacks: list[dict[str, list[Tensor]]] = [{name: [] for name in names} for _ in structures]
     for structure, stack in zip(structures, stacks, strict=True):
