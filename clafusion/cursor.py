@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import Tensor, fx
 
-from clafusion.graph import needed
+from clafusion.graph import last_uses, needed
 from clafusion.statistics import as_input
 from clafusion.structure import Structure
 
@@ -59,7 +59,7 @@ class Cursor:
         self, known: Mapping[fx.Node, Tensor], wanted: Sequence[fx.Node], plan: Sequence[fx.Node]
     ) -> dict[fx.Node, Tensor]:
         """The outputs of the wanted nodes; what nothing needs any more is dropped on the way."""
-        last_use = {used: node for node in plan for used in node.all_input_nodes}
+        last_use = last_uses(plan)
         self.interpreter.env = dict(known)
         for node in plan:
             self.interpreter.env[node] = self.interpreter.run_node(node)

@@ -86,7 +86,7 @@ def observe(
     interpreter.args_iter = iter([batch])
     nodes = interpreter.graph.nodes
     steps = needed(nodes, [node for node in nodes if node.name in names])
-    last_use = {used: node for node in steps for used in (node, *node.all_input_nodes)}
+    last_use = last_uses(steps)
     for node in steps:
         value = interpreter.env[node] = interpreter.run_node(node)
         for used in {node, *node.all_input_nodes}:
@@ -108,10 +108,15 @@ def needed(nodes: Iterable[fx.Node], wanted: Iterable[fx.Node], known: Collectio
     return [node for node in nodes if node in found]
 
 
+def last_uses(steps: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """After which of the steps each output is not needed any more; what no later one uses, after its own."""
+    return {used: node for node in steps for used in (node, *node.all_input_nodes)}
+
+
 def live_numbers(module: fx.GraphModule) -> int:
     """Numbers of one sample that a captured network holds at once, at most, when each is dropped after its last use."""
     nodes = tensor_nodes(module)
-    last_use = {used: node for node in nodes for used in (node, *node.all_input_nodes)}
+    last_use = last_uses(nodes)
     sizes = {node: math.prod(node.meta["shape"][1:]) for node in nodes}
     alive = most = 0
     for node in nodes:

@@ -15,6 +15,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from clafusion.errors import FusionError
+from clafusion.statistics import all_finite
 from clafusion.storage import load_network, restore
 from lightning_modules.plain_files import Foreign, check_content, check_file
 
@@ -90,7 +91,7 @@ def load_parent(path: str | os.PathLike[str]) -> nn.Module:
 
 def not_finite(state: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor with NaN or infinity; None if there is none."""
-    return next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
+    return next((name for name, tensor in state.items() if not all_finite(tensor)), None)
 
 
 def load_fusion(path: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -42,9 +42,7 @@ def export_file(input: str, output: str, shape: list[int], overwrite: bool = Fal
             f"Expected the packages {' and '.join(_NEEDED)}, got no {missing[0]}; pip install {missing[0]}"
         )
     network = load_parent(input)
-    samples = _samples(network, shape, input)
-    with torch.no_grad():
-        expected = network(samples)
+    samples, expected = _samples(network, shape, input)
     write, read = (_write_onnx, _run_onnx) if path.suffix == ".onnx" else (_write_program, _run_program)
 
     def write_checked(temporary: str) -> None:
@@ -58,20 +56,19 @@ def export_file(input: str, output: str, shape: list[int], overwrite: bool = Fal
     print(f"wrote {output}: takes [samples, {', '.join(map(str, shape))}], and its outputs agree with the network's")
 
 
-def _samples(network: nn.Module, shape: Sequence[int], path: str) -> Tensor:
-    """Three random samples that the network accepts."""
+def _samples(network: nn.Module, shape: Sequence[int], path: str) -> tuple[Tensor, Tensor]:
+    """Three random samples that the network accepts, and what it gives for them."""
     if not shape or min(shape) < 1:
         raise FusionError(f"Expected a shape of numbers from 1, got {list(shape)}; give --shape '[3, 32, 32]'")
     like = next(network.parameters())
     samples = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(like.dtype)
     try:
-        run(network, samples)
+        return samples, run(network, samples)
     except FusionError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = str(error).partition("\n")[0]
         raise FusionError(f"Expected a shape that {path} takes, got {list(shape)}: {reason}; change --shape") from error
-    return samples
 
 
 def _export(write: Callable[[nn.Module, Tensor, str], None], network: nn.Module, samples: Tensor, path: str) -> None:
