@@ -14,8 +14,8 @@ from clafusion.checks import check_inserted
 from clafusion.errors import FusionError
 from clafusion.matching import Alignment, check_shapes, copied_state, match_layers, matched_units
 from clafusion.parameters import load_state, resized, state_of
-from clafusion.statistics import as_input
-from clafusion.structure import Layer, Structure, Unit, trace
+from clafusion.statistics import structure_of
+from clafusion.structure import Layer, Structure, Unit
 
 
 @torch.no_grad()
@@ -46,9 +46,9 @@ def insert_identities(
             from `shallow` as a function (its activations are not ReLU-like).
     """
     example = example_for(shallow) if example is None else example
-    a, b = trace(deep, as_input(example, deep)), trace(shallow, as_input(example, shallow))
+    a, b = structure_of(deep, example), structure_of(shallow, example)
     network = inserted(deep, a, b, alignment, zero_branches)
-    check_inserted(trace(network, as_input(example, network)), b, alignment, example, "the network")
+    check_inserted(structure_of(network, example), b, alignment, example, "the network")
     return network
 
 
@@ -178,7 +178,7 @@ def example_for(model: nn.Module) -> Tensor:
     for size in (32, 64, 128):
         example = torch.randn(2, first.in_channels, size, size, generator=generator)
         try:
-            trace(model, as_input(example, model))
+            structure_of(model, example)
             return example
         except FusionError:
             continue

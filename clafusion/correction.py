@@ -23,8 +23,8 @@ from clafusion.errors import FusionError
 from clafusion.options import FusionOptions
 from clafusion.refit import refit_unit
 from clafusion.rescaling import add_missing_biases, match_moments
-from clafusion.statistics import as_input, batch_size, chunks
-from clafusion.structure import Structure, trace
+from clafusion.statistics import batch_size, chunks, structure_of
+from clafusion.structure import Structure
 from clafusion.targets import Parents
 from clafusion.tracking import tracked
 
@@ -47,7 +47,7 @@ def correct(model: nn.Module, parents: Parents, samples: Tensor, options: Fusion
         return
     if options.correction == "repair":
         add_missing_biases(model)
-    structure = trace(model, as_input(samples[:2], model))
+    structure = structure_of(model, samples)
     count = sum(layer.weighted for layer in structure.layers)
     if options.correction == "refit":  # projection shortcuts together with the branch that they are added to
         count = sum(len(unit.branch) for unit in structure.units)

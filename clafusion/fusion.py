@@ -23,8 +23,8 @@ from clafusion.merging import merged
 from clafusion.options import FusionOptions
 from clafusion.parents import check_parents, template_of, trace_all, with_anchor
 from clafusion.rescaling import add_missing_biases
-from clafusion.statistics import as_input, collect
-from clafusion.structure import Structure, trace
+from clafusion.statistics import collect, structure_of
+from clafusion.structure import Structure
 from clafusion.targets import Parents
 
 #: Per stage and unit of a network, which share of its weight comes from parents that have the unit.
@@ -207,10 +207,10 @@ def _balance(
     deep, shallow = deep_and_shallow(structures, template, k, options)
     if options.balance == "merge":
         network = merged(models[template], deep, shallow, alignment, samples, options.relu).requires_grad_(True)
-        return network, trace(network, as_input(samples[:2], network))
+        return network, structure_of(network, samples)
     zero_branches = options.streams == "per_layer"
     network = inserted(models[template], deep, shallow, alignment, zero_branches).requires_grad_(True)
-    structure = trace(network, as_input(samples[:2], network))
+    structure = structure_of(network, samples)
     check_inserted(structure, shallow, alignment, samples, f"parent {k}")
     stages = zip(deep.stages, alignment, strict=True)
     new = {unit.name for stage, places in stages for place, unit in enumerate(stage) if place not in places}

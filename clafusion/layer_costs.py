@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from clafusion.errors import FusionError
 from clafusion.graph import observe
 from clafusion.similarity import MIN_SAMPLES, cca, cka_from_hsic, gram, hsic
-from clafusion.statistics import Moments, as_input, chunks, collect
-from clafusion.structure import Structure, Unit, trace
+from clafusion.statistics import Moments, as_input, chunks, collect, structure_of
+from clafusion.structure import Structure, Unit
 from clafusion.tracking import tracked
 from clafusion.transport import ground_cost, transport_plan
 
@@ -43,7 +43,7 @@ def layer_costs(
         FusionError: if the networks have other stages, or there are too few samples.
     """
     samples = collect(batches, num_samples)
-    a, b = trace(deep, as_input(samples[:2], deep)), trace(shallow, as_input(samples[:2], shallow))
+    a, b = structure_of(deep, samples), structure_of(shallow, samples)
     check_stages(a, b)
     return list(stage_costs(a, b, samples, range(len(a.stages)), measure, debiased).values())
 

@@ -10,8 +10,8 @@ from clafusion.errors import FusionError
 from clafusion.graph import observe
 from clafusion.matching import Alignment, check_shapes, copied_state, match_layers, matched_units
 from clafusion.parameters import State, load_state, resized, state_of
-from clafusion.statistics import as_input, check_features, chunks, collect
-from clafusion.structure import Structure, Unit, trace
+from clafusion.statistics import as_input, check_features, chunks, collect, structure_of
+from clafusion.structure import Structure, Unit
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def merge_layers(
         FusionError: if the networks do not fit, or a layer to be merged is no Linear with ReLU.
     """
     samples = collect(batches, num_samples)
-    a, b = trace(deep, as_input(samples[:2], deep)), trace(shallow, as_input(samples[:2], shallow))
+    a, b = structure_of(deep, samples), structure_of(shallow, samples)
     return merged(shallow, a, b, alignment, samples, relu)
 
 

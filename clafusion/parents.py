@@ -12,8 +12,8 @@ from clafusion.errors import FusionError
 from clafusion.layer_costs import check_stages
 from clafusion.options import FusionOptions
 from clafusion.parameters import state_of
-from clafusion.statistics import all_finite, as_input, chunks
-from clafusion.structure import Structure, trace
+from clafusion.statistics import all_finite, as_input, chunks, structure_of
+from clafusion.structure import Structure
 
 
 def check_parents(models: Sequence[nn.Module], options: FusionOptions) -> None:
@@ -68,7 +68,7 @@ def with_anchor(models: Sequence[nn.Module], samples: Tensor, options: FusionOpt
 def trace_as(model: nn.Module, samples: Tensor, name: str) -> Structure:
     """`trace` on the first samples; an error says of which network it speaks."""
     try:
-        return trace(model, as_input(samples[:2], model))
+        return structure_of(model, samples)
     except FusionError as error:
         raise FusionError(f"{name}: {error}") from error
 

@@ -14,8 +14,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from clafusion.fusion import Fusion
 from clafusion.report_line import averages, made_at_once
 from clafusion.similarity import MIN_SAMPLES, cka_from_hsic, gram, hsic
-from clafusion.statistics import as_input, chunks, in_step, rows
-from clafusion.structure import Structure, trace
+from clafusion.statistics import chunks, in_step, rows, structure_of
+from clafusion.structure import Structure
 from clafusion.tracking import tracked
 
 #: Height and width of the picture of a map, at most.
@@ -72,7 +72,7 @@ def diagnose(networks: Sequence[nn.Module], parents: Sequence[nn.Module], sample
         >>> [round(value, 6) for value in (*agreement.variance_ratio, *agreement.cka)]
         [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
-    structures = [trace(model, as_input(samples[:2], model)) for model in (*networks, *parents)]
+    structures = [structure_of(model, samples) for model in (*networks, *parents)]
     layers = _observed(structures[0])
     sums = {name: _Sums(len(networks), len(parents)) for name in layers.values()}
     parts = chunks(samples)
@@ -157,11 +157,11 @@ def report_data(fusion: Fusion, models: Sequence[nn.Module], samples: Tensor) ->
     samples = samples[:SAMPLES]
     corrected = fusion.options.correction != "none" and made_at_once(fusion)
     before = next(averages(fusion, samples, [fusion.weights])) if corrected else None
-    template = trace(fusion.balanced[fusion.template], as_input(samples[:2], fusion.model))
+    template = structure_of(fusion.balanced[fusion.template], samples)
     inserted = [_inserted(fusion, k, template) for k in range(len(models))]
     found = diagnose([fusion.model, *([before] if before is not None else [])], fusion.balanced, samples)
     return {
-        "units": [_units(trace(model, as_input(samples[:2], model))) for model in models],
+        "units": [_units(structure_of(model, samples)) for model in models],
         "maps": [{space: map_picture(one) for space, one in maps.items()} for maps in fusion.maps],
         "diagnosis": {
             "samples": len(samples),

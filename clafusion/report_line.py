@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from clafusion.combination import combine
 from clafusion.fusion import Fusion, owners_by_unit
 from clafusion.maps import Balanced
-from clafusion.statistics import as_input, chunks
-from clafusion.structure import trace
+from clafusion.statistics import as_input, chunks, structure_of
 
 #: The shares of the other parent that are measured.
 SHARES = tuple(step / 10 for step in range(11))
@@ -30,7 +29,7 @@ def averages(fusion: Fusion, samples: Tensor, weights: Iterable[Sequence[float]]
         weights: for each average its weight per parent, summing to one.
     """
     options = fusion.options
-    structures = tuple(trace(parent, as_input(samples[:2], parent)) for parent in fusion.balanced)
+    structures = tuple(structure_of(parent, samples) for parent in fusion.balanced)
     owners = owners_by_unit(structures[fusion.template], fusion.template, fusion.alignments, None, options)
     balanced = Balanced(structures, owners, options.anchor_index, fusion.template)
     for shares in weights:

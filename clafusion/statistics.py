@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clafusion.errors import FusionError
 from clafusion.graph import live_numbers, observe
 from clafusion.memory import CHUNK, samples_at_once
-from clafusion.structure import Structure
+from clafusion.structure import Structure, trace
 from clafusion.tracking import tracked
 
 #: Samples run at once on an accelerator, at most: more gain nothing, and on a CPU more than `CHUNK` are slower.
@@ -183,6 +183,16 @@ def in_step(
 def as_input(batch: Tensor, module: nn.Module) -> Tensor:
     """The batch on the device and in the floating dtype of a network."""
     return batch.to(next(module.parameters()))
+
+
+def structure_of(model: nn.Module, samples: Tensor) -> Structure:
+    """`trace`, on as few of the samples as it takes: one.
+
+    Args:
+        model: what `trace` accepts.
+        samples: of any device and floating dtype.
+    """
+    return trace(model, as_input(samples[:1], model))
 
 
 def rows(features: Tensor) -> Tensor:

@@ -296,7 +296,7 @@ REFUSED = {
         r"the same number of classes, got \[4, 4, 4, 7, 4, 4\]; choose others",
     ),
     "inputs": (
-        [mlp([5]), mlp([5], inputs=9)], GOOD, {}, r"parent 1: Expected samples that MLP accepts, got .* \[2, 12\]",
+        [mlp([5]), mlp([5], inputs=9)], GOOD, {}, r"parent 1: Expected samples that MLP accepts, got .* \[1, 12\]",
     ),
     "operation": (
         [mlp([5]), nn.Sequential(nn.Linear(12, 4), nn.LayerNorm(4)).double()], GOOD, {}, "parent 1: .* got LayerNorm",
