@@ -155,6 +155,8 @@ def _fold(models: Sequence[nn.Module], samples: Tensor, weights: Sequence[float]
     if options.correction == "repair":
         # Repairing one step gives its result biases, which the next parent must have as well.
         models = [add_missing_biases(independent_copy(model)) for model in models]
+    # Here all are named as they were given; what is refused later is refused after some of the work.
+    template = template_of(trace_all(models, samples), options)
     anchor = options.anchor_index
     order = [anchor, *(k for k in range(len(models)) if k != anchor)]
     pairwise = replace(options, anchor=0, weights=None)
@@ -163,7 +165,10 @@ def _fold(models: Sequence[nn.Module], samples: Tensor, weights: Sequence[float]
     for k in order[1:]:
         total = share + weights[k]
         pair = [share / total, weights[k] / total] if total else [0.5, 0.5]
-        steps[k] = _fuse_at_once([current, models[k]], samples, pair, pairwise, held)
+        try:
+            steps[k] = _fuse_at_once([current, models[k]], samples, pair, pairwise, held)
+        except FusionError as error:
+            raise FusionError(f"adding parent {k} (parent 1 here) to the result so far (parent 0): {error}") from error
         current, share, held = steps[k].model, total, _held(steps[k], held)
     first, last = steps[order[1]], steps[order[-1]]
 
@@ -173,7 +178,7 @@ def _fold(models: Sequence[nn.Module], samples: Tensor, weights: Sequence[float]
     return replace(
         last, balanced=gathered("balanced"), alignments=gathered("alignments"), layer_costs=gathered("layer_costs"),
         maps=gathered("maps"), costs=gathered("costs"), weights=tuple(weights), options=options,
-        template=template_of(trace_all(models, samples), options),
+        template=template,
     )  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 """More than two parents, one after another or all at once: each has the share that was asked for, in every layer."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
-from clafusion import FusionOptions, fuse, networks
+from clafusion import FusionError, FusionOptions, fuse, networks
 from clafusion.fusion import _held, owners_by_unit
 from clafusion.maps import Balanced
 from clafusion.structure import trace
@@ -131,6 +132,14 @@ def test_any_mix_of_depths_and_widths_one_after_another(correction):
     six = [mlp(hidden, seed) for seed, hidden in enumerate(([9, 8], [7], [9, 8, 7], [5, 5], [6, 5, 4], [8]))]
     fusion = fuse(six, [vectors(60)], FusionOptions(many="iterative", correction=correction, anchor=3))
     assert fusion.model.architecture["hidden"][0] == 5 and len(fusion.model.architecture["hidden"]) == 3
+
+
+def test_an_error_names_the_parent_as_it_was_given():
+    parents, batches, options = [mlp([6, 6], seed) for seed in range(3)], [vectors(20)], plain(many="iterative")
+    with pytest.raises(FusionError, match=r"^adding parent 3 \(parent 1 here\).*: Expected parents of equal widths"):
+        fuse([*parents, mlp([6, 5])], batches, replace(options, combine="average"))
+    with pytest.raises(FusionError, match="^parent 3: Expected samples"):
+        fuse([*parents, mlp([6, 6], inputs=5)], batches, options)
 
 
 def test_what_an_average_holds_of_a_unit_is_the_share_of_those_that_have_it():
