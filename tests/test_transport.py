@@ -4,7 +4,7 @@ import ot
 import pytest
 import torch
 
-from clafusion import FusionError, transport_map
+from clafusion import FusionError, FusionOptions, transport_map
 from clafusion.statistics import Moments
 from clafusion.transport import as_map, gromov_plan, ground_cost, transport_plan
 
@@ -35,6 +35,8 @@ def test_euclidean_cost_is_the_distance_of_the_feature_vectors():
     expected = torch.cdist(x.T, y.T)
     assert torch.allclose(ground_cost(Moments.of(x, y), "euclidean"), expected, atol=1e-10)
     assert torch.allclose(ground_cost(Moments.of(x, y), "euclidean", squared=True), expected**2, atol=1e-10)
+    near = torch.cdist(x.T, x.T + 1e-3)
+    assert torch.allclose(ground_cost(Moments.of(x, x + 1e-3), "euclidean"), near, atol=1e-6)
 
 
 def test_correlation_and_cosine_costs_are_what_they_say():
@@ -74,6 +76,13 @@ def test_a_neuron_that_does_not_vary_is_at_distance_one_from_all(constant, scale
     cost = ground_cost(Moments.of(x, y))
     assert torch.equal(cost[0], torch.ones(4).double()) and torch.equal(cost[:, 1], torch.ones(3).double())
     assert ((cost - 1).abs()[1:, [0, 2, 3]] > 1e-6).all()
+
+
+def test_the_rounding_of_many_constants_is_no_variance():
+    """Some are rounded up, some down."""
+    constants = torch.logspace(-3, 3, 200, dtype=torch.float64).expand(300, 200)
+    cost = ground_cost(Moments.of(constants, constants))
+    assert torch.equal(cost, torch.ones_like(cost))
 
 
 def test_a_neuron_that_varies_little_is_still_compared():
@@ -203,6 +212,14 @@ def test_the_cost_may_be_of_any_float_type_and_is_left_as_it_is():
 def test_refuses_costs_that_are_not_finite_matrices(cost):
     with pytest.raises(FusionError, match=r"Expected a finite cost matrix \[n, m\]"):
         transport_map(cost)
+
+
+@pytest.mark.parametrize("solver", ["sinkhorn", "unbalanced"])
+def test_without_regularisations_it_uses_those_of_the_options(solver):
+    cost, options = random_cost(5, 8), FusionOptions()
+    expected = transport_plan(cost, solver, None, options.regularization, options.marginal_regularization)
+    assert torch.equal(transport_plan(cost, solver), expected)
+    assert torch.equal(transport_map(cost, solver), as_map(expected))
 
 
 def test_refuses_unknown_solvers():
