@@ -103,6 +103,50 @@ def test_an_inserted_block_can_wake_unless_it_is_to_be_as_published(zero_branche
         assert bool(block.conv1.weight.any()) != zero_branches
 
 
+def test_an_inserted_block_is_as_wide_inside_as_the_block_before_it():
+    deep, shallow = resnet([3], width=8), resnet([2], 1, width=[4])
+    network = insert_identities(shallow, deep, [(0,), (0, 2), (0,)])
+    assert network.layer1[1].conv1.weight.shape == network.layer1[0].conv1.weight.shape == (4, 4, 3, 3)
+
+
+def test_an_inserted_layer_is_as_wide_as_what_it_is_given():
+    deep, shallow, example = mlp([9, 8, 7, 6]), mlp([5, 4], 1), vectors(9)
+    network = insert_identities(shallow, deep, [(0, 3), (0,)], example)
+    assert network.architecture["hidden"] == [5, 5, 5, 4]
+
+
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize("groups", [1, 6])
+def test_identities_of_other_kernels_and_of_depthwise_convolutions_are_exact(size, groups):
+    def network(depth, seed):
+        def layers(groups):
+            return [nn.Conv2d(6, 6, size, padding=size // 2, groups=groups), nn.ReLU()]
+
+        first = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU()]
+        body = [layer for _ in range(depth) for layer in (*layers(groups), *layers(1))]
+        return helpers.randomised(nn.Sequential(*first, *body, nn.Flatten(), nn.Linear(384, 4)), seed)
+
+    deep, shallow, example = network(3, 0), network(1, 1), images(4, 8)
+    alignment = [(*range(depth - 1), len(stage) - 1) for depth, stage in zip(
+        map(len, trace(shallow, example).stages), trace(deep, example).stages, strict=True)]  # fmt: skip
+    found = insert_identities(shallow, deep, alignment, example)
+    assert relative_error(found, shallow, example) < 1e-12
+
+
+@pytest.mark.parametrize("size", [32, 64, 128, 224])
+def test_samples_are_made_up_in_the_size_that_a_network_takes(size):
+    def network(depth, seed):
+        layers = [layer for _ in range(depth) for layer in (nn.Conv2d(2, 2, 1), nn.ReLU())]
+        first = [nn.Conv2d(3, 2, 8, 8), nn.ReLU()]
+        return helpers.randomised(
+            nn.Sequential(*first, *layers, nn.Flatten(), nn.Linear(2 * (size // 8) ** 2, 3)), seed
+        )
+
+    deep, shallow, example = network(2, 0), network(1, 1), images(2, size)
+    found = insert_identities(shallow, deep, [(0, 2), (0,)])
+    assert relative_error(found, shallow, example) < 1e-12
+
+
 def test_a_branch_that_ends_in_a_norm_is_closed_by_the_norm():
     network = insert_identities(
         resnet([1], 1, batch_norm=True, bias=True), resnet([2], batch_norm=True, bias=True), [(0,), (0,), (0,)]
