@@ -52,9 +52,7 @@ def insert_identities(
     return network
 
 
-def inserted(
-    deep: nn.Module, a: Structure, b: Structure, alignment: Alignment, zero_branches: bool = False
-) -> nn.Module:
+def inserted(deep: nn.Module, a: Structure, b: Structure, alignment: Alignment, zero_branches: bool) -> nn.Module:
     """`insert_identities` from structures, without the check of the function."""
     partners = matched_units(a, b, alignment)
     for unit in a.units:
@@ -83,9 +81,10 @@ def _inserted_sizes(a: Structure, b: Structure, partners: Mapping[str, Unit]) ->
             # An inserted block is as wide inside as the shallow network's block before it (or after, if there is none).
             model = partners.get(unit.name, known[0])
             known = [model] if unit.name in partners else known
-            for layer, theirs in match_layers(unit, model) if unit.kind == "residual" or unit.name in partners else ():
-                sizes.setdefault(layer.space, b.sizes[theirs.space])
-            if unit.kind == "plain" and unit.name not in partners:
+            if unit.kind == "residual" or unit.name in partners:
+                for layer, theirs in match_layers(unit, model):
+                    sizes.setdefault(layer.space, b.sizes[theirs.space])
+            else:
                 sizes.setdefault(unit.output.space, sizes[_input_space(a, unit)])
     return sizes
 
