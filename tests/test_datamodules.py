@@ -714,7 +714,7 @@ def evil_pickles(target: Path) -> dict[str, bytes]:
 
 REASONS = {
     "eval": "it names builtins.eval",
-    "open": "it names io.open",
+    "open": "io.open, which such a file does not need",  # of the module _io since Python 3.13
     "dotted": "it names numpy.dtype.__base__",
     "submodule": "it names numpy.core.multiarray.sys.modules",
     "object dtype": "its arrays are of type O8",

@@ -1,5 +1,6 @@
 """The documentation: what it shows runs, its table of options is that of the code, and the site builds."""
 
+import inspect
 import re
 import shlex
 import subprocess
@@ -72,7 +73,7 @@ def test_the_test_of_the_pages_can_fail():
 
 def option_rows() -> dict[str, dict[str, str]]:
     """What the table must say about each option, from the code: every column but `effect`."""
-    documented = re.split(r"\n {8}(?=\w+: )", (FusionOptions.__doc__ or "").partition("Attributes:")[2])[1:]
+    documented = re.split(r"\n {4}(?=\w+: )", (inspect.getdoc(FusionOptions) or "").partition("Attributes:")[2])[1:]
     meanings = {}
     for entry in documented:
         name, _, text = entry.partition("\n\n")[0].partition(": ")

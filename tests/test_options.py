@@ -1,6 +1,7 @@
 """The options: plain values, each checked when they are made."""
 
 import dataclasses
+import inspect
 import json
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -22,8 +23,9 @@ def test_the_promised_fields_are_there():
 
 
 def test_every_field_is_documented():
+    documented = inspect.getdoc(FusionOptions)
     for name in HINTS:
-        assert f"        {name}: " in FusionOptions.__doc__
+        assert f"    {name}: " in documented
 
 
 def test_options_are_frozen():
