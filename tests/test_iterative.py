@@ -134,6 +134,16 @@ def test_any_mix_of_depths_and_widths_one_after_another(correction):
     assert fusion.model.architecture["hidden"][0] == 5 and len(fusion.model.architecture["hidden"]) == 3
 
 
+@pytest.mark.parametrize("anchor", [0, 1, 2])
+def test_what_is_told_of_each_parent_is_of_that_parent(anchor):
+    parents, samples = [mlp([6] * depth, seed) for seed, depth in enumerate((2, 3, 2))], vectors(20)
+    fusion = fuse(parents, [samples], plain(many="iterative", anchor=anchor))
+    for k, parent in enumerate(parents):
+        assert bool(fusion.maps[k]) == bool(fusion.costs[k]) == (k != anchor)
+        assert [len(places) for places in fusion.alignments[k]] == [len(s) for s in trace(parent, samples).stages]
+        assert relative_error(fusion.balanced[k], parent, samples) < 1e-12
+
+
 def test_an_error_names_the_parent_as_it_was_given():
     parents, batches, options = [mlp([6, 6], seed) for seed in range(3)], [vectors(20)], plain(many="iterative")
     with pytest.raises(FusionError, match=r"^adding parent 3 \(parent 1 here\).*: Expected parents of equal widths"):
