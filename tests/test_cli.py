@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from pytorch_lightning.utilities.exceptions import SIGTERMException
+from rich.console import Console
 from rich.progress import Progress
 
 import cli
@@ -154,11 +155,11 @@ def test_fuse_prints_json_or_nothing_on_demand(mlp_checkpoints, capsys):
 
 
 def test_steps_are_shown_on_a_terminal_only(monkeypatch, capsys):
-    for terminal, quiet in (("1", False), ("1", True), ("0", False)):
-        monkeypatch.setenv("TTY_COMPATIBLE", terminal)
+    for terminal, quiet in ((True, False), (True, True), (False, False)):
+        monkeypatch.setattr(Console, "is_terminal", terminal)
         with steps(quiet) as step:
             step("fusing 2 networks")
-        assert ("fusing 2 networks" in capsys.readouterr().err) == (terminal == "1" and not quiet)
+        assert ("fusing 2 networks" in capsys.readouterr().err) == (terminal and not quiet)
 
 
 def test_a_bar_shows_how_far_a_fusion_is(mlp_checkpoints, monkeypatch):
@@ -168,7 +169,7 @@ def test_a_bar_shows_how_far_a_fusion_is(mlp_checkpoints, monkeypatch):
     monkeypatch.setattr(
         Progress, "update", lambda self, *_, **new: shown.append(new["count"]) or update(self, *_, **new)
     )
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setattr(Console, "is_terminal", True)
     run(*fuse_arguments(mlp_checkpoints))
     assert shown[0] == "fusing 2 networks"
     for words, layers in (("matching neurons", 4), ("refitting layers", 5)):
