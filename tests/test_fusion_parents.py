@@ -332,6 +332,10 @@ REFUSED = {
 }  # fmt: skip
 
 
+def test_two_samples_are_enough():
+    assert fuse([mlp([5]), mlp([5], 1)], [vectors(2)], plain()).num_samples == 2
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses_by_name(case):
     models, batches, options, message = REFUSED[case]
