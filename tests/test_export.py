@@ -40,6 +40,8 @@ def need_onnx(suffix: str) -> None:
     if suffix == ".onnx":
         pytest.importorskip("onnx")
         pytest.importorskip("onnxscript")
+        if torch.__version__.startswith("2.6."):
+            pytest.skip("PyTorch 2.6 does not go with the onnxscript of today")
 
 
 @pytest.mark.slow
