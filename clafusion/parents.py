@@ -66,7 +66,7 @@ def with_anchor(models: Sequence[nn.Module], samples: Tensor, options: FusionOpt
 
 
 def trace_as(model: nn.Module, samples: Tensor, name: str) -> Structure:
-    """`trace` on the first samples; an error says of which network it speaks."""
+    """`structure_of`; an error says of which network it speaks."""
     try:
         return structure_of(model, samples)
     except FusionError as error:

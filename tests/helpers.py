@@ -83,6 +83,15 @@ def vectors(count: int, features: int = 12, seed: int = 0) -> Tensor:
     return torch.randn(count, features, generator=torch.Generator().manual_seed(seed)).double()
 
 
+_NORMED = {"bias": True, "batch_norm": True}
+#: By name how to make two networks of unequal depth, with norms, and samples for them.
+NORMED_PAIRS = {
+    "mlp": (lambda: [mlp([9, 8, 7], 0, **_NORMED), mlp([8, 7], 1, **_NORMED)], vectors(90)),
+    "resnet": (lambda: [resnet([2, 1], 0, **_NORMED), resnet([1, 1], 1, width=5, **_NORMED)], images(40, 8)),
+}
+CORRECTIONS = ["none", "rescale", "repair", "refit"]
+
+
 def permuted(
     model: nn.Module, example: Tensor, seed: int = 0, rebuild: Callable[[], nn.Module] | None = None
 ) -> tuple[nn.Module, dict[str, Tensor]]:

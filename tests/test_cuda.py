@@ -10,23 +10,17 @@ from clafusion import FusionOptions, fuse
 from clafusion.statistics import as_input
 from lightning_modules import load_parent
 from lightning_modules.checkpoints import load_fusion
-from tests.helpers import images, largest_difference, mlp, relative_error, resnet, vectors
+from tests.helpers import CORRECTIONS, NORMED_PAIRS, largest_difference, relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 
 DEVICE = "cuda"
-NORMED = {"bias": True, "batch_norm": True}
-CASES = {
-    "mlp": (lambda: [mlp([9, 8, 7], 0, **NORMED), mlp([8, 7], 1, **NORMED)], vectors(90)),
-    "resnet": (lambda: [resnet([2, 1], 0, **NORMED), resnet([1, 1], 1, width=5, **NORMED)], images(40, 8)),
-}
-CORRECTIONS = ["none", "rescale", "repair", "refit"]
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", NORMED_PAIRS)
 def test_fusing_gives_what_the_cpu_gives(case, correction):
-    make, samples = CASES[case]
+    make, samples = NORMED_PAIRS[case]
     options, models = FusionOptions(correction=correction), make()
     expected = fuse(models, [samples], options).model
     fusion = fuse([copy.deepcopy(model).to(DEVICE) for model in models], [samples], options)
@@ -38,9 +32,9 @@ def test_fusing_gives_what_the_cpu_gives(case, correction):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)], ids=str
 )
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", NORMED_PAIRS)
 def test_every_precision_comes_near_double(case, dtype, tolerance):
-    make, samples = CASES[case]
+    make, samples = NORMED_PAIRS[case]
     parents = [model.to(DEVICE, dtype) for model in make()]
     found = fuse(parents, [samples]).model
     expected = fuse([model.double() for model in parents], [samples]).model
@@ -48,7 +42,7 @@ def test_every_precision_comes_near_double(case, dtype, tolerance):
 
 
 def test_a_small_budget_of_memory_changes_nothing_but_rounding():
-    make, samples = CASES["resnet"]
+    make, samples = NORMED_PAIRS["resnet"]
     parents = [model.to(DEVICE) for model in make()]
     found, expected = (fuse(parents, [samples], FusionOptions(memory_budget=budget)).model for budget in (1, 1024))
     assert relative_error(found, expected, as_input(samples, expected)) < 1e-9

@@ -714,7 +714,7 @@ def evil_pickles(target: Path) -> dict[str, bytes]:
 
 REASONS = {
     "eval": "it names builtins.eval",
-    "open": "io.open, which such a file does not need",  # of the module _io since Python 3.13
+    "open": f"it names {open.__module__}.open",  # io, and since Python 3.13 _io
     "dotted": "it names numpy.dtype.__base__",
     "submodule": "it names numpy.core.multiarray.sys.modules",
     "object dtype": "its arrays are of type O8",

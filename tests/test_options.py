@@ -25,7 +25,7 @@ def test_the_promised_fields_are_there():
 def test_every_field_is_documented():
     documented = inspect.getdoc(FusionOptions)
     for name in HINTS:
-        assert f"    {name}: " in documented
+        assert f"\n    {name}: " in documented
 
 
 def test_options_are_frozen():

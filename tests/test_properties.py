@@ -12,7 +12,7 @@ from clafusion import FusionOptions, fuse, insert_identities, trace
 from clafusion.graph import observe
 from clafusion.statistics import Moments, paired_moments, rows
 from tests.architectures import CLASSES, architectures, flags, pairs
-from tests.helpers import permuted, relative_error
+from tests.helpers import CORRECTIONS, permuted, relative_error
 
 pytestmark = pytest.mark.filterwarnings(
     # Networks of a few neurons on a few samples: a layer may be refit from fewer observations than it has unknowns.
@@ -20,7 +20,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Expected every norm directly behind:UserWarning",
 )
 SAMPLES = 48
-CORRECTIONS = ("none", "rescale", "repair", "refit")
 
 
 def tried(count: int):

@@ -7,20 +7,13 @@ import torch
 
 from clafusion import FusionOptions, fuse, statistics
 from clafusion.statistics import as_input
-from tests.helpers import images, largest_difference, mlp, relative_error, resnet, vectors
-
-NORMED = {"bias": True, "batch_norm": True}
-CASES = {
-    "mlp": (lambda: [mlp([9, 8, 7], 0, **NORMED), mlp([8, 7], 1, **NORMED)], vectors(90)),
-    "resnet": (lambda: [resnet([2, 1], 0, **NORMED), resnet([1, 1], 1, width=5, **NORMED)], images(40, 8)),
-}
-CORRECTIONS = ["none", "rescale", "repair", "refit"]
+from tests.helpers import CORRECTIONS, NORMED_PAIRS, largest_difference, relative_error
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", NORMED_PAIRS)
 def test_the_size_of_the_batches_makes_no_difference_at_all(case, correction):
-    make, samples = CASES[case]
+    make, samples = NORMED_PAIRS[case]
     options, models = FusionOptions(correction=correction), make()
     expected = fuse(models, [samples], options).model
     for size in (1, 7, 32):
@@ -29,9 +22,9 @@ def test_the_size_of_the_batches_makes_no_difference_at_all(case, correction):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
 @pytest.mark.parametrize("correction", CORRECTIONS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", NORMED_PAIRS)
 def test_nor_does_how_many_samples_are_run_at_once(case, correction, dtype, tolerance, monkeypatch):
-    make, samples = CASES[case]
+    make, samples = NORMED_PAIRS[case]
     models, options = [model.to(dtype) for model in make()], FusionOptions(correction=correction)
     expected = fuse(models, [samples], options).model
     monkeypatch.setattr(statistics, "CHUNK", 13)
@@ -40,9 +33,9 @@ def test_nor_does_how_many_samples_are_run_at_once(case, correction, dtype, tole
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", NORMED_PAIRS)
 def test_nor_does_the_number_of_threads(case, correction):
-    make, samples = CASES[case]
+    make, samples = NORMED_PAIRS[case]
     models, options = [model.float() for model in make()], FusionOptions(correction=correction)
     found = []
     for threads in (1, 2):
@@ -59,10 +52,10 @@ PRECISIONS = [(torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 5e-
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS, ids=str)
 @pytest.mark.parametrize("correction", CORRECTIONS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", NORMED_PAIRS)
 def test_every_precision_comes_near_double(case, correction, dtype, tolerance):
     """Half precision rounds what the parents compute, and the result; the sums are float64 all the same."""
-    make, samples = CASES[case]
+    make, samples = NORMED_PAIRS[case]
     parents, options = [model.to(dtype) for model in make()], FusionOptions(correction=correction)
     found = fuse(parents, [samples], options).model
     expected = fuse([model.double() for model in parents], [samples], options).model
@@ -71,7 +64,7 @@ def test_every_precision_comes_near_double(case, correction, dtype, tolerance):
 
 
 def test_samples_may_be_of_another_precision_than_the_networks():
-    make, samples = CASES["mlp"]
+    make, samples = NORMED_PAIRS["mlp"]
     parents = [model.float() for model in make()]
     expected = fuse(parents, [samples.bfloat16().float()]).model
     assert largest_difference(fuse(parents, [samples.bfloat16()]).model, expected) == 0
@@ -79,7 +72,7 @@ def test_samples_may_be_of_another_precision_than_the_networks():
 
 @pytest.mark.parametrize("options", [FusionOptions(seed=5), FusionOptions(mapping="random", seed=7)])
 def test_the_summary_has_all_that_a_repetition_needs(options):
-    make, samples = CASES["mlp"]
+    make, samples = NORMED_PAIRS["mlp"]
     fusion = fuse(make(), [samples], options)
     summary = json.loads(json.dumps(fusion.summary(), allow_nan=False))
     assert summary["options"]["seed"] == options.seed

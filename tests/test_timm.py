@@ -60,8 +60,10 @@ def test_these_are_understood_with_their_norms_apart(name, split_norms):
 def test_these_are_refused_by_name(name, reason, split_norms):
     network = split_norms(made(name))
     size = network.default_cfg["input_size"][1] if network.default_cfg.get("fixed_input_size") else 64
-    # Attention cannot even be traced by PyTorch 2.6.
-    with pytest.raises(FusionError, match=f"{re.escape(reason.strip('`'))}|Expected a network that torch.fx can trace"):
+    expected = reason.strip("`")
+    if name.startswith("vit") and torch.__version__.startswith("2.6."):
+        expected = "Expected a network that torch.fx can trace"  # it cannot trace attention yet
+    with pytest.raises(FusionError, match=re.escape(expected)):
         trace(network, torch.randn(2, 3, size, size))
 
 
