@@ -1,4 +1,4 @@
-"""What the benchmarks share: fresh processes, CPU seconds and peak memory, tables and plots."""
+"""What the benchmarks share: fresh processes, seconds and peak memory, tables and plots."""
 
 import gc
 import json
@@ -29,28 +29,38 @@ def case_of_this_process() -> dict[str, Any] | None:
     return json.loads(sys.argv[2]) if sys.argv[1:2] == ["--case"] else None
 
 
-def cpu_seconds(function: Callable[[], object]) -> float:
-    """CPU seconds of this process in one call: what a busy neighbour does hardly touches them.
+def now(device: str = "cpu") -> float:
+    """A clock: CPU seconds of this process, which a busy neighbour hardly touches; on a GPU seconds, work done."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(function: Callable[[], object], device: str = "cpu") -> float:
+    """Seconds of one call, as `now` tells them.
 
     What the imports left to collect (0.12 s for PyTorch) is collected before, as it would fall on whatever runs first.
     """
     gc.collect()
-    start = time.process_time()
+    start = now(device)
     function()
-    return time.process_time() - start
+    return now(device) - start
 
 
-def fastest(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The least CPU seconds of each function, called by turns, so that a slow minute falls on all of them."""
+def fastest(functions: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, float]:
+    """The least seconds of each function, called by turns, so that a slow minute falls on all of them."""
     found = dict.fromkeys(functions, math.inf)
     for _ in range(rounds):
         for name, function in functions.items():
-            found[name] = min(found[name], cpu_seconds(function))
+            found[name] = min(found[name], seconds(function, device))
     return found
 
 
-def peak_mib() -> float:
-    """The most memory that this process has had so far (Linux)."""
+def peak_mib(device: str = "cpu") -> float:
+    """The most memory that this process has had so far (Linux), or that a GPU has held for it."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**20
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
@@ -72,7 +82,8 @@ def print_machine() -> None:
     model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     name = model[0].partition(": ")[2] if model else platform.machine()
     torch.set_num_threads(1)
-    print(f"{date.today()}, {name}, one thread, torch {torch.__version__}")
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    print(f"{date.today()}, {name}, one thread{gpu}, torch {torch.__version__}")
 
 
 def plot(path: str, title: str, x: str, y: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:

@@ -7,6 +7,8 @@ process of one thread and without worker processes. Both `torchvision` rows do t
 as in most recipes, and on uint8 tensors with `torchvision.transforms.v2`.
 """
 
+from collections.abc import Callable
+
 import torch
 from common import fastest, print_machine, print_table
 from torch import Tensor
@@ -64,53 +66,52 @@ def ours(augment: bool) -> RandomImages:
     return module
 
 
-def pass_over(module: RandomImages) -> None:
+def pass_over(module: RandomImages, device: str) -> None:
     """One epoch, as the trainer goes through it."""
     generator = torch.Generator().manual_seed(0) if module.augment else None
     for images, _ in module.train_dataloader():
-        module.preprocess(images, generator)
+        module.preprocess(images.to(device, non_blocking=True), generator)
 
 
-def theirs(images: ImageSet, pil: bool, augment: bool) -> DataLoader:
+def theirs(images: ImageSet, pil: bool, augment: bool, workers: int = 0) -> DataLoader:
     """The transforms of torchvision in a DataLoader."""
+    more = {"num_workers": workers, "persistent_workers": True} if workers else {}
     if pil:
         chosen = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()] if augment else []
         transform = transforms.Compose([*chosen, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-        return DataLoader(Single(images, transform, pil), BATCH, shuffle=True)
+        return DataLoader(Single(images, transform, pil), BATCH, shuffle=True, **more)  # type: ignore[arg-type]
     chosen = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if augment else []
     scaled = v2.Compose([*chosen, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-    return DataLoader(Single(images, scaled, pil), BATCH, shuffle=True)
+    return DataLoader(Single(images, scaled, pil), BATCH, shuffle=True, **more)  # type: ignore[arg-type]
 
 
-def main(few: int = 5_000) -> None:
-    """The table; torchvision's rows go over `few` images, which is enough to know their speed."""
+def compared(augment: bool, few: int, device: str = "cpu", workers: int = 0) -> list[dict[str, object]]:
+    """Rows of the table; torchvision's go over `few` images, which is enough to know their speed."""
+    module, some = ours(augment), images_of(few)
+    with_workers = f", {workers} workers" if workers else ""
+    loaders = {
+        f"torchvision, PIL{with_workers}": theirs(some, True, augment, workers),
+        f"torchvision, v2 on tensors{with_workers}": theirs(some, False, augment, workers),
+    }
+
+    def pass_over_theirs(loader: DataLoader) -> Callable[[], None]:
+        return lambda: [images.to(device) for images, _ in loader] and None
+
+    passes = {"here": lambda: pass_over(module, device)}
+    passes |= {name: pass_over_theirs(loader) for name, loader in loaders.items()}
+    found = fastest(passes, rounds=3, device=device)
+    speeds = {name: (SIZE if name == "here" else few) / value for name, value in found.items()}
+    first = {"crop and flip": "yes" if augment else "no"}
+    unit = "images per CPU second" if device == "cpu" else "images per second"
+    return [
+        {**first, "": name, unit: speed, "here is faster by": speeds["here"] / speed} for name, speed in speeds.items()
+    ]
+
+
+def main() -> None:
+    """The table."""
     print_machine()
-    some = images_of(few)
-    rows = []
-    for augment in (True, False):
-        module = ours(augment)
-        loaders = {
-            "torchvision, PIL": theirs(some, True, augment),
-            "torchvision, v2 on tensors": theirs(some, False, augment),
-        }
-        seconds = fastest(
-            {
-                "here": lambda module=module: pass_over(module),
-                **{name: lambda loader=loader: sum(1 for _ in loader) for name, loader in loaders.items()},
-            },
-            rounds=3,
-        )
-        speeds = {name: (SIZE if name == "here" else few) / value for name, value in seconds.items()}
-        rows += [
-            {
-                "crop and flip": "yes" if augment else "no",
-                "": name,
-                "images per CPU second": speed,
-                "here is faster by": speeds["here"] / speed,
-            }
-            for name, speed in speeds.items()
-        ]
-    print_table("One epoch of batches of 128", rows)
+    print_table("One epoch of batches of 128", [*compared(True, 5_000), *compared(False, 5_000)])
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ layer too, stacks all features in double precision and compares them then.
 
 import json
 import sys
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from common import case_of_this_process, cpu_seconds, in_fresh_process, peak_mib, plot, print_machine, print_table
+from common import case_of_this_process, in_fresh_process, now, peak_mib, plot, print_machine, print_table, seconds
 from torch import Tensor
 
 from clafusion import FusionOptions, fuse, fusion, maps, networks
@@ -27,6 +27,8 @@ from clafusion.structure import Structure
 PAIRS = {"ResNet34 + ResNet18": ["resnet34", "resnet18"], "VGG13_doub + VGG11_half": ["vgg13_doub", "vgg11_half"]}
 #: Processes for each row of the first table.
 ROUNDS = 3
+#: Samples that the bare networks run at once.
+BATCH = {"cpu": 32, "cuda": 256}
 #: What the phases of `fuse` are called where its modules look them up.
 PHASES = {
     "trace": (fusion, "trace_all"),
@@ -47,33 +49,42 @@ def options_of(name: str, num_samples: int) -> FusionOptions:
 
 @torch.no_grad()
 def measure(
-    models: Sequence[str], samples: int, options: str, slow: bool = False, compare: bool = False
+    models: Sequence[str],
+    samples: int,
+    options: str,
+    slow: bool = False,
+    compare: bool = False,
+    device: str = "cpu",
+    warm: bool = False,
 ) -> dict[str, Any]:
-    """One case in this process."""
+    """One case in this process; `warm`: not for the first time, as the first time a GPU's libraries are loaded."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    parents = [networks.build({"name": name, "num_classes": 10}).eval() for name in models]
-    images = torch.randn(samples, 3, 32, 32)
+    parents = [networks.build({"name": name, "num_classes": 10}).eval().to(device) for name in models]
+    images = torch.randn(samples, 3, 32, 32).to(device)
     for parent in parents:
         parent(images[:2])
 
     def bare() -> None:
         for parent in parents:
-            for batch in images.split(32):
+            for batch in images.split(BATCH[device]):
                 parent(batch)
 
-    seconds = {"bare": cpu_seconds(bare)}
-    before = peak_mib()
-    phases = timed_phases()
-    found: list[Any] = []
     chosen = options_of(options, samples)
-    if slow:
-        with_straightforward(lambda: found.append(fuse(parents, [images], chosen)), seconds)
-    else:
-        seconds["fuse"] = cpu_seconds(lambda: found.append(fuse(parents, [images], chosen)))
-    after = peak_mib()
-    result = {**seconds, "phases": phases, "bare_peak": before, "peak": after}
+    if warm:
+        bare()
+        fuse(parents, [images], chosen)
+        torch.cuda.reset_peak_memory_stats()
+    taken = {"bare": seconds(bare, device)}
+    before = peak_mib(device)
+    found: list[Any] = []
+    with timed_phases(device) as phases:
+        if slow:
+            with_straightforward(lambda: found.append(fuse(parents, [images], chosen)), taken)
+        else:
+            taken["fuse"] = seconds(lambda: found.append(fuse(parents, [images], chosen)), device)
+    result = {**taken, "phases": phases, "bare_peak": before, "peak": peak_mib(device)}
     if compare:
         fast = found[0]
         with_straightforward(lambda: found.append(fuse(parents, [images], chosen)), {})
@@ -81,22 +92,26 @@ def measure(
     return result
 
 
-def timed_phases() -> dict[str, float]:
-    """Wraps the phases of `fuse`; the CPU seconds of each appear in what is returned."""
-    seconds = dict.fromkeys(PHASES, 0.0)
+@contextmanager
+def timed_phases(device: str) -> Iterator[dict[str, float]]:
+    """Wraps the phases of `fuse`; the seconds of each appear in what is given."""
+    found = dict.fromkeys(PHASES, 0.0)
+    kept = {name: getattr(module, attribute) for name, (module, attribute) in PHASES.items()}
 
     def wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.process_time()
-            found = function(*args, **kwargs)
-            seconds[name] += time.process_time() - start
-            return found
+            start = now(device)
+            result = function(*args, **kwargs)
+            found[name] += now(device) - start
+            return result
 
         return timed
 
     for name, (module, attribute) in PHASES.items():
-        setattr(module, attribute, wrap(name, getattr(module, attribute)))
-    return seconds
+        setattr(module, attribute, wrap(name, kept[name]))
+    yield found
+    for name, (module, attribute) in PHASES.items():
+        setattr(module, attribute, kept[name])
 
 
 def one_at_a_time(
@@ -117,11 +132,11 @@ def one_at_a_time(
     }
 
 
-def with_straightforward(run: Callable[[], object], seconds: dict[str, float]) -> None:
+def with_straightforward(run: Callable[[], object], taken: dict[str, float]) -> None:
     """Runs a fusion whose statistics are collected the straightforward way."""
     kept = maps.paired_moments, fusion.pass_on
     maps.paired_moments, fusion.pass_on = one_at_a_time, lambda *_: None
-    seconds["fuse"] = cpu_seconds(run)
+    taken["fuse"] = seconds(run)
     maps.paired_moments, fusion.pass_on = kept
 
 
@@ -144,12 +159,12 @@ def least(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**highest, "bare": lowest["bare"], "fuse": fastest["fuse"], "phases": fastest["phases"]}
 
 
-def row(found: Mapping[str, Any], **first: object) -> dict[str, object]:
+def row(found: Mapping[str, Any], unit: str = "CPU s", **first: object) -> dict[str, object]:
     """What most tables say about a case."""
     return {
         **first,
-        "bare, CPU s": found["bare"],
-        "fuse, CPU s": found["fuse"],
+        f"bare, {unit}": found["bare"],
+        f"fuse, {unit}": found["fuse"],
         "ratio": found["fuse"] / found["bare"],
         "bare, peak MiB": found["bare_peak"],
         "MiB above": found["peak"] - found["bare_peak"],

@@ -9,11 +9,13 @@ import numpy as np
 import ot
 import torch
 from scipy.optimize import linear_sum_assignment
-from scipy.special import logsumexp
 from torch import Tensor
 
 from clafusion.errors import FusionError
 from clafusion.statistics import Moments, check_features
+
+#: Entries of a cost matrix from which Sinkhorn's iterations are faster on an accelerator than on the CPU.
+ACCELERATED = 2**16
 
 _NORMALIZERS = {
     "none": lambda cost: cost,
@@ -97,15 +99,15 @@ def transport_plan(
     _check(cost)
     if solver == "exact":
         return _exact(cost, mass)
-    ground = cost.double().cpu().numpy()
-    p, q = _marginals(cost, mass)
+    device = cost.device if cost.numel() >= ACCELERATED else torch.device("cpu")
+    ground, (p, q) = cost.to(device, torch.float64), (side.to(device) for side in _marginals(cost, mass))
     if solver == "sinkhorn":
         plan = ot.sinkhorn(p, q, ground, regularization, method="sinkhorn_log", numItermax=10_000, warn=False)
     elif solver == "unbalanced":
         plan = _unbalanced(ground, p, q, regularization, marginal_regularization)
     else:
         raise FusionError(f"Expected solver exact, sinkhorn or unbalanced, got {solver!r}")
-    return torch.from_numpy(np.asarray(plan)).to(cost.device)
+    return plan.to(cost.device)
 
 
 def _check(cost: Tensor) -> None:
@@ -113,22 +115,19 @@ def _check(cost: Tensor) -> None:
         raise FusionError(f"Expected a finite cost matrix [n, m], got shape {list(cost.shape)} or non-finite values")
 
 
-def _unbalanced(
-    cost: np.ndarray, p: np.ndarray, q: np.ndarray, regularization: float, marginal_regularization: float
-) -> np.ndarray:
+def _unbalanced(cost: Tensor, p: Tensor, q: Tensor, regularization: float, marginal_regularization: float) -> Tensor:
     """Generalised Sinkhorn iterations (Chizat et al. 2018) on logarithms: POT's overflow where costs are large."""
     power = marginal_regularization / (marginal_regularization + regularization)
     log_kernel = -cost / regularization
-    log_p, log_q = np.log(p), np.log(q)
-    log_u, log_v = np.zeros_like(p), np.zeros_like(q)
+    log_p, log_q = p.log(), q.log()
+    log_u, log_v = torch.zeros_like(p), torch.zeros_like(q)
     for _ in range(10_000):
         before = log_v
-        log_u = -power * logsumexp(log_kernel + log_q + log_v, axis=1)
-        log_v = -power * logsumexp(log_kernel.T + log_p + log_u, axis=1)
-        if np.abs(log_v - before).max() <= 1e-9:
+        log_u = -power * (log_kernel + (log_q + log_v)).logsumexp(1)
+        log_v = -power * (log_kernel + (log_p + log_u)[:, None]).logsumexp(0)
+        if (log_v - before).abs().max() <= 1e-9:
             break
-    plan: np.ndarray = np.exp(log_kernel + (log_p + log_u)[:, None] + log_q + log_v)
-    return plan
+    return (log_kernel + (log_p + log_u)[:, None] + (log_q + log_v)).exp()
 
 
 def _exact(cost: Tensor, mass: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -139,7 +138,8 @@ def _exact(cost: Tensor, mass: tuple[Tensor, Tensor] | None) -> Tensor:
         # The same optimum, found in half the time; in a hundredth where rows are equal, as those of an inserted block.
         plan[linear_sum_assignment(ground - ground.min(0))] = 1 / n
     else:
-        plan = ot.emd(*_marginals(cost, mass), ground, numItermax=10_000_000)
+        p, q = (side.numpy() for side in _marginals(cost, mass))
+        plan = ot.emd(p, q, ground, numItermax=10_000_000)
     return torch.from_numpy(plan).to(cost.device)
 
 
@@ -159,7 +159,7 @@ def gromov_plan(x: Tensor, y: Tensor, mass: tuple[Tensor, Tensor] | None = None)
     """
     _check(x)
     _check(y)
-    p, q = _marginals(x.new_empty(x.shape[0], y.shape[0]), mass)
+    p, q = (side.numpy() for side in _marginals(x.new_empty(x.shape[0], y.shape[0]), mass))
     plan = ot.gromov.gromov_wasserstein(x.double().cpu().numpy(), y.double().cpu().numpy(), p, q, symmetric=True)
     return torch.from_numpy(np.asarray(plan)).to(x.device)
 
@@ -194,8 +194,10 @@ def transport_map(
     return as_map(transport_plan(cost, solver, mass, regularization, marginal_regularization))
 
 
-def _marginals(cost: Tensor, mass: tuple[Tensor, Tensor] | None) -> tuple[np.ndarray, np.ndarray]:
+def _marginals(cost: Tensor, mass: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """The masses of both sides, each summing to one, float64, on the CPU."""
     if mass is None:
-        return ot.unif(cost.shape[0]), ot.unif(cost.shape[1])
-    p, q = (side.double().cpu().numpy() for side in mass)
+        p, q = (torch.ones(size, dtype=torch.float64) for size in cost.shape)
+    else:
+        p, q = (side.double().cpu() for side in mass)
     return p / p.sum(), q / q.sum()

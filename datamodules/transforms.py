@@ -36,10 +36,11 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], chann
     Returns:
         float32 `[N, channels, H, W]` on the same device.
     """
-    # With one mean per channel of the result, broadcasting is what repeats a grey image.
-    centre = torch.tensor(mean, dtype=torch.float32, device=images.device).expand(channels).view(-1, 1, 1)
-    spread = torch.tensor(std, dtype=torch.float32, device=images.device).expand(channels).view(-1, 1, 1)
-    return images.to(torch.float32).div(255).sub(centre).div(spread)
+    constants = torch.tensor([mean, std], dtype=torch.float32)
+    centre, spread = _beside(images, constants).view(2, -1, 1, 1)
+    # In place: new memory for every step would take longer than the arithmetic.
+    repeated = images.expand(-1, channels, -1, -1).to(torch.float32, copy=True)
+    return repeated.div_(255).sub_(centre).div_(spread)
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -57,12 +58,18 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
         A new tensor of the same shape, dtype and device.
     """
     count, channels, height, width = images.shape
-    top, left = torch.randint(2 * PADDING + 1, (2, count, 1), generator=generator).to(images.device)
-    flipped = torch.randint(2, (count, 1), generator=generator).bool().to(images.device)
+    offsets = torch.randint(2 * PADDING + 1, (2, count, 1), generator=generator)
+    flips = torch.randint(2, (1, count, 1), generator=generator)
+    top, left, flipped = _beside(images, torch.cat([offsets, flips]))
     steps = torch.arange(width, device=images.device)
     rows = top + torch.arange(height, device=images.device)
-    columns = left + torch.where(flipped, steps.flip(0), steps)
+    columns = left + torch.where(flipped > 0, steps.flip(0), steps)
     positions = rows[:, :, None] * (width + 2 * PADDING) + columns[:, None, :]
     padded = pad(images, (PADDING,) * 4).flatten(2)
     crops = padded.gather(2, positions.flatten(1)[:, None].expand(count, channels, height * width))
     return crops.view(images.shape)
+
+
+def _beside(images: Tensor, values: Tensor) -> Tensor:
+    """Values on the device of the images; a GPU that is still busy with the batch before is not waited for."""
+    return values.to(images.device, non_blocking=images.is_cuda)
