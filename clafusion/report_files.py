@@ -11,6 +11,8 @@ from clafusion.report_page import PLAIN_STYLE
 _PICTURE = re.compile(r'<svg role="img" aria-label="([^"]*)" viewBox="0 0 (\S+) (\S+)"[^>]*>(.*?)</svg>', re.DOTALL)
 _PIXELS = re.compile(r'<img src="(data:image/png;base64,[^"]*)" alt="([^"]*)"')
 _KEY = '<g class="key">'
+#: What to write with, first what the system calls sans-serif: that need not be installed.
+_FAMILIES = (None, "DejaVu Sans", "Liberation Sans", "Noto Sans", "Arial", "Helvetica", "Segoe UI", "Open Sans")
 #: Room around a picture, in its own units.
 _MARGIN = 12
 #: Height and width of a picture that is made of pixels, in units.
@@ -58,13 +60,21 @@ def rasterised(drawings: Mapping[str, str]) -> dict[str, bytes]:
     """
     from resvg_py import svg_to_bytes
 
-    blank = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9">{}</svg>'
-    letter, nothing = (svg_to_bytes(svg_string=blank.format(text)) for text in ('<text y="9">x</text>', ""))
-    if letter == nothing:
+    def draws(family: str | None) -> bool:
+        blank = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9">{}</svg>'
+        letter = '<text y="9" font-family="sans-serif">x</text>'
+        images = (svg_to_bytes(svg_string=blank.format(text), sans_serif_family=family) for text in (letter, ""))
+        return next(images) != next(images)
+
+    family = next((family for family in _FAMILIES if draws(family)), "none")
+    if family == "none":
         warnings.warn("Expected a font to draw PNG files with, got none; install one, such as fonts-dejavu-core",
                       UserWarning, stacklevel=2)  # fmt: skip
         return {}
-    return {name: bytes(svg_to_bytes(svg_string=text, background="#fff")) for name, text in drawings.items()}
+    return {
+        name: bytes(svg_to_bytes(svg_string=text, background="#fff", sans_serif_family=family))
+        for name, text in drawings.items()
+    }
 
 
 def _alone(width: float, height: float, content: Safe) -> str:

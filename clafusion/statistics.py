@@ -61,7 +61,8 @@ class Moments:
             a, b = (_by_neuron(part, dtype) - c[:, None] for part, c in zip(parts, centres, strict=True))
             norms = [torch.linalg.vector_norm(one, dim=1) for one in (a, b)]
             blocks.append((a.sum(1), b.sum(1), *norms))
-            if all(norm.any() for norm in norms):  # what an inserted block computes is often nothing
+            # What an inserted block computes is often nothing; asking an accelerator would cost more than the product.
+            if x.device.type != "cpu" or all(norm.any() for norm in norms):
                 products += a @ b.T
         sums = [torch.stack(parts).double() for parts in zip(*blocks, strict=True)]
         x_sum, y_sum, xx, yy = sums[0].sum(0), sums[1].sum(0), sums[2].square().sum(0), sums[3].square().sum(0)

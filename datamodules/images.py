@@ -11,7 +11,7 @@ from clafusion.errors import FusionError
 from datamodules.checks import check_flag, check_whole
 from datamodules.loading import EpochSampler, ResumableLoader, ShardSampler
 from datamodules.resuming import ResumableDataModule
-from datamodules.sampling import ImageSet, seeded, stratified_split
+from datamodules.sampling import ImageSet, seed_generators, seeded, stratified_split
 from datamodules.split import Split, as_split
 from datamodules.transforms import augment as crop_and_flip
 from datamodules.transforms import normalize, pad_to_size
@@ -20,6 +20,11 @@ from datamodules.transforms import normalize, pad_to_size
 def _whole_batch(batch: Any) -> Any:
     """The collation of a data set that already fetches whole batches."""
     return batch
+
+
+def _room(device: torch.device) -> int:
+    """Bytes on a GPU that images may take: a quarter of what is free, the rest is for the network."""
+    return torch.cuda.mem_get_info(device)[0] // 4
 
 
 class ImageDataModule(ResumableDataModule):
@@ -35,7 +40,8 @@ class ImageDataModule(ResumableDataModule):
     Args:
         batch_size: Images per training batch.
         eval_batch_size: Images per batch of validation, test and prediction.
-        num_workers: Worker processes per loader; the images are in memory already, so 0 is usually fastest.
+        num_workers: Worker processes per loader; the images are in memory already, so 0 is usually fastest: a GPU then
+            has them in its own memory, where they fit into a quarter of it.
         val_fraction: Share of each class of the training set held out for validation, in `[0, 1)`.
         split_seed: Selects the validation images (and those that `limit_train` keeps).
         augment: Whether training images are cropped at random (padding 4) and flipped horizontally.
@@ -205,13 +211,17 @@ class ImageDataModule(ResumableDataModule):
         return len(self._part("test"))
 
     def _loader(self, part: str, batch_size: int | None, sampler: Sampler | None = None) -> DataLoader:
+        images = self._part(part)
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        if device.type == "cuda" and self.num_workers == 0 and images.size_in_bytes <= _room(device):
+            images = images.to(device)
         return ResumableLoader(
-            self._part(part),
+            images,
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=_whole_batch,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and not images.images.is_cuda,
             persistent_workers=self.num_workers > 0,
         )
 
@@ -267,7 +277,7 @@ class ImageDataModule(ResumableDataModule):
         generator = None
         if self.trainer.training:
             # Dropout draws from the global generators: they, too, become a function of where the training is.
-            torch.manual_seed(self._batch_seed("global"))
+            seed_generators(self._batch_seed("global"), images.device)
             generator = torch.Generator().manual_seed(self._batch_seed("augment")) if self.augment else None
         prepared = self.preprocess(images, generator)
         return self.trainer.precision_plugin.convert_input(prepared), labels

@@ -33,6 +33,24 @@ def seeded(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(*key))
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seeds PyTorch's global generators of the CPU and of one device.
+
+    `torch.manual_seed` does the same for the devices of all backends, whether there are any; where there are none, it
+    records each time for each backend who called it, which takes half a millisecond.
+
+    Args:
+        seed: In `[0, 2^64)`.
+        device: Where besides the CPU random numbers are drawn.
+    """
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(seed)
+        return
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 @dataclass(frozen=True, eq=False)
 class ImageSet(Dataset):
     """Labelled images in memory, fetched a whole batch at a time.
@@ -55,8 +73,17 @@ class ImageSet(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """A batch `[B, C, H, W]` with its labels `[B]`: one indexing instead of B of them and a collation."""
-        chosen = torch.tensor(indices)
+        chosen = torch.tensor(indices).to(self.images.device, non_blocking=self.images.is_cuda)
         return self.images.index_select(0, chosen), self.labels[chosen]
+
+    @property
+    def size_in_bytes(self) -> int:
+        """What images and labels take in memory."""
+        return self.images.nbytes + self.labels.nbytes
+
+    def to(self, device: torch.device) -> "ImageSet":
+        """The images on a device."""
+        return ImageSet(self.images.to(device), self.labels.to(device))
 
     def subset(self, indices: Tensor) -> "ImageSet":
         """The images at the given int64 `[M]` indices, in that order, copied."""

@@ -10,7 +10,7 @@ from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from clafusion.errors import FusionError
@@ -19,6 +19,30 @@ from lightning_modules.checkpoints import PREFIX, not_finite, read_checkpoint, r
 from lightning_modules.checks import check_images
 
 Batch = tuple[Tensor, Tensor]
+
+
+class MeanLoss(Metric):
+    """The mean of a loss over images, from its means over batches; NaN if it ever was.
+
+    For torchmetrics' `MeanMetric` to look for NaN, each step would have to wait for the GPU.
+    """
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, count: int) -> None:
+        """Adds the mean loss of `count` images."""
+        self.total += loss * count
+        self.count += count
+
+    def compute(self) -> Tensor:
+        """The mean over all images so far."""
+        return self.total / self.count
 
 
 class ImageClassifier(LightningModule):
@@ -79,9 +103,10 @@ class ImageClassifier(LightningModule):
             {
                 f"{stage}_{name}": metric
                 for stage in ("val", "test")
-                for name, metric in (("loss", MeanMetric()), ("acc", MulticlassAccuracy(average="micro")))
+                for name, metric in (("loss", MeanLoss()), ("acc", MulticlassAccuracy(average="micro")))
             }
         )
+        self.metrics["train_loss"] = MeanLoss()
         # What is saved is the canonical description, never the class_path the user may have given.
         architecture = None if self.network is None else describe(self.network)
         milestones = self.milestones
@@ -127,9 +152,7 @@ class ImageClassifier(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The cross entropy of a batch."""
         images, labels = batch
-        loss = cross_entropy(self(images), labels)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
-        return loss
+        return self._learnt(cross_entropy(self(images), labels), len(labels))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to `val_loss` and `val_acc`."""
@@ -213,11 +236,20 @@ class ImageClassifier(LightningModule):
         if self.network is not None and self._compiled:
             self.network.compile()
 
+    def _learnt(self, loss: Tensor, count: int) -> Tensor:
+        """Adds the mean loss of `count` images to `train_loss`; returns the loss."""
+        mean = self._metric("train_loss")
+        if mean.update_count == 0:
+            # Once an epoch is enough, and half a millisecond cheaper in every other step.
+            self.log("train_loss", mean, on_step=False, on_epoch=True, prog_bar=True)
+        mean.update(loss.detach(), count)
+        return loss
+
     def _evaluate(self, batch: Batch, stage: str) -> None:
         images, labels = batch
         logits = self(images)
         loss, accuracy = self._metric(f"{stage}_loss"), self._metric(f"{stage}_acc")
-        loss.update(cross_entropy(logits, labels), weight=len(labels))
+        loss.update(cross_entropy(logits, labels), len(labels))
         accuracy.update(logits, labels)
         self.log_dict({f"{stage}_loss": loss, f"{stage}_acc": accuracy}, on_epoch=True, prog_bar=stage == "val")
 

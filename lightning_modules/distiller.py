@@ -85,8 +85,7 @@ class Distiller(ImageClassifier):
         with torch.no_grad():
             target = teacher(images)
         loss = distillation_loss(self(images), target, labels, self.temperature, self.alpha, self.reduction)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True)
-        return loss
+        return self._learnt(loss, len(labels))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the teachers' checksums, besides what every classifier adds."""

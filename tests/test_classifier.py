@@ -22,6 +22,7 @@ from lightning_modules import (
     save_checkpoint,
 )
 from lightning_modules.checks import check_images
+from lightning_modules.classifier import MeanLoss
 
 MLP = {"name": "MLP", "in_features": 64, "hidden": [12, 8], "num_classes": 10}
 
@@ -47,6 +48,34 @@ def fitted(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     make_trainer(folder, max_epochs=2).fit(make_classifier(milestones=[1]), data())
     return folder
+
+
+def test_the_training_loss_is_the_mean_over_all_images_of_an_epoch(tmp_path, monkeypatch):
+    seen: list[list[tuple[float, int]]] = [[], []]
+    kept = ImageClassifier.training_step
+
+    def step(self, batch, batch_idx):
+        loss = kept(self, batch, batch_idx)
+        seen[self.current_epoch].append((float(loss.detach()), len(batch[1])))
+        return loss
+
+    monkeypatch.setattr(ImageClassifier, "training_step", step)
+    make_trainer(tmp_path, max_epochs=2, logger=None, enable_checkpointing=False).fit(
+        make_classifier(), DigitsDataModule(batch_size=300, limit_train=1000, split_seed=1)
+    )
+    lines = (tmp_path / "logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    logged = [float(row["train_loss"]) for row in rows if row["train_loss"]]
+    expected = [sum(loss * count for loss, count in epoch) / 1000 for epoch in seen]
+    assert [count for _, count in seen[0]] == [300, 300, 300, 100]
+    assert logged == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_loss_that_was_nan_once_is_nan():
+    mean = MeanLoss()
+    for loss in (1.0, float("nan"), 2.0):
+        mean.update(torch.tensor(loss), 10)
+    assert mean.compute().isnan()
 
 
 @pytest.fixture

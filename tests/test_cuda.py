@@ -4,17 +4,25 @@ import copy
 
 import pytest
 import torch
+from pytorch_lightning import Callback, seed_everything
 
 import cli
 from clafusion import FusionOptions, fuse
 from clafusion.statistics import as_input
-from lightning_modules import load_parent
+from clafusion.transport import transport_plan
+from datamodules import DigitsDataModule
+from datamodules.transforms import augment, normalize, pad_to_size
+from lightning_modules import FusionTrainer, ImageClassifier, load_parent
 from lightning_modules.checkpoints import load_fusion
 from tests.helpers import CORRECTIONS, NORMED_PAIRS, largest_difference, relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 
 DEVICE = "cuda"
+
+
+def largest_entry(difference: torch.Tensor) -> float:
+    return float(difference.abs().max())
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
@@ -48,12 +56,62 @@ def test_a_small_budget_of_memory_changes_nothing_but_rounding():
     assert relative_error(found, expected, as_input(samples, expected)) < 1e-9
 
 
+@pytest.mark.parametrize("solver", ["sinkhorn", "unbalanced"])
+@pytest.mark.parametrize("shape", [(8, 12), (300, 256)])
+def test_transport_plans_are_those_of_the_cpu(solver, shape):
+    cost = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = transport_plan(cost.to(DEVICE), solver)
+    assert found.device.type == DEVICE
+    assert (found.cpu() - transport_plan(cost, solver)).abs().max() * shape[0] < 1e-9
+
+
+def test_images_are_preprocessed_as_on_the_cpu():
+    def prepared(device):
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(256, (9, 1, 28, 28), generator=generator, dtype=torch.uint8).to(device)
+        return normalize(augment(pad_to_size(images, 32, 32), generator), (0.3,), (0.4,), 3).cpu()
+
+    assert largest_entry(prepared("cpu") - prepared(DEVICE)) < 1e-6
+
+
+class Batches(Callback):
+    """Remembers where the images of a training are, its batches, and what dropout would have drawn."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        kept = trainer.train_dataloader.dataset.images.device.type
+        self.seen.append((kept, *(tensor.cpu() for tensor in batch), torch.rand(3, device=batch[0].device).cpu()))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_are_held_there_and_nothing_else_changes(tmp_path, workers):
+    def batches(accelerator):
+        seed_everything(3, verbose=False)
+        found = Batches()
+        FusionTrainer(
+            accelerator=accelerator, devices=1, max_steps=3, default_root_dir=str(tmp_path), logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[found],
+        ).fit(
+            ImageClassifier({"name": "MLP", "in_features": 64, "hidden": [8], "num_classes": 10}),
+            DigitsDataModule(augment=True, num_workers=workers, val_fraction=0.0),
+        )  # fmt: skip
+        return found.seen
+
+    for here, there, again in zip(batches("cpu"), batches("gpu"), batches("gpu"), strict=True):
+        assert (here[0], there[0]) == ("cpu", "cpu" if workers else DEVICE)
+        assert largest_entry(here[1] - there[1]) < 1e-6
+        assert torch.equal(here[2], there[2])
+        assert torch.equal(there[3], again[3])
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_command_line_fuses_and_finetunes_on_it(mlp_checkpoints, tmp_path, monkeypatch, precision):
     monkeypatch.chdir(tmp_path)
     there = ["--trainer.accelerator", "gpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false"]
-    parents = f"[{', '.join(map(str, mlp_checkpoints))}]"
-    cli.main(["fuse", "--parents", parents, "--output", "fused.ckpt", "--fusion.num_samples", "70", *there])
+    parents, plain = f"[{', '.join(map(str, mlp_checkpoints))}]", ["--figures", "false"]
+    cli.main(["fuse", "--parents", parents, "--output", "fused.ckpt", "--fusion.num_samples", "70", *there, *plain])
     assert load_fusion("fused.ckpt") is not None
     quiet = ["--trainer.enable_model_summary", "false"]
     start = ["--data", "DigitsDataModule", "--ckpt_path", "fused.ckpt"]

@@ -18,7 +18,7 @@ from datamodules import CIFARDataModule, DigitsDataModule, ImageDataModule, MNIS
 from datamodules.idx import read_idx
 from datamodules.loading import EpochSampler
 from datamodules.pickles import read_pickle
-from datamodules.sampling import ImageSet, seeded, stratified_split
+from datamodules.sampling import ImageSet, seed_generators, seeded, stratified_split
 from datamodules.transforms import augment, normalize, pad_to_size
 from tests.data_fixtures import FASHION, MNIST_FILES, python2_pickle, write_cifar, write_mnist
 
@@ -55,6 +55,36 @@ class Numbered(ImageDataModule):
 
 def numbers(images: Tensor) -> list[int]:
     return (images[:, 0, 0, 0] * 256 + images[:, 0, 0, 1]).round().int().tolist()
+
+
+class OnDevice(Trainer):
+    """A trainer that says it computes on a device that is not there."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        self.strategy._root_device = device  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("free", "workers", "moved"), [(1 << 40, 0, True), (1000, 0, False), (1 << 40, 1, False)])
+def test_images_are_held_by_the_gpu_where_they_fit_a_quarter_of_it(monkeypatch, free, workers, moved) -> None:
+    data, gpu, asked = Numbered(num_workers=workers), torch.device("cuda", 0), []
+    data.setup()
+    data.trainer = OnDevice(gpu)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 40))
+    monkeypatch.setattr(ImageSet, "to", lambda images, device: asked.append(device) or images)
+    loader = data.val_dataloader()
+    assert asked == ([gpu] if moved else [])
+    assert loader.dataset is data._part("val")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_seeding_is_that_of_torch(device: str) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.rand(2)
+    seed_generators(7, torch.device(device))
+    assert torch.initial_seed() == 7
+    assert torch.equal(torch.rand(3), expected)
 
 
 # --- what the images are
