@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 
 from datamodules import ImageDataModule
 from datamodules.sampling import ImageSet
+from lightning_modules import FusionTrainer
 
 SIZE, BATCH, MEAN, STD = 50_000, 128, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -59,10 +60,11 @@ class Single(Dataset[tuple[Tensor, int]]):
         return self.transform(self.images[index]), self.labels[index]
 
 
-def ours(augment: bool) -> RandomImages:
-    """A data module that is set up."""
+def ours(augment: bool, device: str) -> RandomImages:
+    """A data module that is set up for a trainer on a device."""
     module = RandomImages(augment)
     module.setup()
+    module.trainer = FusionTrainer(accelerator=device, devices=1, logger=False, enable_checkpointing=False)
     return module
 
 
@@ -87,7 +89,7 @@ def theirs(images: ImageSet, pil: bool, augment: bool, workers: int = 0) -> Data
 
 def compared(augment: bool, few: int, device: str = "cpu", workers: int = 0) -> list[dict[str, object]]:
     """Rows of the table; torchvision's go over `few` images, which is enough to know their speed."""
-    module, some = ours(augment), images_of(few)
+    module, some = ours(augment, device), images_of(few)
     with_workers = f", {workers} workers" if workers else ""
     loaders = {
         f"torchvision, PIL{with_workers}": theirs(some, True, augment, workers),
