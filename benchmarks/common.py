@@ -2,11 +2,13 @@
 
 import gc
 import json
+import logging
 import math
 import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -63,6 +65,12 @@ def peak_mib(device: str = "cpu") -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def quietly() -> None:
+    """Without what the trainer says of a run so short."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|torch")
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, object]]) -> None:

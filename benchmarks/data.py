@@ -10,7 +10,7 @@ as in most recipes, and on uint8 tensors with `torchvision.transforms.v2`.
 from collections.abc import Callable
 
 import torch
-from common import fastest, print_machine, print_table
+from common import fastest, print_machine, print_table, quietly
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -112,6 +112,7 @@ def compared(augment: bool, few: int, device: str = "cpu", workers: int = 0) -> 
 
 def main() -> None:
     """The table."""
+    quietly()
     print_machine()
     print_table("One epoch of batches of 128", [*compared(True, 5_000), *compared(False, 5_000)])
 

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Callable
 
 import torch
-from common import fastest, print_machine, print_table
+from common import fastest, print_machine, print_table, quietly
 from data import compared
 from fusion import PAIRS, measure, row
 from solvers import features_cost, random_cost
 from torch import Tensor
-from train import options_compared, quietly, trainer_against_bare
+from train import options_compared, trainer_against_bare
 
 from clafusion import transport
 from clafusion.transport import transport_plan

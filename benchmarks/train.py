@@ -8,15 +8,13 @@ against none of them, in the bare loop.
 """
 
 import copy
-import logging
 import shutil
 import statistics
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import fastest, now, print_machine, print_table, seconds
+from common import fastest, now, print_machine, print_table, quietly, seconds
 from data import RandomImages
 from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
 from torch import nn
@@ -117,12 +115,6 @@ def options_compared(name: str, device: str = "cpu", repeats: int = 1) -> list[d
 
     found = fastest({option: repeated(step) for option, step in steps.items()}, rounds=3, device=device)
     return [{"option": option, "s": value / repeats, "ratio": value / found["none"]} for option, value in found.items()]
-
-
-def quietly() -> None:
-    """Without what the trainer says of a run so short."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning|torch")
 
 
 def main() -> None:
