@@ -70,9 +70,9 @@ def main() -> None:
         "Training: an epoch of 3x32x32 in batches of 128",
         [trainer_against_bare(name, 12_800, DEVICE) for name in ("resnet18_eighth", "resnet18")],
     )
-    print_table(
-        "Training: a step of 128 images, resnet18 with BatchNorm", options_compared("resnet18", DEVICE, repeats=50)
-    )
+    for size in (128, 1024):
+        title = f"Training: a step of {size} images, resnet18 with BatchNorm"
+        print_table(title, options_compared("resnet18", size, DEVICE, repeats=20))
 
 
 if __name__ == "__main__":
