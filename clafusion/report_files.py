@@ -66,6 +66,8 @@ def rasterised(drawings: Mapping[str, str]) -> dict[str, bytes]:
         images = (svg_to_bytes(svg_string=blank.format(text), sans_serif_family=family) for text in (letter, ""))
         return next(images) != next(images)
 
+    if not drawings:
+        return {}
     family = next((family for family in _FAMILIES if draws(family)), "none")
     if family == "none":
         warnings.warn("Expected a font to draw PNG files with, got none; install one, such as fonts-dejavu-core",

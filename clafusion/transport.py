@@ -99,15 +99,15 @@ def transport_plan(
     _check(cost)
     if solver == "exact":
         return _exact(cost, mass)
-    device = cost.device if cost.numel() >= ACCELERATED else torch.device("cpu")
-    ground, (p, q) = cost.to(device, torch.float64), (side.to(device) for side in _marginals(cost, mass))
     if solver == "sinkhorn":
-        plan = ot.sinkhorn(p, q, ground, regularization, method="sinkhorn_log", numItermax=10_000, warn=False)
+        power = 1.0
     elif solver == "unbalanced":
-        plan = _unbalanced(ground, p, q, regularization, marginal_regularization)
+        power = marginal_regularization / (marginal_regularization + regularization)
     else:
         raise FusionError(f"Expected solver exact, sinkhorn or unbalanced, got {solver!r}")
-    return plan.to(cost.device)
+    device = cost.device if cost.numel() >= ACCELERATED else torch.device("cpu")
+    p, q = (side.to(device) for side in _marginals(cost, mass))
+    return _scaled(cost.to(device, torch.float64), p, q, regularization, power).to(cost.device)
 
 
 def _check(cost: Tensor) -> None:
@@ -115,9 +115,12 @@ def _check(cost: Tensor) -> None:
         raise FusionError(f"Expected a finite cost matrix [n, m], got shape {list(cost.shape)} or non-finite values")
 
 
-def _unbalanced(cost: Tensor, p: Tensor, q: Tensor, regularization: float, marginal_regularization: float) -> Tensor:
-    """Generalised Sinkhorn iterations (Chizat et al. 2018) on logarithms: POT's overflow where costs are large."""
-    power = marginal_regularization / (marginal_regularization + regularization)
+def _scaled(cost: Tensor, p: Tensor, q: Tensor, regularization: float, power: float) -> Tensor:
+    """Sinkhorn's iterations; with a power below one generalised to relaxed marginals (Chizat et al. 2018).
+
+    They run on logarithms: POT's overflow where costs are large. POT also asks every array library that is installed,
+    of which some take most of a GPU's memory for it.
+    """
     log_kernel = -cost / regularization
     log_p, log_q = p.log(), q.log()
     log_u, log_v = torch.zeros_like(p), torch.zeros_like(q)

@@ -461,6 +461,15 @@ def test_without_a_font_there_are_drawings_only(record, monkeypatch, tmp_path):
         pictures = Pictures.of(figures(fusion_report(record)))
     pictures.write(tmp_path / "figures")
     assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".svg"}
+    assert rasterised({}) == {}  # nothing is missing then
+
+
+def test_any_font_that_is_there_will_do(monkeypatch):
+    def only_one_font(svg_string, sans_serif_family=None, **given):
+        return svg_string.encode() if sans_serif_family == "Liberation Sans" else b"nothing"
+
+    monkeypatch.setattr(resvg_py, "svg_to_bytes", only_one_font)
+    assert rasterised({"a": "<svg/>"}) == {"a": b"<svg/>"}
 
 
 def test_report_writes_every_figure_beside_the_page(record, in_an_empty_folder, capsys):

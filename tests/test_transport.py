@@ -142,6 +142,15 @@ def test_sinkhorn_approaches_the_exact_plan():
     assert near < 5e-2 < far
 
 
+@pytest.mark.parametrize("regularization", [0.05, 1.0])
+@pytest.mark.parametrize(("n", "m"), [(6, 6), (5, 8)])
+def test_sinkhorn_solves_the_problem_that_pot_solves(n, m, regularization):
+    masses, cost = (mass("l1", n, 1), mass("l2", m, 2)), random_cost(n, m)
+    theirs = ot.sinkhorn(*(one.numpy() for one in masses), cost.numpy(), regularization, stopThr=1e-12)
+    plan = transport_plan(cost, "sinkhorn", masses, regularization)
+    assert torch.allclose(plan, torch.from_numpy(theirs), atol=1e-9)
+
+
 @pytest.mark.parametrize("marginal", [0.5, 5.0])
 def test_unbalanced_solves_the_problem_that_pot_solves(marginal):
     masses = mass("l1", 5, 1), mass("l2", 8, 2)
