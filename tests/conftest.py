@@ -12,6 +12,12 @@ def few_threads():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """No test depends on which tests have run before it."""
+    torch.default_generator.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def mlp_checkpoints(tmp_path_factory) -> tuple[Path, Path]:
     """Checkpoints of a deeper and a shallower MLP for the digits, as `fit` would write them, untrained."""

@@ -1,16 +1,28 @@
 """Shared builders of the core's tests: random networks with live neurons, permuted copies, comparisons."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
 
 from clafusion import FusionOptions, Structure, networks, trace
+from clafusion.report import rasterised
 
 REFERENCE = Path(__file__).parent / "reference"
+
+
+def _has_font() -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return bool(rasterised({"nothing": '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>'}))
+
+
+needs_font = pytest.mark.skipif(not _has_font(), reason="there is no font here to draw PNG files with")
 
 
 def randomised(model: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:

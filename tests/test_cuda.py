@@ -95,7 +95,7 @@ def test_images_are_held_there_and_nothing_else_changes(tmp_path, workers):
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[found],
         ).fit(
             ImageClassifier({"name": "MLP", "in_features": 64, "hidden": [8], "num_classes": 10}),
-            DigitsDataModule(augment=True, num_workers=workers, val_fraction=0.0),
+            DigitsDataModule(augment=True, num_workers=workers),
         )  # fmt: skip
         return found.seen
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import resvg_py
 import torch
-from helpers import images, mlp, plain, resnet, vectors
+from helpers import images, mlp, needs_font, plain, resnet, vectors
 from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 
@@ -441,6 +441,7 @@ def pixels_of(data: bytes) -> torch.Tensor:
     return torch.from_numpy(np.array(Image.open(BytesIO(data)).convert("RGB")))
 
 
+@needs_font
 def test_every_figure_is_a_drawing_and_an_image_that_stand_alone(record):
     drawings = figures(fusion_report(record))
     assert len(drawings) == 1 + 1 + 4 + 5 and "layers-of-parent-1-and-parent-2-that-correspond" in drawings
@@ -472,6 +473,7 @@ def test_any_font_that_is_there_will_do(monkeypatch):
     assert rasterised({"a": "<svg/>"}) == {"a": b"<svg/>"}
 
 
+@needs_font
 def test_report_writes_every_figure_beside_the_page(record, in_an_empty_folder, capsys):
     Path("fusion.json").write_text(json.dumps(record))
     cli.main(["report", "fusion.json"])
@@ -498,6 +500,7 @@ def images_in(folder: Path) -> dict[str, bytes]:
     return {tag: events.Images(tag)[0].encoded_image_string for tag in events.Tags()["images"]}
 
 
+@needs_font
 def test_the_figures_are_in_tensorboard_where_that_is_the_logger(mlp_checkpoints, in_an_empty_folder, capsys):
     pytest.importorskip("tensorboard")
     board = ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "board"]
@@ -510,6 +513,7 @@ def test_the_figures_are_in_tensorboard_where_that_is_the_logger(mlp_checkpoints
     assert torch.equal(pixels_of(shown[f"report/{name}"]), pixels_of(files[name]))
 
 
+@needs_font
 def test_a_training_that_begins_with_a_fusion_shows_it_in_tensorboard(mlp_checkpoints, in_an_empty_folder):
     pytest.importorskip("tensorboard")
     callback = FusionCallback([str(path) for path in mlp_checkpoints], FusionOptions(num_samples=70))
