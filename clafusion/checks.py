@@ -106,8 +106,9 @@ def check_maps(balanced: Balanced, maps: Sequence[Maps]) -> None:
 def check_moved(balanced: Balanced, maps: Sequence[Maps], samples: Tensor, options: FusionOptions) -> None:
     """Refuse a parent that is another function once its neurons are permuted.
 
-    They are permuted as its maps say where these are permutations, and those of the smallest parent at random, because
-    maps may be the identity. One is enough: all share one graph, and what is asked is whether that was read aright.
+    They are permuted as its maps say where these are permutations. Where no parent's maps move the neurons of all of
+    its spaces, those of the smallest parent are permuted at random as well. One is enough: all share one graph, and
+    what is asked is whether that was read aright.
 
     Args:
         balanced: the parents.
@@ -117,9 +118,13 @@ def check_moved(balanced: Balanced, maps: Sequence[Maps], samples: Tensor, optio
     """
     # The graph of the template has every layer; those of the others may pass over what was inserted.
     graph, few = balanced.structures[balanced.template].module.graph, _few(samples)
+    thorough = False
     for k, (structure, its_maps) in enumerate(zip(balanced.structures, maps, strict=True)):
         if orders := _orders(structure, its_maps, options):
             _check_permuted(f"parent {k}", structure, graph, orders, its_maps, few, options)
+            thorough = thorough or not any(order.diagonal().all() for order in orders.values())
+    if thorough:
+        return
     k, smallest = min(enumerate(balanced.structures), key=lambda pair: sum(pair[1].sizes.values()))
     orders, shared = _shuffled(smallest), replace(options, streams="shared")
     _check_permuted(f"parent {k}", smallest, graph, orders, orders, few, shared)

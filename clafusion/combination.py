@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from clafusion.errors import FusionError
 from clafusion.graph import independent_copy
-from clafusion.maps import Balanced, Maps, moved
+from clafusion.maps import Balanced, Maps, axis_maps
 from clafusion.options import FusionOptions
-from clafusion.parameters import load_state, resized, state_of
+from clafusion.parameters import add_moved, load_state, resized, state_of
 from clafusion.structure import Layer, Unit
 
 
@@ -55,7 +55,8 @@ def _add_up(
     total = fused.to(torch.promote_types(fused.dtype, torch.float32))
     for k, share in enumerate(shares):
         if share:
-            total.add_(moved(balanced.structures[k], name, tensors[k].to(total.dtype), maps[k], options), alpha=share)
+            axes = balanced.structures[k].axes[name]
+            add_moved(total, share, tensors[k], axes, axis_maps(axes, maps[k], options))
     if total is not fused:
         fused.copy_(total)
 

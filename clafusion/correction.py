@@ -43,8 +43,6 @@ def correct(model: nn.Module, parents: Parents, samples: Tensor, options: Fusion
     Warns:
         UserWarning: if a layer is refit from fewer observations than it has unknowns, or if a norm is left as it is.
     """
-    if options.correction == "none":
-        return
     if options.correction == "repair":
         add_missing_biases(model)
     structure = structure_of(model, samples)

@@ -141,8 +141,9 @@ def _fuse_at_once(
     model = combine(parents[options.anchor_index], balanced, maps, weights, options)
     check_finite(model, "the fused network", balanced.structure)
     lead = options.anchor_lead if options.correction == "refit" else 1.0
-    correct(model, Parents(balanced, maps, weights, options.head, lead), samples, options)
-    check_finite(model, f"the fused network after {options.correction}", balanced.structure)
+    if options.correction != "none":
+        correct(model, Parents(balanced, maps, weights, options.head, lead), samples, options)
+        check_finite(model, f"the fused network after {options.correction}", balanced.structure)
     check_outputs(model, samples)
     return Fusion(
         model.requires_grad_(True), parents, alignments, template, tuple(costs), maps, transport_costs, tuple(weights),

@@ -209,7 +209,7 @@ def _incoming(structure: Structure, layer: Layer, maps: Maps, options: FusionOpt
     """The incoming weights (and bias) of every neuron, [neurons, weights], with aligned inputs."""
     state = state_of(structure.module.get_submodule(layer.name))
     axes = structure.axes[f"{layer.name}.weight"]
-    mappings = [None, *(axis_map(axis, maps, options) for axis in axes[1:])]
+    mappings = [None, *axis_maps(axes[1:], maps, options)]
     weight = move(state["weight"].double(), axes, mappings).flatten(1)
     return torch.cat([weight, state["bias"][:, None].to(weight)], 1) if "bias" in state else weight
 
@@ -224,10 +224,15 @@ def axis_map(axis: Axis | None, maps: Maps, options: FusionOptions) -> Tensor | 
     return torch.stack(found).mean(0) if found else None
 
 
+def axis_maps(axes: Sequence[Axis | None], maps: Maps, options: FusionOptions) -> list[Tensor | None]:
+    """The map that moves each axis of a parameter."""
+    return [axis_map(axis, maps, options) for axis in axes]
+
+
 def moved(structure: Structure, name: str, tensor: Tensor, maps: Maps, options: FusionOptions) -> Tensor:
     """A parameter of a balanced parent with all its axes carried onto the anchor's neurons."""
     axes = structure.axes[name]
-    return move(tensor, axes, [axis_map(axis, maps, options) for axis in axes])
+    return move(tensor, axes, axis_maps(axes, maps, options))
 
 
 def _mass(balanced: Balanced, site: Site, one: int, options: FusionOptions) -> tuple[Tensor, Tensor] | None:

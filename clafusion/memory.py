@@ -11,16 +11,17 @@ import torch
 from clafusion.errors import FusionError
 
 T = TypeVar("T")
-#: Samples that are run at once on a CPU: activations of one such chunk are all that is ever held.
+#: The most samples that statistics are taken of at once where their values, not their sums, are compared.
 CHUNK = 32
-#: With fewer, a chunk of near-equal parts could be too small for an unbiased estimate, which takes four.
-SMALLEST = 8
-_chunk: ContextVar[int] = ContextVar("samples at once", default=CHUNK)
+#: Which shares of the samples that are run at once usually are tried. With fewer than a fourth of CHUNK, a chunk of
+#: near-equal parts could be too small for an unbiased estimate, which takes four.
+DIVISORS = (1, 2, 4)
+_divisor: ContextVar[int] = ContextVar("divisor of the samples that are run at once", default=1)
 
 
 def samples_at_once(most: int = CHUNK) -> int:
     """How many samples to run at once: the given number while memory suffices, at least one."""
-    return max(1, most * _chunk.get() // CHUNK)
+    return max(1, most // _divisor.get())
 
 
 def within_memory(compute: Callable[[], T]) -> T:
@@ -32,9 +33,10 @@ def within_memory(compute: Callable[[], T]) -> T:
     Raises:
         FusionError: There is not enough memory even for the smallest number of samples.
     """
-    size = CHUNK
-    while True:
-        token = _chunk.set(size)
+    for divisor in DIVISORS:
+        if divisor > 1:
+            warnings.warn(f"Out of memory; trying again with 1/{divisor} of the samples at once", stacklevel=2)
+        token = _divisor.set(divisor)
         try:
             return compute()
         except (RuntimeError, MemoryError) as error:
@@ -42,18 +44,15 @@ def within_memory(compute: Callable[[], T]) -> T:
                 raise
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
         finally:
-            _chunk.reset(token)
+            _divisor.reset(token)
         # Only here, where the error and with it what it had in hand is gone.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if size == SMALLEST:
-            raise FusionError(
-                f"Expected enough memory to run {SMALLEST} samples at once, got {reason}; use another device, or "
-                "smaller networks"
-            )
-        size //= 2
-        warnings.warn(f"Out of memory; trying again with {size} samples at once", stacklevel=2)
+    raise FusionError(
+        f"Expected enough memory to run 1/{DIVISORS[-1]} of the samples at once, got {reason}; use another device, or "
+        "smaller networks"
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,6 +10,8 @@ from clafusion.graph import strip_hooks
 from clafusion.structure import Axis, Structure
 
 State = Mapping[str, Tensor]
+#: Numbers that are gathered at once: 1 MiB in single precision, which fits into a cache.
+BLOCK = 2**18
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -35,8 +37,7 @@ def move(tensor: Tensor, axes: Sequence[Axis | None], maps: Sequence[Tensor | No
         if axis is None or mapping is None:
             continue
         if (copied := copied_rows(mapping)) is not None:
-            places = copied[:, None] * axis.repeat + torch.arange(axis.repeat, device=copied.device)
-            tensor = tensor.index_select(dim, places.flatten())
+            tensor = tensor.index_select(dim, _expanded(copied, axis))
             continue
         blocks = tensor.movedim(dim, 0)
         rest = blocks.shape[1:]
@@ -44,6 +45,30 @@ def move(tensor: Tensor, axes: Sequence[Axis | None], maps: Sequence[Tensor | No
         moved = mapping.T.to(tensor.dtype) @ blocks
         tensor = moved.reshape(mapping.shape[1] * axis.repeat, *rest).movedim(0, dim)
     return tensor
+
+
+def add_moved(
+    total: Tensor, share: float, tensor: Tensor, axes: Sequence[Axis | None], maps: Sequence[Tensor | None]
+) -> None:
+    """Adds a share of the moved parameter, see `move`, to a tensor that is floating and in at least single precision.
+
+    Where the rows of the result are copies of others, they are gathered few at a time: all at once would take new
+    memory of the size of the parameter, and longer.
+    """
+    tensor = move(tensor.to(total.dtype), axes, [None, *maps[1:]])
+    axis, mapping = axes[0], maps[0]
+    copied = None if axis is None or mapping is None else copied_rows(mapping)
+    if axis is None or copied is None:
+        total.add_(move(tensor, axes, [mapping, *(None for _ in maps[1:])]), alpha=share)
+        return
+    size = max(1, BLOCK // max(1, total[0].numel()))
+    for part, places in zip(total.split(size), _expanded(copied, axis).split(size), strict=True):
+        part.add_(tensor.index_select(0, places), alpha=share)
+
+
+def _expanded(places: Tensor, axis: Axis) -> Tensor:
+    """Places of neurons as places along an axis that repeats each of them."""
+    return (places[:, None] * axis.repeat + torch.arange(axis.repeat, device=places.device)).flatten()
 
 
 def copied_rows(mapping: Tensor) -> Tensor | None:

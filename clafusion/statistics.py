@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from clafusion.errors import FusionError
 from clafusion.graph import live_numbers, observe
-from clafusion.memory import CHUNK, samples_at_once
+from clafusion.memory import samples_at_once
 from clafusion.structure import Structure, trace
 from clafusion.tracking import tracked
 
-#: Samples run at once on an accelerator, at most: more gain nothing, and on a CPU more than `CHUNK` are slower.
-ACCELERATOR_CHUNK = 1024
+#: Samples run at once, at most: more gain nothing.
+CPU_CHUNK, ACCELERATOR_CHUNK = 64, 1024
 #: Observations whose products are summed in single precision before they are added to sums in float64.
 BLOCK = 4096
 
@@ -51,14 +51,17 @@ class Moments:
             onto: sums of earlier batches to add these to; they are used up.
         """
         dtype = working_precision(x, y)
+        x, y = (one.detach().flatten(2) if one.ndim > 2 else one.detach()[:, :, None] for one in (x, y))
         # Any constant near the mean will do; the sums are shifted back below.
-        centres = [_by_neuron(one[: max(1, len(one) // 32)], dtype).mean(1) for one in (x, y)]
+        centres = [one[: max(1, len(one) // 32)].to(dtype).mean((0, 2)) for one in (x, y)]
         products = x.new_zeros(x.shape[1], y.shape[1], dtype=torch.float64) if onto is None else onto.xy
-        positions = x[0, 0].numel()
+        positions = x.shape[2]
         step = len(x) if dtype == torch.float64 else max(1, BLOCK // positions)
+        # The same memory for all blocks: a new one would take longer than what is computed in it.
+        rooms = [one.new_empty(one.shape[1], min(step, len(one)) * positions, dtype=dtype) for one in (x, y)]
         blocks: list[tuple[Tensor, ...]] = []
         for parts in zip(x.split(step), y.split(step), strict=True):
-            a, b = (_by_neuron(part, dtype) - c[:, None] for part, c in zip(parts, centres, strict=True))
+            a, b = (_centred(part, centre, room) for part, centre, room in zip(parts, centres, rooms, strict=True))
             norms = [torch.linalg.vector_norm(one, dim=1) for one in (a, b)]
             blocks.append((a.sum(1), b.sum(1), *norms))
             # What an inserted block computes is often nothing; asking an accelerator would cost more than the product.
@@ -92,9 +95,11 @@ def working_precision(*tensors: Tensor) -> torch.dtype:
     return wider if tensors[0].device.type == "cpu" else torch.float64
 
 
-def _by_neuron(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[samples, neurons, ...] as [neurons, observations]."""
-    return x.movedim(1, 0).flatten(1).to(dtype)
+def _centred(part: Tensor, centre: Tensor, room: Tensor) -> Tensor:
+    """[samples, neurons, positions] minus a constant for each neuron, as [neurons, observations] in the given room."""
+    result = room[:, : len(part) * part.shape[2]]
+    torch.sub(part.movedim(1, 0), centre[:, None, None], out=result.unflatten(1, (len(part), part.shape[2])))
+    return result
 
 
 def collect(batches: Iterable[Any], num_samples: int) -> Tensor:
@@ -153,7 +158,7 @@ def batch_size(structures: Sequence[Structure], memory_budget: int) -> int:
     """
     tensors = [next(structure.module.parameters()) for structure in structures]
     each = [live_numbers(structure.module) * t.element_size() for structure, t in zip(structures, tensors, strict=True)]
-    most = CHUNK if tensors[0].device.type == "cpu" else ACCELERATOR_CHUNK
+    most = CPU_CHUNK if tensors[0].device.type == "cpu" else ACCELERATOR_CHUNK
     return samples_at_once(min(most, memory_budget * 2**20 // max(1, sum(each))))
 
 
@@ -206,7 +211,7 @@ def paired_moments(
     structures: Sequence[Structure],
     pairs: Mapping[str, Sequence[tuple[int, int]]],
     samples: Tensor,
-    size: int = CHUNK,
+    size: int = CPU_CHUNK,
 ) -> dict[tuple[str, int, int], Moments]:
     """The joint moments of the features of pairs of networks that share one graph.
 

@@ -48,13 +48,13 @@ def ground_cost(moments: Moments, kind: str = "correlation", squared: bool = Fal
         cost = distance if squared else distance.sqrt()
     elif kind == "correlation":
         mean_x, mean_y = moments.x / moments.count, moments.y / moments.count
-        centred = moments.xy / moments.count - mean_x[:, None] * mean_y[None, :]
+        centred = (moments.xy / moments.count).addr_(mean_x, mean_y, alpha=-1)
         variance_x = _variance(moments.xx / moments.count, mean_x, moments.count)
         variance_y = _variance(moments.yy / moments.count, mean_y, moments.count)
         cost = 1 - _ratio(centred, variance_x, variance_y)
     else:
         cost = 1 - _ratio(moments.xy, moments.xx, moments.yy)
-    return _NORMALIZERS[normalize](cost.clamp_min(0))
+    return _NORMALIZERS[normalize](cost.clamp_min_(0))
 
 
 def _variance(square: Tensor, mean: Tensor, count: int) -> Tensor:
@@ -65,9 +65,8 @@ def _variance(square: Tensor, mean: Tensor, count: int) -> Tensor:
 
 def _ratio(product: Tensor, square_x: Tensor, square_y: Tensor) -> Tensor:
     """`product / sqrt(square_x square_y)`, 0 where a square is 0."""
-    scale = square_x.sqrt()[:, None] * square_y.sqrt()[None, :]
-    alive = scale > 0
-    return torch.where(alive, product / torch.where(alive, scale, 1.0), 0.0)
+    scale_x, scale_y = (torch.where(square > 0, square.rsqrt(), 0.0) for square in (square_x, square_y))
+    return (product * scale_x[:, None]).mul_(scale_y)
 
 
 def transport_plan(

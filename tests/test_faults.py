@@ -18,7 +18,8 @@ from test_resume import COMMAND, EPOCHS, differences, fit, result
 
 import cli
 from clafusion import FusionError, FusionOptions, align_layers, fuse, statistics
-from clafusion.memory import CHUNK, SMALLEST, is_out_of_memory, within_memory
+from clafusion.memory import CHUNK, DIVISORS, is_out_of_memory, within_memory
+from clafusion.statistics import CPU_CHUNK
 from lightning_modules import ImageClassifier, load_parent, read_checkpoint, save_checkpoint
 from lightning_modules.endings import ended_by, explained
 from lightning_modules.exporting import export_file
@@ -183,13 +184,13 @@ def test_out_of_memory_fewer_samples_are_run_at_once(monkeypatch, correction):
     options = plain(correction=correction, layer_measure="index")
     expected = fuse(parents, samples, options)
     before = [{name: tensor.clone() for name, tensor in parent.state_dict().items()} for parent in parents]
-    tried = out_of_memory_above(10, monkeypatch)
+    tried = out_of_memory_above(20, monkeypatch)
     with pytest.warns(UserWarning) as said:
         found = fuse(parents, samples, options)
     assert [str(one.message) for one in said] == [
-        f"Out of memory; trying again with {size} samples at once" for size in (16, 8)
+        f"Out of memory; trying again with 1/{divisor} of the samples at once" for divisor in (2, 4)
     ]
-    assert max(tried) == CHUNK and largest_difference(found.model, expected.model) < 1e-9
+    assert max(tried) == CPU_CHUNK and largest_difference(found.model, expected.model) < 1e-9
     for parent, state in zip(parents, before, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in parent.state_dict().items())
 
@@ -204,11 +205,11 @@ def test_layers_are_aligned_with_fewer_samples_at_once(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:Out of memory; trying again")
 def test_without_memory_for_the_fewest_samples_a_fusion_ends_in_one_line(mlp_checkpoints, capsys, monkeypatch):
-    out_of_memory_above(SMALLEST - 1, monkeypatch)
-    with pytest.raises(FusionError, match="memory to run 8 samples at once, got CUDA out of memory. .*; use another"):
+    out_of_memory_above(CHUNK // DIVISORS[-1] - 1, monkeypatch)
+    with pytest.raises(FusionError, match="to run 1/4 of the samples at once, got CUDA out of memory. .*; use another"):
         fuse([mlp([9, 8], 0), mlp([9, 8], 1)], [vectors(64)], plain())
     monkeypatch.setattr("warnings.warn", lambda *_, **__: None)
-    assert "Expected enough memory to run 8 samples at once" in ended(capsys, 2, *fuse_command(mlp_checkpoints))
+    assert "memory to run 1/4 of the samples at once" in ended(capsys, 2, *fuse_command(mlp_checkpoints))
     assert list(Path.cwd().iterdir()) == []
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from clafusion import FusionError, FusionOptions, fuse, networks, statistics, trace
-from clafusion.memory import CHUNK
+from clafusion.statistics import CPU_CHUNK
 from tests.helpers import images, largest_difference, mlp, permuted, plain, relative_error, resnet, vectors, vgg
 
 NORMED = {"bias": True, "batch_norm": True}
@@ -168,7 +168,7 @@ def test_memory_does_not_grow_with_the_samples(monkeypatch):
     observe = statistics.observe
     monkeypatch.setattr(statistics, "observe", lambda m, batch, n: sizes.append(len(batch)) or observe(m, batch, n))
     streamed = fuse(models, [samples])
-    assert max(sizes) <= CHUNK
+    assert max(sizes) <= CPU_CHUNK
     monkeypatch.setattr(statistics, "chunks", lambda samples, size=0: (samples,))
     at_once = fuse(models, [samples])
     assert max(sizes) == 300

@@ -223,12 +223,13 @@ def test_a_parent_that_is_not_finite_is_named(name, value):
 
 @pytest.mark.parametrize("name", ["fc2.weight", "bn1.running_mean"])
 def test_a_fused_parameter_that_is_not_finite_is_named(name, monkeypatch):
-    moved = combination.moved
+    add_up = combination._add_up
 
-    def spoiled(structure, parameter, tensor, its_maps, options):
-        return moved(structure, parameter, tensor, its_maps, options) * (float("nan") if parameter == name else 1)
+    def spoiled(fused, balanced, parameter, *others):
+        add_up(fused, balanced, parameter, *others)
+        fused.mul_(float("nan") if parameter == name else 1)
 
-    monkeypatch.setattr(combination, "moved", spoiled)
+    monkeypatch.setattr(combination, "_add_up", spoiled)
     said = refused("mlp", f"Expected finite weights, got NaN or infinity in '{name}'")
     assert said.endswith(f"(neuron space 'fc{name[2]}') of the fused network")
 
@@ -250,7 +251,8 @@ def test_a_correction_that_spoils_a_layer_is_named(correction, monkeypatch):
 
 def test_a_fused_network_whose_outputs_are_not_finite_is_refused(monkeypatch):
     monkeypatch.setattr(fusion, "correct", lambda model, *_: model.layer2[0].conv2.weight.mul_(1e300).mul_(1e8))
-    said = refused("resnet", "Expected finite outputs of the fused network, got NaN or infinity, first behind ")
+    message = "Expected finite outputs of the fused network, got NaN or infinity, first behind "
+    said = refused("resnet", message, correction="rescale")
     assert "'linear.weight'" in said or "'layer2.0.conv2.weight'" in said
 
 

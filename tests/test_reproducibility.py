@@ -27,7 +27,7 @@ def test_nor_does_how_many_samples_are_run_at_once(case, correction, dtype, tole
     make, samples = NORMED_PAIRS[case]
     models, options = [model.to(dtype) for model in make()], FusionOptions(correction=correction)
     expected = fuse(models, [samples], options).model
-    monkeypatch.setattr(statistics, "CHUNK", 13)
+    monkeypatch.setattr(statistics, "CPU_CHUNK", 13)
     found = fuse(models, [samples], options).model
     assert relative_error(found, expected, as_input(samples, found)) < tolerance
 

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from clafusion import FusionError, FusionOptions, fuse, statistics, trace
 from clafusion.graph import live_numbers
 from clafusion.memory import CHUNK
-from clafusion.statistics import Moments, batch_size, chunks, collect, paired_moments, rows
+from clafusion.statistics import CPU_CHUNK, Moments, batch_size, chunks, collect, paired_moments, rows
 from clafusion.transport import ground_cost
 from tests.helpers import images, mlp, resnet, vectors
 
@@ -105,8 +105,8 @@ def test_the_batch_follows_from_the_memory_budget():
     structures = [trace(resnet([1, 1], seed, width=64), images(2, 32)) for seed in range(2)]
     each = sum(8 * live_numbers(structure.module) for structure in structures)
     assert each > 2**20  # MiB
-    assert batch_size(structures, 1) == 1 < batch_size(structures, 20) == 20 * 2**20 // each < CHUNK
-    assert batch_size(structures, 10**6) == CHUNK
+    assert batch_size(structures, 1) == 1 < batch_size(structures, 20) == 20 * 2**20 // each < CPU_CHUNK
+    assert batch_size(structures, 10**6) == CPU_CHUNK
 
 
 @pytest.mark.parametrize("correction", ["none", "repair", "refit"])
@@ -120,7 +120,7 @@ def test_the_memory_budget_changes_nothing_but_rounding(correction, monkeypatch)
         options = FusionOptions(correction=correction, memory_budget=budget)
         fused.append(fuse(models, [samples], options).model(samples))
     assert torch.allclose(*fused, atol=1e-6)
-    assert sizes == ([] if correction == "none" else [1, CHUNK])
+    assert sizes == ([] if correction == "none" else [1, CPU_CHUNK])
 
 
 def test_sums_are_those_of_the_features():
