@@ -37,7 +37,7 @@ class MeanLoss(Metric):
 
     def update(self, loss: Tensor, count: int) -> None:
         """Adds the mean loss of `count` images."""
-        self.total += loss * count
+        self.total += loss.to(self.total) * count
         self.count += count
 
     def compute(self) -> Tensor:
