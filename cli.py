@@ -311,7 +311,8 @@ def main(args: Sequence[str] | None = None) -> None:
 def _end(kind: str, reason: object, code: int) -> NoReturn:
     """Ends the program with one line; None: with none."""
     if reason is not None:
-        print("clafusion:", kind, " ".join(str(reason).split()), file=sys.stderr)
+        # Written at once: other processes of the run may be writing theirs.
+        sys.stderr.write(f"clafusion: {kind} {' '.join(str(reason).split())}\n")
     sys.exit(code)
 
 

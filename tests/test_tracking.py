@@ -28,7 +28,7 @@ def told(compute) -> list[tuple[str, int, int]]:
     "options, expected",
     [
         (FusionOptions(), {"comparing layers": 4, "matching neurons": 5, "refitting layers": 6}),
-        (FusionOptions(num_samples=96), {"measuring neurons": 3}),
+        (FusionOptions(num_samples=96), {"measuring neurons": 2}),
         (FusionOptions(correction="rescale"), {"rescaling layers": 6}),
         (FusionOptions(correction="repair"), {"repairing layers": 6}),
         (plain(features="weights"), {"matching neurons": 5}),
