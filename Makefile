@@ -43,7 +43,7 @@ fuzz: $(STAMP)
 test-slurm: $(STAMP)
 	scripts/slurm/test.sh $(BIN)
 
-# What fusing, data, training and solvers cost, side by side on one thread (nine minutes; plots in docs/plots).
+# What fusing, data, training and solvers cost, side by side on one thread (eleven minutes; plots in docs/plots).
 bench: $(STAMP)
 	for name in fusion data train solvers startup; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
 
