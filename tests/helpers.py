@@ -22,7 +22,8 @@ def _has_font() -> bool:
         return bool(rasterised({"nothing": '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>'}))
 
 
-needs_font = pytest.mark.skipif(not _has_font(), reason="there is no font here to draw PNG files with")
+HAS_FONT = _has_font()
+needs_font = pytest.mark.skipif(not HAS_FONT, reason="there is no font here to draw PNG files with")
 
 
 def randomised(model: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:

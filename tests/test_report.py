@@ -4,6 +4,7 @@ import base64
 import copy
 import json
 import re
+import warnings
 import zlib
 from html.parser import HTMLParser
 from io import BytesIO
@@ -462,7 +463,9 @@ def test_without_a_font_there_are_drawings_only(record, monkeypatch, tmp_path):
         pictures = Pictures.of(figures(fusion_report(record)))
     pictures.write(tmp_path / "figures")
     assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".svg"}
-    assert rasterised({}) == {}  # nothing is missing then
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rasterised({}) == {}  # nothing is missing then
 
 
 def test_any_font_that_is_there_will_do(monkeypatch):
