@@ -7,7 +7,7 @@ process of one thread and without worker processes. Both `torchvision` rows do t
 as in most recipes, and on uint8 tensors with `torchvision.transforms.v2`.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from common import fastest, print_machine, print_table, quietly
@@ -77,14 +77,22 @@ def pass_over(module: RandomImages, device: str) -> None:
 
 def theirs(images: ImageSet, pil: bool, augment: bool, workers: int = 0) -> DataLoader:
     """The transforms of torchvision in a DataLoader."""
-    more = {"num_workers": workers, "persistent_workers": True} if workers else {}
+    transform: transforms.Compose | v2.Compose
     if pil:
         chosen = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()] if augment else []
         transform = transforms.Compose([*chosen, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-        return DataLoader(Single(images, transform, pil), BATCH, shuffle=True, **more)  # type: ignore[arg-type]
-    chosen = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if augment else []
-    scaled = v2.Compose([*chosen, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-    return DataLoader(Single(images, scaled, pil), BATCH, shuffle=True, **more)  # type: ignore[arg-type]
+    else:
+        chosen = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if augment else []
+        transform = v2.Compose([*chosen, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    return DataLoader(
+        Single(images, transform, pil), BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+    )
+
+
+def pass_over_theirs(loader: DataLoader, device: str) -> None:
+    """One epoch of it."""
+    for images, _ in loader:
+        images.to(device)
 
 
 def compared(augment: bool, few: int, device: str = "cpu", workers: int = 0) -> list[dict[str, object]]:
@@ -95,12 +103,8 @@ def compared(augment: bool, few: int, device: str = "cpu", workers: int = 0) -> 
         f"torchvision, PIL{with_workers}": theirs(some, True, augment, workers),
         f"torchvision, v2 on tensors{with_workers}": theirs(some, False, augment, workers),
     }
-
-    def pass_over_theirs(loader: DataLoader) -> Callable[[], None]:
-        return lambda: [images.to(device) for images, _ in loader] and None
-
-    passes = {"here": lambda: pass_over(module, device)}
-    passes |= {name: pass_over_theirs(loader) for name, loader in loaders.items()}
+    passes = {name: partial(pass_over_theirs, loader, device) for name, loader in loaders.items()}
+    passes = {"here": partial(pass_over, module, device), **passes}
     found = fastest(passes, rounds=3, device=device)
     speeds = {name: (SIZE if name == "here" else few) / value for name, value in found.items()}
     first = {"crop and flip": "yes" if augment else "no"}

@@ -14,12 +14,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from common import (
     case_of_this_process,
-    fastest,
     in_fresh_process,
     now,
     peak_mib,
@@ -66,9 +66,8 @@ def measure(
     slow: bool = False,
     compare: bool = False,
     device: str = "cpu",
-    warm: bool = False,
 ) -> dict[str, Any]:
-    """One case in this process; `warm`: not for the first time, as the first time a GPU's libraries are loaded."""
+    """One case in this process; on a GPU not for the first time, when its libraries are loaded."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
@@ -77,15 +76,17 @@ def measure(
     for parent in parents:
         parent(images[:2])
 
-    def bare(size: int) -> Callable[[], None]:
-        return lambda: [parent(batch) for parent in parents for batch in images.split(size)] and None
+    def bare(size: int) -> None:
+        for parent in parents:
+            for batch in images.split(size):
+                parent(batch)
 
     chosen = options_of(options, samples)
-    if warm:
-        bare(BATCHES[device][0])()
+    if device != "cpu":
+        bare(BATCHES[device][0])
         fuse(parents, [images], chosen)
         torch.cuda.reset_peak_memory_stats()
-    taken = {"bare": min(fastest({str(size): bare(size) for size in BATCHES[device]}, 1, device).values())}
+    taken = {"bare": min(seconds(partial(bare, size), device) for size in BATCHES[device])}
     before = peak_mib(device)
     found: list[Any] = []
     with timed_phases(device) as phases:

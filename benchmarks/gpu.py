@@ -36,8 +36,8 @@ def solvers(kind: str, cost: Tensor) -> dict[str, object]:
     }
     found = fastest(problems, rounds=2, device=DEVICE)
     shown = {f"{name}, ms": 1e3 * value for name, value in found.items()}
-    row = {"costs": kind, "neurons": f"{cost.shape[0]} x {cost.shape[1]}", **shown}
-    return row | {"sinkhorn, GPU / exact": found["sinkhorn, GPU"] / found["exact"]}
+    return {"costs": kind, "neurons": f"{cost.shape[0]} x {cost.shape[1]}", **shown,
+            "sinkhorn, GPU / exact": found["sinkhorn, GPU"] / found["exact"]}  # fmt: skip
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     quietly()
     print_machine()
     cases = {
-        (pair, *case): measure(models, case[1], case[0], device=DEVICE, warm=True)
+        (pair, *case): measure(models, case[1], case[0], device=DEVICE)
         for pair, models in PAIRS.items()
         for case in CASES
     }

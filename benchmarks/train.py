@@ -113,8 +113,8 @@ def options_compared(name: str, size: int, device: str = "cpu", repeats: int = 1
         step()
         step()
 
-    def repeated(step: Callable[[], None]) -> Callable[[], None]:
-        return lambda: [step() for _ in range(repeats)] and None
+    def repeated(step: Callable[[], None]) -> Callable[[], object]:
+        return lambda: [step() for _ in range(repeats)]
 
     found = fastest({option: repeated(step) for option, step in steps.items()}, rounds=3, device=device)
     return [{"option": option, "s": value / repeats, "ratio": value / found["none"]} for option, value in found.items()]

@@ -38,7 +38,7 @@ def correct(model: nn.Module, parents: Parents, samples: Tensor, options: Fusion
         model: the fused network.
         parents: what it was fused from.
         samples: unlabelled inputs. Of every network one activation per sample is held at a time.
-        options: `correction`, `ridge`, `memory_budget` and `seed` are read.
+        options: `correction` (which is not `none`), `ridge`, `memory_budget` and `seed` are read.
 
     Warns:
         UserWarning: if a layer is refit from fewer observations than it has unknowns, or if a norm is left as it is.

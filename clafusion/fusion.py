@@ -140,8 +140,8 @@ def _fuse_at_once(
     check_moved(balanced, maps, samples, options)
     model = combine(parents[options.anchor_index], balanced, maps, weights, options)
     check_finite(model, "the fused network", balanced.structure)
-    lead = options.anchor_lead if options.correction == "refit" else 1.0
     if options.correction != "none":
+        lead = options.anchor_lead if options.correction == "refit" else 1.0
         correct(model, Parents(balanced, maps, weights, options.head, lead), samples, options)
         check_finite(model, f"the fused network after {options.correction}", balanced.structure)
     check_outputs(model, samples)

@@ -11,7 +11,7 @@ import torch
 from clafusion.errors import FusionError
 
 T = TypeVar("T")
-#: The most samples that statistics are taken of at once where their values, not their sums, are compared.
+#: Samples that are run at once where no memory budget says how many.
 CHUNK = 32
 #: Which shares of the samples that are run at once usually are tried. With fewer than a fourth of CHUNK, a chunk of
 #: near-equal parts could be too small for an unbiased estimate, which takes four.

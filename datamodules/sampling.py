@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clafusion.errors import FusionError
+from datamodules.transforms import beside
 
 
 def derived_seed(*key: int | str) -> int:
@@ -73,7 +74,7 @@ class ImageSet(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """A batch `[B, C, H, W]` with its labels `[B]`: one indexing instead of B of them and a collation."""
-        chosen = torch.tensor(indices).to(self.images.device, non_blocking=self.images.is_cuda)
+        chosen = beside(self.images, torch.tensor(indices))
         return self.images.index_select(0, chosen), self.labels[chosen]
 
     @property

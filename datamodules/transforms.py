@@ -37,7 +37,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], chann
         float32 `[N, channels, H, W]` on the same device.
     """
     constants = torch.tensor([mean, std], dtype=torch.float32)
-    centre, spread = _beside(images, constants).view(2, -1, 1, 1)
+    centre, spread = beside(images, constants).view(2, -1, 1, 1)
     # In place: new memory for every step would take longer than the arithmetic.
     repeated = images.expand(-1, channels, -1, -1).to(torch.float32, copy=True)
     return repeated.div_(255).sub_(centre).div_(spread)
@@ -60,7 +60,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     count, channels, height, width = images.shape
     offsets = torch.randint(2 * PADDING + 1, (2, count, 1), generator=generator)
     flips = torch.randint(2, (1, count, 1), generator=generator)
-    top, left, flipped = _beside(images, torch.cat([offsets, flips]))
+    top, left, flipped = beside(images, torch.cat([offsets, flips]))
     steps = torch.arange(width, device=images.device)
     rows = top + torch.arange(height, device=images.device)
     columns = left + torch.where(flipped > 0, steps.flip(0), steps)
@@ -70,6 +70,11 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return crops.view(images.shape)
 
 
-def _beside(images: Tensor, values: Tensor) -> Tensor:
-    """Values on the device of the images; a GPU that is still busy with the batch before is not waited for."""
+def beside(images: Tensor, values: Tensor) -> Tensor:
+    """Values on the device of the images; a GPU that is still busy with the batch before is not waited for.
+
+    Args:
+        images: On any device.
+        values: On the CPU.
+    """
     return values.to(images.device, non_blocking=images.is_cuda)

@@ -24,7 +24,8 @@ Batch = tuple[Tensor, Tensor]
 class MeanLoss(Metric):
     """The mean of a loss over images, from its means over batches; NaN if it ever was.
 
-    For torchmetrics' `MeanMetric` to look for NaN, each step would have to wait for the GPU.
+    For torchmetrics' `MeanMetric` to look for NaN, each step would have to wait for the GPU; told not to look, it
+    ignores the weights.
     """
 
     total: Tensor
