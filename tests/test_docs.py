@@ -150,7 +150,7 @@ def test_what_stands_beside_a_published_setting_is_an_option_and_its_value():
 def messages() -> str:
     """All source text, with the strings that Python joins joined."""
     packages = ("clafusion", "lightning_modules", "datamodules", "callbacks")
-    sources = [path.read_text() for package in packages for path in sorted((ROOT / package).glob("*.py"))]
+    sources = [path.read_text() for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
     # The parser's own, which test_cli.py looks at.
     sources += [(ROOT / "cli.py").read_text(), "unrecognized arguments: "]
     return re.sub(r'"\s*f?"', "", "\n".join(sources))

@@ -9,7 +9,7 @@ import pytest
 import clafusion
 
 
-@pytest.mark.parametrize("module", sorted(info.name for info in pkgutil.iter_modules(clafusion.__path__, "clafusion.")))
+@pytest.mark.parametrize("module", sorted(info.name for info in pkgutil.walk_packages(clafusion.__path__, "clafusion.")))
 def test_examples_give_what_they_show(module):
     loaded = importlib.import_module(module)
     # An example may use what its module has at hand, as in a session that began with the module's imports.

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "callbacks": {"clafusion", "lightning_modules"},
     "cli": {"clafusion", "lightning_modules", "datamodules", "callbacks"},
 }
-SOURCES = [path for top in sorted(OURS) for path in sorted({*(ROOT / top).glob("*.py"), *ROOT.glob(f"{top}.py")})]
+SOURCES = [path for top in sorted(OURS) for path in sorted({*(ROOT / top).rglob("*.py"), *ROOT.glob(f"{top}.py")})]
 
 
 def imports(path: Path) -> set[str]:
@@ -43,7 +43,7 @@ def test_packages_import_only_those_below_them(path):
     assert found <= MAY_IMPORT[top] | {top}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "datamodules").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "datamodules").rglob("*.py")), ids=lambda path: path.name)
 def test_data_modules_know_only_the_error_of_the_library(path):
     found = {name for name in imports(path) if name.startswith("clafusion")}
     assert found <= {"clafusion.errors.FusionError"}
