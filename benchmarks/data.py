@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from datamodules import ImageDataModule
-from datamodules.sampling import ImageSet
-from lightning_modules import FusionTrainer
+from clafusion.datamodules import ImageDataModule
+from clafusion.datamodules.image_set import ImageSet
+from clafusion.lightning_modules import FusionTrainer
 
 SIZE, BATCH, MEAN, STD = 50_000, 128, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 

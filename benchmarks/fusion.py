@@ -30,10 +30,13 @@ from common import (
 )
 from torch import Tensor
 
-from clafusion import FusionOptions, fuse, fusion, maps, networks
-from clafusion.graph import observe
-from clafusion.statistics import Moments, rows
-from clafusion.structure import Structure
+from clafusion import FusionOptions, fuse, networks
+from clafusion.fusion import fuse as fusion
+from clafusion.statistics.moments import Moments
+from clafusion.statistics.samples import rows
+from clafusion.tracing.execution import observe
+from clafusion.tracing.structure import Structure
+from clafusion.transport import neuron_maps as maps
 
 PAIRS = {"ResNet34 + ResNet18": ["resnet34", "resnet18"], "VGG13_doub + VGG11_half": ["vgg13_doub", "vgg11_half"]}
 #: Processes for each row of the first table.

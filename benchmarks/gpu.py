@@ -17,8 +17,8 @@ from solvers import features_cost, random_cost
 from torch import Tensor
 from train import options_compared, trainer_against_bare
 
-from clafusion import transport
-from clafusion.transport import transport_plan
+from clafusion.transport import solvers as transport
+from clafusion.transport.solvers import transport_plan
 
 DEVICE = "cuda"
 #: Options and samples of the fusions.

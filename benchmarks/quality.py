@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from clafusion import Ensemble, FusionOptions, fuse, load_network, networks, save_network
-from datamodules import MNISTDataModule
+from clafusion.datamodules import MNISTDataModule
 
 #: What the second table has no row for is measured and dropped. `equal features`: hidden layers, too, are refit to the
 #: plain mean of the parents; `anchor's features`: the control of the default between the two, the anchor as it is with

@@ -15,8 +15,8 @@ import torch
 from common import fastest, print_machine, print_table
 from torch import Tensor
 
-from clafusion.statistics import Moments
-from clafusion.transport import ground_cost, transport_plan
+from clafusion.statistics.moments import Moments
+from clafusion.transport.solvers import ground_cost, transport_plan
 
 
 def features_cost(n: int, m: int) -> Tensor:

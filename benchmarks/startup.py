@@ -14,7 +14,7 @@ COMMANDS = {
     "import torch, scipy, ot": ["-c", "import torch, scipy, ot"],
     "import clafusion": ["-c", "import clafusion"],
     "import pytorch_lightning, jsonargparse": ["-c", "import pytorch_lightning, jsonargparse"],
-    "clafusion --help": ["-m", "cli", "--help"],
+    "clafusion --help": ["-m", "clafusion", "--help"],
 }
 #: What each of ours is compared with.
 FLOORS = {

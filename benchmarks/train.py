@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from clafusion import networks
-from lightning_modules import FusionTrainer, ImageClassifier
+from clafusion.lightning_modules import FusionTrainer, ImageClassifier
 
 EPOCHS = 4
 

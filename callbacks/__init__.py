@@ -1,5 +1,5 @@
 """Lightning callbacks: what happens between the phases of a training."""
 
-from callbacks.fusion import FusionCallback
+from clafusion.callbacks.fusion import FusionCallback
 
 __all__ = ["FusionCallback"]

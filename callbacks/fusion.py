@@ -9,16 +9,16 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from callbacks.signals import Held
 from clafusion import FusionOptions, describe, restore
+from clafusion.callbacks.signals import Held
 from clafusion.errors import FusionError
-from clafusion.report import figures, fusion_report
-from lightning_modules import ImageClassifier
-from lightning_modules.checks import ImageData, resumes_from
-from lightning_modules.fusing import fuse_checkpoints
-from lightning_modules.pictures import Pictures, has_board
-from lightning_modules.progress import steps
-from lightning_modules.ranks import on_rank_zero
+from clafusion.lightning_modules import ImageClassifier
+from clafusion.lightning_modules.commands.figures import Pictures, has_board
+from clafusion.lightning_modules.commands.fuse import fuse_checkpoints
+from clafusion.lightning_modules.compatibility import ImageData, resumes_from
+from clafusion.lightning_modules.distributed import on_rank_zero
+from clafusion.lightning_modules.progress import steps
+from clafusion.report.pages import figures, fusion_report
 
 
 class FusionData(ImageData, Protocol):

@@ -7,22 +7,22 @@ The main path: `fuse(models, batches)` -> `Fusion.model`. The modules, in the or
 """
 
 from clafusion import networks
-from clafusion.alignment import align
-from clafusion.balance import insert_identities
-from clafusion.combination import average
+from clafusion.alignment.dynamic_programming import align
+from clafusion.alignment.layer_costs import layer_costs
+from clafusion.alignment.layer_maps import align_layers
+from clafusion.alignment.similarity import cca, linear_cka
+from clafusion.balancing.insertion import insert_identities
+from clafusion.balancing.merging import merge_layers
 from clafusion.distillation import distillation_loss
 from clafusion.ensemble import Ensemble
 from clafusion.errors import FusionError
-from clafusion.fusion import Fusion, fuse
-from clafusion.layer_costs import layer_costs
-from clafusion.layer_maps import align_layers
-from clafusion.merging import merge_layers
+from clafusion.filter_transfer.transfer import map_units, transfer
+from clafusion.formats.files import describe, load_network, restore, save_network
+from clafusion.fusion.averaging import average
+from clafusion.fusion.fuse import Fusion, fuse
 from clafusion.options import FusionOptions
-from clafusion.similarity import cca, linear_cka
-from clafusion.storage import describe, load_network, restore, save_network
-from clafusion.structure import Structure, trace
-from clafusion.transfer import map_units, transfer
-from clafusion.transport import transport_map
+from clafusion.tracing.structure import Structure, trace
+from clafusion.transport.solvers import transport_map
 
 __all__ = [
     "Ensemble",

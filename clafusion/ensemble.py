@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from clafusion.combination import normalized
 from clafusion.errors import FusionError
+from clafusion.options import normalized
 
 
 class Ensemble(nn.Module):

@@ -1,5 +1,6 @@
 """The options of a fusion: plain, frozen values, checked when they are made."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -154,3 +155,15 @@ def _check(name: str, value: Any, hint: Any) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def normalized(weights: Sequence[float] | None, count: int) -> list[float]:
+    """Weights that sum to one.
+
+    Raises:
+        FusionError: if there is not one weight per network.
+    """
+    chosen = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if len(chosen) != count or not all(0 <= weight < math.inf for weight in chosen) or sum(chosen) <= 0:
+        raise FusionError(f"Expected {count} weights of at least 0 with a positive sum, got {list(weights or [])}")
+    return [weight / sum(chosen) for weight in chosen]

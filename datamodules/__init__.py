@@ -1,11 +1,11 @@
 """Lightning data modules: real images in memory, split into training, validation and test."""
 
-from datamodules.cifar import CIFARDataModule
-from datamodules.digits import DigitsDataModule
-from datamodules.folders import ImageFolderDataModule, TinyImageNetDataModule
-from datamodules.images import ImageDataModule
-from datamodules.mnist import MNISTDataModule
-from datamodules.split import Split
+from clafusion.datamodules.cifar import CIFARDataModule
+from clafusion.datamodules.digits import DigitsDataModule
+from clafusion.datamodules.folders import ImageFolderDataModule, TinyImageNetDataModule
+from clafusion.datamodules.images import ImageDataModule
+from clafusion.datamodules.mnist import MNISTDataModule
+from clafusion.datamodules.split import Split
 
 __all__ = [
     "CIFARDataModule",

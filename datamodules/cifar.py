@@ -6,10 +6,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from clafusion.datamodules.files import FileDataModule
+from clafusion.datamodules.image_set import ImageSet
+from clafusion.datamodules.pickles import read_pickle
 from clafusion.errors import FusionError
-from datamodules.files import FileDataModule
-from datamodules.pickles import read_pickle
-from datamodules.sampling import ImageSet
 
 _PIXELS = 3 * 32 * 32
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from datamodules.images import ImageDataModule
-from datamodules.sampling import ImageSet, stratified_split
+from clafusion.datamodules.image_set import ImageSet, stratified_split
+from clafusion.datamodules.images import ImageDataModule
 
 _TEST_FRACTION = 0.2
 _TEST_SEED = 0

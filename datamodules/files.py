@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from clafusion.datamodules.arguments import check_flag, check_path
+from clafusion.datamodules.images import ImageDataModule
 from clafusion.errors import FusionError
-from datamodules.checks import check_flag, check_path
-from datamodules.images import ImageDataModule
 
 
 class FileDataModule(ImageDataModule):

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clafusion.datamodules.arguments import check_path, check_whole
+from clafusion.datamodules.image_set import ImageSet, stratified_split
+from clafusion.datamodules.images import ImageDataModule
 from clafusion.errors import FusionError
-from datamodules.checks import check_path, check_whole
-from datamodules.images import ImageDataModule
-from datamodules.sampling import ImageSet, stratified_split
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: Where Tiny-ImageNet keeps the labels of its validation images.

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from clafusion.datamodules.arguments import check_flag, check_whole
+from clafusion.datamodules.image_set import ImageSet, seed_generators, seeded, stratified_split
+from clafusion.datamodules.resuming import ResumableDataModule
+from clafusion.datamodules.samplers import EpochSampler, ResumableLoader, ShardSampler
+from clafusion.datamodules.split import Split, as_split
+from clafusion.datamodules.transforms import augment as crop_and_flip
+from clafusion.datamodules.transforms import normalize, pad_to_size
 from clafusion.errors import FusionError
-from datamodules.checks import check_flag, check_whole
-from datamodules.loading import EpochSampler, ResumableLoader, ShardSampler
-from datamodules.resuming import ResumableDataModule
-from datamodules.sampling import ImageSet, seed_generators, seeded, stratified_split
-from datamodules.split import Split, as_split
-from datamodules.transforms import augment as crop_and_flip
-from datamodules.transforms import normalize, pad_to_size
 
 
 def _whole_batch(batch: Any) -> Any:

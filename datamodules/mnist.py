@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from clafusion.datamodules.files import FileDataModule
+from clafusion.datamodules.idx import locate_idx, read_idx
+from clafusion.datamodules.image_set import ImageSet
 from clafusion.errors import FusionError
-from datamodules.files import FileDataModule
-from datamodules.idx import locate_idx, read_idx
-from datamodules.sampling import ImageSet
 
 Variant = Literal["mnist", "fashion"]
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")

@@ -8,8 +8,8 @@ import torch
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.loops import _Loop
 
+from clafusion.datamodules.image_set import derived_seed
 from clafusion.errors import FusionError
-from datamodules.sampling import derived_seed
 
 #: Arguments of data modules that do not change what a network learns.
 _INDIFFERENT = frozenset({"eval_batch_size", "num_workers", "data_dir", "download"})

@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from clafusion.datamodules.arguments import check_whole
+from clafusion.datamodules.image_set import stratified_split
 from clafusion.errors import FusionError
-from datamodules.checks import check_whole
-from datamodules.sampling import stratified_split
 
 Kind = Literal["personal", "labels", "size"]
 Part = Literal["A", "B"]

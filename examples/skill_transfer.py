@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from clafusion import Ensemble, FusionOptions, fuse
+from clafusion.datamodules import DigitsDataModule, Split
 from clafusion.networks import MLP
-from datamodules import DigitsDataModule, Split
 
 LABEL = 4
 

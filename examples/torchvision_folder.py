@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torchvision.models import resnet18, resnet34
 
 from clafusion import Ensemble, FusionOptions, fuse, save_network
-from datamodules import ImageFolderDataModule
+from clafusion.datamodules import ImageFolderDataModule
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:

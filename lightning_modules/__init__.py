@@ -1,10 +1,11 @@
 """The Lightning side: the classifier, the distiller, their checkpoints and the trainer that can fuse."""
 
-from lightning_modules.checkpoints import load_parent, read_checkpoint, save_checkpoint
-from lightning_modules.classifier import ImageClassifier
-from lightning_modules.distiller import Distiller
-from lightning_modules.last_checkpoint import LastCheckpoint
-from lightning_modules.trainer import FusionTrainer
+from clafusion.lightning_modules.checkpoints.last import LastCheckpoint
+from clafusion.lightning_modules.checkpoints.reading import load_parent, read_checkpoint
+from clafusion.lightning_modules.checkpoints.writing import save_checkpoint
+from clafusion.lightning_modules.classifier import ImageClassifier
+from clafusion.lightning_modules.distiller import Distiller
+from clafusion.lightning_modules.trainer import FusionTrainer
 
 __all__ = [
     "Distiller",

@@ -14,9 +14,9 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from clafusion.errors import FusionError
-from clafusion.storage import describe, restore
-from lightning_modules.checkpoints import PREFIX, not_finite, read_checkpoint, refuse_classes
-from lightning_modules.checks import check_images
+from clafusion.formats.files import describe, restore
+from clafusion.lightning_modules.checkpoints.reading import PREFIX, not_finite, read_checkpoint, refuse_classes
+from clafusion.lightning_modules.compatibility import check_images
 
 Batch = tuple[Tensor, Tensor]
 

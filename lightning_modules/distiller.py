@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from clafusion.distillation import Reduction, check_distillation, distillation_loss
 from clafusion.ensemble import Ensemble
 from clafusion.errors import FusionError
-from clafusion.storage import describe
-from lightning_modules.checkpoints import load_fusion, load_parent, sha256
-from lightning_modules.checks import check_images, resumes_from
-from lightning_modules.classifier import Batch, ImageClassifier
-from lightning_modules.fusing import load_alike
+from clafusion.formats.files import describe
+from clafusion.lightning_modules.checkpoints.reading import load_fusion, load_parent
+from clafusion.lightning_modules.classifier import Batch, ImageClassifier
+from clafusion.lightning_modules.compatibility import check_images, load_alike, resumes_from
+from clafusion.lightning_modules.files import sha256
 
 #: Where a checkpoint keeps the teachers' checksums.
 _TAUGHT_BY = "teachers_sha256"

@@ -13,26 +13,33 @@ from torch import nn
 
 from clafusion import Ensemble, Fusion, FusionOptions, average
 from clafusion.errors import FusionError
-from clafusion.report import figures as all_figures
-from clafusion.storage import describe
-from lightning_modules.aligning import align_checkpoints, print_alignment
-from lightning_modules.atomic_io import AtomicCheckpointIO
-from lightning_modules.checkpoints import write_together, writer
-from lightning_modules.checks import ImageData
-from lightning_modules.classifier import ImageClassifier
-from lightning_modules.experiment import Scale
-from lightning_modules.fusing import fuse_checkpoints
-from lightning_modules.last_checkpoint import LastCheckpoint
-from lightning_modules.orders import prepare
-from lightning_modules.outputs import check_empty, check_new, check_output, compare, prepared
-from lightning_modules.pictures import Pictures, check_folder, folder_beside
-from lightning_modules.pipeline import run_experiment
-from lightning_modules.progress import steps
-from lightning_modules.reporting import drawn, fusion_report
-from lightning_modules.restoring import CheckedConnector
-from lightning_modules.results import as_json, print_results, write_results
-from lightning_modules.stage_trainers import check_arguments, influences, stage_arguments
-from lightning_modules.transferring import transfer_checkpoint
+from clafusion.formats.files import describe
+from clafusion.lightning_modules.checkpoints.last import LastCheckpoint
+from clafusion.lightning_modules.checkpoints.restoring import CheckedConnector
+from clafusion.lightning_modules.checkpoints.writing import AtomicCheckpointIO
+from clafusion.lightning_modules.classifier import ImageClassifier
+from clafusion.lightning_modules.commands.figures import Pictures, check_folder, folder_beside
+from clafusion.lightning_modules.commands.fuse import align_checkpoints, drawn, fuse_checkpoints, print_alignment
+from clafusion.lightning_modules.commands.records import (
+    as_json,
+    check_empty,
+    check_new,
+    check_output,
+    compare,
+    prepared,
+    print_results,
+    write_results,
+)
+from clafusion.lightning_modules.commands.transfer import transfer_checkpoint
+from clafusion.lightning_modules.compatibility import ImageData
+from clafusion.lightning_modules.experiments.jobs import prepare
+from clafusion.lightning_modules.experiments.report import fusion_report
+from clafusion.lightning_modules.experiments.runner import run_experiment
+from clafusion.lightning_modules.experiments.schema import Scale
+from clafusion.lightning_modules.experiments.stage_trainers import check_arguments, influences, stage_arguments
+from clafusion.lightning_modules.files import write_together, writer
+from clafusion.lightning_modules.progress import steps
+from clafusion.report.pages import figures as all_figures
 
 
 class FusionTrainer(Trainer):

@@ -21,7 +21,7 @@ def seeded():
 @pytest.fixture(scope="session")
 def mlp_checkpoints(tmp_path_factory) -> tuple[Path, Path]:
     """Checkpoints of a deeper and a shallower MLP for the digits, as `fit` would write them, untrained."""
-    from lightning_modules import ImageClassifier, save_checkpoint
+    from clafusion.lightning_modules import ImageClassifier, save_checkpoint
 
     folder = tmp_path_factory.mktemp("parents")
     paths = folder / "deep.ckpt", folder / "shallow.ckpt"

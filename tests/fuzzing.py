@@ -29,14 +29,14 @@ import torchvision
 from torch import nn
 
 from clafusion import FusionError, FusionOptions, fuse, networks, save_network
-from clafusion.report import report_data
-from datamodules.idx import read_idx
-from datamodules.pickles import read_pickle
-from lightning_modules import ImageClassifier, save_checkpoint
-from lightning_modules.checkpoints import load_fusion, load_parent
-from lightning_modules.checks import check_images
-from lightning_modules.converting import convert_file
-from lightning_modules.reporting import report_file
+from clafusion.datamodules.idx import read_idx
+from clafusion.datamodules.pickles import read_pickle
+from clafusion.lightning_modules import ImageClassifier, save_checkpoint
+from clafusion.lightning_modules.checkpoints.reading import load_fusion, load_parent
+from clafusion.lightning_modules.commands.convert import convert_file
+from clafusion.lightning_modules.compatibility import check_images
+from clafusion.lightning_modules.experiments.report import report_file
+from clafusion.report.pages import report_data
 
 #: Seconds until a read counts as a hang.
 PATIENCE = 20

@@ -11,9 +11,10 @@ import torchvision
 from torch import Tensor, nn
 
 from clafusion import FusionOptions, Structure, networks, trace
-from clafusion.report import rasterised
+from clafusion.report.pages import rasterised
 
-REFERENCE = Path(__file__).parent / "reference"
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT / "tests" / "reference"
 
 
 def _has_font() -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pytorch_lightning import Callback
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers import ROOT
 
 
 class KillAt(Callback):
@@ -54,7 +54,7 @@ def clafusion(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PL_", "CLAFUSION_"))}
     environment = {**clean, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "cli", *arguments],
+        [sys.executable, "-m", "clafusion", *arguments],
         cwd=folder,
         env=environment,
         capture_output=True,

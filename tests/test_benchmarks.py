@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from processes import ROOT
+
+from tests.helpers import ROOT
 
 
 @pytest.mark.slow

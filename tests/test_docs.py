@@ -6,16 +6,15 @@ import shlex
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
 
-import cli
 from clafusion import FusionOptions
+from clafusion.lightning_modules.commandline import cli
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 # Pages that only other people's shells can run stand without a language: they are shown, not run.

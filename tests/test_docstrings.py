@@ -9,7 +9,9 @@ import pytest
 import clafusion
 
 
-@pytest.mark.parametrize("module", sorted(info.name for info in pkgutil.walk_packages(clafusion.__path__, "clafusion.")))
+@pytest.mark.parametrize(
+    "module", sorted(info.name for info in pkgutil.walk_packages(clafusion.__path__, "clafusion."))
+)
 def test_examples_give_what_they_show(module):
     loaded = importlib.import_module(module)
     # An example may use what its module has at hand, as in a session that began with the module's imports.
@@ -18,4 +20,4 @@ def test_examples_give_what_they_show(module):
 
 
 def test_there_are_examples():
-    assert doctest.testmod(importlib.import_module("clafusion.alignment")).attempted > 0
+    assert doctest.testmod(importlib.import_module("clafusion.alignment.dynamic_programming")).attempted > 0

@@ -8,14 +8,15 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_folders import write_class_folders
 from torchvision.models import resnet18, resnet34
 
-import cli
 from clafusion import load_network
-from lightning_modules import load_parent
+from clafusion.lightning_modules import load_parent
+from clafusion.lightning_modules.commandline import cli
+from tests.datamodules.test_folders import write_class_folders
+from tests.helpers import ROOT
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def example(name: str) -> ModuleType:

@@ -1,9 +1,9 @@
 """A few hundred damaged files; `python -m tests.fuzzing --seconds 600` reads more of them."""
 
 import pytest
-from fuzzing import Watch, fuzz, read, seeds
 
 from clafusion import FusionError
+from tests.fuzzing import Watch, fuzz, read, seeds
 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch's advice on pickles that it does not know

@@ -1,77 +1,173 @@
-"""Who may import whom."""
+"""Which package may import which."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-OURS = {"clafusion", "lightning_modules", "datamodules", "callbacks", "cli"}
+import clafusion
+from tests.helpers import ROOT
+
+#: The folders at the top and the names that they are imported by.
+PACKAGES = {
+    "clafusion": "clafusion",
+    "lightning_modules": "clafusion.lightning_modules",
+    "datamodules": "clafusion.datamodules",
+    "callbacks": "clafusion.callbacks",
+    "configs": "clafusion.configs",
+}
+#: Floors from the ground up: a module or package may import those on floors below its own, and its own package.
+LIBRARY = [
+    ["errors", "tracking"],
+    ["options"],
+    ["networks", "tracing"],
+    ["statistics", "formats"],
+    ["transport"],
+    ["alignment"],
+    ["balancing"],
+    ["correction"],
+    ["fusion", "filter_transfer", "distillation", "ensemble"],
+    ["report"],
+]
+LIGHTNING = [
+    ["files", "distributed", "progress"],
+    ["checkpoints"],
+    ["compatibility"],
+    ["classifier"],
+    ["distiller"],
+    ["commands"],
+    ["experiments"],
+    ["trainer"],
+    ["commandline"],
+]
+#: What the packages at the top may import of each other.
 MAY_IMPORT = {
     "clafusion": set(),
+    "configs": set(),
     "datamodules": {"clafusion"},
-    "lightning_modules": {"clafusion"},
+    "lightning_modules": {"clafusion", "configs"},
     "callbacks": {"clafusion", "lightning_modules"},
-    "cli": {"clafusion", "lightning_modules", "datamodules", "callbacks"},
 }
-SOURCES = [path for top in sorted(OURS) for path in sorted({*(ROOT / top).rglob("*.py"), *ROOT.glob(f"{top}.py")})]
+#: The command line knows all of them by their names.
+FRONT = "clafusion.lightning_modules.commandline"
 
 
-def imports(path: Path) -> set[str]:
+def module_of(path: Path) -> str:
+    """The name by which a source file is imported."""
+    top, *rest = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join([PACKAGES[top], *rest]).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for top in PACKAGES for path in sorted((ROOT / top).rglob("*.py"))}
+
+
+def imports(path: Path) -> Iterator[str]:
     """The full names of what a source file imports."""
-    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports here are absolute"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def arrows(sources: Mapping[str, Path]) -> dict[str, set[str]]:
+    """For every module the modules of ours that it imports."""
+    found: dict[str, set[str]] = {}
+    for module, path in sources.items():
+        # `from package import module` is an arrow to the module, not to the package around it.
+        deepest = (
+            max((one for one in MODULES if f"{name}.".startswith(f"{one}.")), default="") for name in imports(path)
+        )
+        found[module] = {one for one in deepest if one} - {module}
     return found
 
 
-def top_of(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+ARROWS = arrows(MODULES)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_packages_import_only_those_below_them(path):
-    top = top_of(path)
-    found = {name.partition(".")[0] for name in imports(path)} & OURS
-    assert found <= MAY_IMPORT[top] | {top}
+def top_of(module: str) -> str:
+    """The folder at the top that a module lies in."""
+    return next(top for top in reversed(PACKAGES) if f"{module}.".startswith(f"{PACKAGES[top]}."))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "datamodules").rglob("*.py")), ids=lambda path: path.name)
-def test_data_modules_know_only_the_error_of_the_library(path):
-    found = {name for name in imports(path) if name.startswith("clafusion")}
-    assert found <= {"clafusion.errors.FusionError"}
+def room_of(module: str) -> str:
+    """The package or module below the one at the top; "" for that itself."""
+    return module.removeprefix(PACKAGES[top_of(module)]).lstrip(".").partition(".")[0]
+
+
+def is_forbidden(module: str, other: str) -> bool:
+    """Whether one module may not import another."""
+    one, two = top_of(module), top_of(other)
+    if module.startswith(FRONT) or module == "clafusion.__main__":
+        return False
+    if one != two:
+        return two not in MAY_IMPORT[one]
+    floors = {"clafusion": LIBRARY, "lightning_modules": LIGHTNING}.get(one)
+    mine, theirs = room_of(module), room_of(other)
+    # The package itself is its table of contents.
+    if floors is None or mine == theirs or not mine:
+        return False
+    floor = {room: number for number, rooms in enumerate(floors) for room in rooms}
+    return not theirs or floor[theirs] >= floor[mine]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_package_imports_only_what_is_below_it(module):
+    assert not [other for other in sorted(ARROWS[module]) if is_forbidden(module, other)]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from clafusion.fusion.fuse import fuse",
+        "from clafusion import fuse",
+        "import clafusion.report.pages",
+        "from clafusion.lightning_modules import ImageClassifier",
+        "def late():\n    from clafusion.correction import refit",
+    ],
+)
+def test_a_planted_arrow_is_found(source, tmp_path):
+    planted = tmp_path / "planted.py"
+    planted.write_text(source)
+    module = "clafusion.alignment.dynamic_programming"
+    assert [other for other in arrows({module: planted})[module] if is_forbidden(module, other)]
+
+
+def test_every_room_is_on_a_floor():
+    for top, floors in (("clafusion", LIBRARY), ("lightning_modules", LIGHTNING)):
+        rooms = {
+            path.stem for path in (ROOT / top).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+        }
+        assert sorted(room for rooms in floors for room in rooms) == sorted(rooms - {"__init__", "__main__"})
+
+
+def test_data_modules_know_only_the_error_of_the_library():
+    found = {name for module in MODULES if top_of(module) == "datamodules" for name in imports(MODULES[module])}
+    found = {name for name in found if name.startswith("clafusion") and not name.startswith("clafusion.datamodules")}
+    assert found == {"clafusion.errors.FusionError"}
 
 
 def test_no_package_imports_itself_in_a_circle():
-    graph = {}
-    for path in SOURCES:
-        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        graph[module] = imports(path)
-    edges = {
-        module: {
-            other for other in graph if other != module and any(f"{name}.".startswith(f"{other}.") for name in names)
-        }
-        for module, names in graph.items()
-    }
-    # `from package import module` counts as an import of the module, not of the package around it.
-    for module, others in edges.items():
-        edges[module] = {other for other in others if not any(deeper.startswith(f"{other}.") for deeper in others)}
+    edges = dict(ARROWS)
     while edges:
         free = {module for module, others in edges.items() if not others & edges.keys()}
         assert free, f"these import each other in a circle: {sorted(edges)}"
         edges = {module: others for module, others in edges.items() if module not in free}
 
 
+def test_no_public_name_hides_a_module():
+    hidden = [name for name in clafusion.__all__ if f"clafusion.{name}" in MODULES]
+    assert hidden == ["networks"]  # which is the module itself
+
+
 def test_the_library_loads_without_lightning_and_friends():
     code = "import sys, clafusion; print([m for m in sys.argv[1:] if m in sys.modules])"
-    heavy = ["pytorch_lightning", "lightning_fabric", "torchmetrics", "torchvision", "jsonargparse"]
+    heavy = ["pytorch_lightning", "lightning", "lightning_fabric", "torchmetrics", "torchvision", "jsonargparse"]
     out = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, cwd=ROOT, check=True)
     assert out.stdout == "[]\n"
 
@@ -79,7 +175,10 @@ def test_the_library_loads_without_lightning_and_friends():
 def test_setup_cfg_names_all_that_is_installed():
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    patterns = setup["options.packages.find"]["include"].split()
-    assert {pattern.rstrip("*") for pattern in patterns} == (OURS | {"configs"}) - {"cli"}
-    assert setup["options"]["py_modules"] == "cli"
-    assert setup["options.entry_points"]["console_scripts"].strip() == "clafusion = cli:main"
+    folders = {path.parent for path in MODULES.values()}
+    named = setup["options"]["packages"].split()
+    assert sorted(named) == sorted(module_of(folder / "__init__.py") for folder in folders)
+    mapped = dict(line.split(" = ") for line in setup["options"]["package_dir"].strip().splitlines())
+    assert mapped == {name: top for top, name in PACKAGES.items()}
+    script = setup["options.entry_points"]["console_scripts"].strip()
+    assert script == "clafusion = clafusion.lightning_modules.commandline:main"

@@ -1,0 +1,1 @@
+"""Which layers of one network correspond to which of another: cross-layer alignment."""

@@ -1,0 +1,138 @@
+"""How unlike each layer of one network is to each layer of another, stage by stage."""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clafusion.alignment.similarity import MIN_SAMPLES, cca, cka_from_hsic, gram, hsic
+from clafusion.errors import FusionError
+from clafusion.statistics.moments import Moments
+from clafusion.statistics.samples import chunks, collect
+from clafusion.tracing.execution import as_input, observe
+from clafusion.tracing.structure import Structure, Unit, check_stages, structure_of
+from clafusion.tracking import tracked
+from clafusion.transport.solvers import ground_cost, transport_plan
+
+MEASURES = ("cka", "cca", "wasserstein", "neurons", "index")
+
+
+@torch.no_grad()
+def layer_costs(
+    deep: nn.Module,
+    shallow: nn.Module,
+    batches: Iterable[Any],
+    measure: str = "cka",
+    debiased: bool = True,
+    num_samples: int = 500,
+) -> list[Tensor]:
+    """The dissimilarity of every unit of one network to every unit of another, per stage.
+
+    Args:
+        deep: a network; left as it is.
+        shallow: another with the same stages; left as it is.
+        batches: unlabelled samples, [batch, ...] each; read once.
+        measure: `cka`, `cca`, `wasserstein`, `neurons` or `index`, as in `FusionOptions.layer_measure`.
+        debiased: use the debiased estimator of CKA, streamed; the biased one and CCA see all samples at once.
+        num_samples: samples to use, at most.
+
+    Returns:
+        For every stage, the head included, a matrix [units of deep, units of shallow], float64.
+
+    Raises:
+        FusionError: if the networks have other stages, or there are too few samples.
+    """
+    samples = collect(batches, num_samples)
+    a, b = structure_of(deep, samples), structure_of(shallow, samples)
+    check_stages(a, b)
+    return list(stage_costs(a, b, samples, range(len(a.stages)), measure, debiased).values())
+
+
+def stage_costs(
+    deep: Structure, shallow: Structure, samples: Tensor, stages: Collection[int], measure: str, debiased: bool
+) -> dict[int, Tensor]:
+    """`layer_costs` of the stages with the given numbers, from structures and collected samples."""
+    pairs = {number: (deep.stages[number], shallow.stages[number]) for number in stages}
+    if measure in ("neurons", "index"):
+        return {number: _difference(deep, shallow, *pair, measure) for number, pair in pairs.items()}
+    if len(samples) < MIN_SAMPLES:
+        raise FusionError(f"Expected at least {MIN_SAMPLES} samples to compare layers, got {len(samples)}")
+    if measure == "cka":
+        return _cka_costs(deep, shallow, samples, pairs, debiased)
+    if measure == "cca":
+        return _cca_costs(deep, shallow, samples, pairs)
+    if measure == "wasserstein":
+        return _wasserstein_costs(deep, shallow, samples, pairs)
+    raise FusionError(f"Expected a measure of {', '.join(MEASURES)}, got {measure!r}")
+
+
+StagePairs = dict[int, tuple[tuple[Unit, ...], tuple[Unit, ...]]]
+
+
+def _difference(
+    deep: Structure, shallow: Structure, rows_: tuple[Unit, ...], columns: tuple[Unit, ...], measure: str
+) -> Tensor:
+    def value(structure: Structure, units: tuple[Unit, ...]) -> Tensor:
+        widths = [structure.sizes[unit.output.space] for unit in units]
+        return torch.tensor(widths if measure == "neurons" else range(len(units)), dtype=torch.float64)
+
+    return (value(deep, rows_)[:, None] - value(shallow, columns)[None, :]).square()
+
+
+def _cka_costs(
+    deep: Structure, shallow: Structure, samples: Tensor, pairs: StagePairs, debiased: bool
+) -> dict[int, Tensor]:
+    """1 - CKA from sums of HSIC over mini-batches (Nguyen, Raghu, Kornblith 2021)."""
+    sums: dict[int, list[Tensor]] = {}
+    batches = chunks(samples) if debiased else (samples,)
+    for chunk in tracked(batches, "comparing layers", len(batches)):
+        of_deep = {name: gram(value) for name, value in _features(deep, chunk, pairs, 0)}
+        of_shallow = {name: gram(value) for name, value in _features(shallow, chunk, pairs, 1)}
+        for number, (ours, theirs) in pairs.items():
+            rows_ = [of_deep[unit.output.pre] for unit in ours]
+            columns = [of_shallow[unit.output.pre] for unit in theirs]
+            parts = [
+                torch.stack([torch.stack([hsic(one, other, debiased) for other in columns]) for one in rows_]),
+                torch.stack([hsic(one, one, debiased) for one in rows_])[:, None],
+                torch.stack([hsic(other, other, debiased) for other in columns])[None, :],
+            ]
+            sums[number] = [a + b for a, b in zip(sums[number], parts, strict=True)] if number in sums else parts
+    return {number: 1 - cka_from_hsic(*parts) for number, parts in sums.items()}
+
+
+def _cca_costs(deep: Structure, shallow: Structure, samples: Tensor, pairs: StagePairs) -> dict[int, Tensor]:
+    """1 - CCA; its bases are those of all samples, so all features of the stages are held at once."""
+    of_deep = dict(_features(deep, samples, pairs, 0))
+    of_shallow = dict(_features(shallow, samples, pairs, 1))
+    costs = {}
+    for number, (ours, theirs) in pairs.items():
+        values = [[1 - cca(of_deep[a.output.pre], of_shallow[b.output.pre]) for b in theirs] for a in ours]
+        costs[number] = torch.stack([torch.stack(row) for row in values])
+    return costs
+
+
+def _wasserstein_costs(deep: Structure, shallow: Structure, samples: Tensor, pairs: StagePairs) -> dict[int, Tensor]:
+    """The optimal transport cost between the neurons of two layers, per observation (root mean square distance)."""
+    sums: dict[tuple[str, str], Moments] = {}
+    batches = chunks(samples)
+    for chunk in tracked(batches, "comparing layers", len(batches)):
+        of_shallow = dict(_features(shallow, chunk, pairs, 1))
+        partners = {a.output.pre: theirs for ours, theirs in pairs.values() for a in ours}
+        for name, value in _features(deep, chunk, pairs, 0):
+            for unit in partners[name]:
+                key = name, unit.output.pre
+                sums[key] = Moments.of(value, of_shallow[unit.output.pre], onto=sums.get(key))
+    distances = {}
+    for key, moments in tracked(sums.items(), "matching the neurons of layers", len(sums)):
+        cost = ground_cost(moments, "euclidean") / moments.count**0.5
+        distances[key] = (transport_plan(cost) * cost).sum()
+    return {
+        number: torch.stack([torch.stack([distances[a.output.pre, b.output.pre] for b in theirs]) for a in ours])
+        for number, (ours, theirs) in pairs.items()
+    }
+
+
+def _features(structure: Structure, chunk: Tensor, pairs: StagePairs, side: int) -> Iterable[tuple[str, Tensor]]:
+    names = {unit.output.pre for pair in pairs.values() for unit in pair[side]}
+    return observe(structure.module, as_input(chunk, structure.module), names)

@@ -1,0 +1,173 @@
+"""Which layers of the parents correspond: the map of every stage, and the costs that it was chosen by."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clafusion.alignment.dynamic_programming import align, chain, clamp_pins, is_forced, random_map
+from clafusion.alignment.layer_costs import stage_costs
+from clafusion.alignment.parents import check_parents, template_of, trace_all, with_anchor
+from clafusion.errors import FusionError
+from clafusion.options import FusionOptions
+from clafusion.statistics.memory import within_memory
+from clafusion.statistics.samples import collect
+from clafusion.tracing.structure import Structure
+
+Alignment = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class LayerMaps:
+    """What `align_layers` returns.
+
+    Attributes:
+        template: index of the parent whose depth the fused network would have.
+        units: per parent and stage (the head last) the names of its units.
+        alignments: as `Fusion.alignments`.
+        costs: per parent and stage the matrix of layer dissimilarities [deep, shallow]: of the template's units to the
+            parent's (`insert`), or of the parent's to the template's (`merge`).
+        num_samples: how many samples were measured on.
+    """
+
+    template: int
+    units: tuple[tuple[tuple[str, ...], ...], ...]
+    alignments: tuple[Alignment, ...]
+    costs: tuple[tuple[Tensor, ...], ...]
+    num_samples: int
+
+    def summary(self) -> dict[str, Any]:
+        """The maps and the costs, as plain containers that `json.dumps` accepts."""
+        return {
+            "num_samples": self.num_samples,
+            "template": self.template,
+            "units": [[list(stage) for stage in stages] for stages in self.units],
+            "alignments": [[list(stage) for stage in alignment] for alignment in self.alignments],
+            "layer_costs": [[cost.tolist() for cost in costs] for costs in self.costs],
+        }
+
+
+@torch.no_grad()
+def align_layers(
+    models: Sequence[nn.Module], batches: Iterable[Any], options: FusionOptions | None = None
+) -> LayerMaps:
+    """Align the layers of networks as `fuse` does, without fusing, and measure every stage: forced maps, too.
+
+    Args:
+        models: at least two networks, as for `fuse`; left as they are.
+        batches: unlabelled samples, as for `fuse`.
+        options: those of `fuse`; None: the defaults.
+
+    Returns:
+        The map and the costs of every stage of every parent.
+
+    Raises:
+        FusionError: as `fuse`; and for more than two parents fused one after another, since there each but the first
+            is aligned to what was fused before.
+
+    Example:
+        >>> from clafusion.networks import MLP
+        >>> maps = align_layers([MLP(8, [6, 5, 4], 3), MLP(8, [6, 4], 3)], [torch.randn(64, 8)])
+        >>> maps.alignments[1], [list(cost.shape) for cost in maps.costs[1]]
+        (((0, 2), (0,)), [[3, 2], [1, 1]])
+    """
+    options = FusionOptions() if options is None else options
+    models = list(models)
+    check_parents(models, options)
+    if options.many == "iterative" and len(models) > 2:
+        raise FusionError(
+            "Expected many=many_to_one to align layers alone, got iterative: there each parent is aligned to what was "
+            "fused before; fuse, or choose many_to_one"
+        )
+    samples = collect(batches, options.num_samples)
+    return within_memory(lambda: _align(models, samples, with_anchor(models, samples, options)))
+
+
+def _align(models: Sequence[nn.Module], samples: Tensor, options: FusionOptions) -> LayerMaps:
+    structures = trace_all(models, samples)
+    template = template_of(structures, options)
+    sides = [deep_and_shallow(structures, template, k, options) for k in range(len(models))]
+    costs = [
+        stage_costs(deep, shallow, samples, range(len(deep.stages)), options.layer_measure, options.debiased)
+        for deep, shallow in sides
+    ]
+    return LayerMaps(
+        template,
+        tuple(tuple(tuple(unit.name for unit in stage) for stage in one.stages) for one in structures),
+        tuple(map_stages(*side, list(cost.values()), options) for side, cost in zip(sides, costs, strict=True)),
+        tuple(tuple(cost.values()) for cost in costs),
+        len(samples),
+    )
+
+
+def deep_and_shallow(
+    structures: Sequence[Structure], template: int, k: int, options: FusionOptions
+) -> tuple[Structure, Structure]:
+    """The deep and the shallow structure of a parent and the template."""
+    pair = structures[template], structures[k]
+    return pair if options.balance == "insert" else (pair[1], pair[0])
+
+
+def open_costs(
+    deep: Structure, shallow: Structure, samples: Tensor, options: FusionOptions
+) -> tuple[Tensor | None, ...]:
+    """The cost matrix of every stage whose map is not forced."""
+    depths = [(len(a), len(b)) for a, b in zip(deep.stages, shallow.stages, strict=True)]
+    open_stages = [
+        number
+        for number, depth in enumerate(depths)
+        if options.mapping == "optimal" and not is_forced(*depth, *_pins(deep, shallow, number, options))
+    ]
+    measured: dict[int, Tensor] = {}
+    if open_stages:
+        measured = stage_costs(deep, shallow, samples, open_stages, options.layer_measure, options.debiased)
+    return tuple(measured.get(number) for number in range(len(depths)))
+
+
+def map_stages(
+    deep: Structure, shallow: Structure, costs: Sequence[Tensor | None], options: FusionOptions
+) -> Alignment:
+    """For every stage the units of the deep network that those of the shallow one stand for."""
+    found = []
+    for number, (ours, theirs) in enumerate(zip(deep.stages, shallow.stages, strict=True)):
+        pins = _pins(deep, shallow, number, options)
+        found.append(
+            map_stage(len(ours), len(theirs), costs[number], pins, options.mapping, seed=options.seed + number)
+        )
+    return tuple(found)
+
+
+def map_stage(
+    rows: int, columns: int, cost: Tensor | None, pins: tuple[int, int], mapping: str, seed: int
+) -> tuple[int, ...]:
+    """The map of one stage.
+
+    Args:
+        rows: units of the deep network.
+        columns: units of the shallow one.
+        cost: their dissimilarities [rows, columns], or None where the map is forced.
+        pins: leading and trailing columns matched by force; a random map has the leading ones only, a chain none.
+        mapping: `optimal`, `chain` or `random`.
+        seed: of the random map.
+
+    Returns:
+        For every column its row, strictly increasing.
+    """
+    if mapping == "chain":
+        return chain(rows, columns)
+    if mapping == "random":
+        return random_map(rows, columns, pins[0], seed)
+    return align(torch.zeros(rows, columns) if cost is None else cost, *pins)
+
+
+def _pins(deep: Structure, shallow: Structure, stage: int, options: FusionOptions) -> tuple[int, int]:
+    """The pins of a stage; where units are inserted, those that cannot be identities must be matched."""
+    fixed = 0
+    if options.balance == "insert":
+        flags = [unit.insertable for unit in deep.stages[stage]]
+        fixed = flags.index(True) if True in flags else len(flags)
+    elif options.mapping == "random":
+        return 0, 0
+    return clamp_pins(len(shallow.stages[stage]), max(options.pin_first, fixed), options.pin_last)

@@ -1,0 +1,116 @@
+"""The parents as they come: checked, traced, and compared in depth."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from clafusion.errors import FusionError
+from clafusion.options import FusionOptions, normalized
+from clafusion.statistics.samples import all_finite, check_finite, chunks
+from clafusion.tracing.execution import as_input
+from clafusion.tracing.parameters import state_of
+from clafusion.tracing.structure import Structure, check_stages, structure_of
+
+
+def check_parents(models: Sequence[nn.Module], options: FusionOptions) -> None:
+    """Refuse what no samples are needed to refuse.
+
+    Raises:
+        FusionError: if there are fewer than two networks, the anchor is none of them, or `check_alike` fails.
+    """
+    if len(models) < 2:
+        raise FusionError(f"Expected at least 2 networks to fuse, got {len(models)}")
+    if options.anchor != "agreement" and options.anchor >= len(models):
+        raise FusionError(f"Expected anchor to be below {len(models)}, the number of networks, got {options.anchor}")
+    check_alike(models, [f"parent {number}" for number in range(len(models))])
+
+
+def check_alike(models: Sequence[nn.Module], names: Sequence[str]) -> None:
+    """Refuse networks that cannot be computed with together.
+
+    Args:
+        models: The networks.
+        names: What to call each of them.
+
+    Raises:
+        FusionError: if a network has no parameters, one that is not finite, or is of another device or dtype.
+    """
+    kinds = set()
+    for model, called in zip(models, names, strict=True):
+        check_finite(model, called)
+        first = next(model.parameters(), None)
+        if first is None:
+            raise FusionError(f"Expected networks with parameters, got none in {called}")
+        kinds.add((first.device, first.dtype))
+    if len(kinds) > 1:
+        raise FusionError(f"Expected networks on one device and of one dtype, got {sorted(map(str, kinds))}")
+
+
+@torch.no_grad()
+def with_anchor(models: Sequence[nn.Module], samples: Tensor, options: FusionOptions) -> FusionOptions:
+    """The options with an index as anchor: the smallest of those that agree most often with the parents' ensemble."""
+    if options.anchor != "agreement":
+        return options
+    networks = [structure.module for structure in trace_all(models, samples)]
+    weights = normalized(options.weights, len(models))
+    agreements = torch.zeros(len(models), dtype=torch.int64)
+    for chunk in chunks(samples):
+        answers = [network(as_input(chunk, network)).softmax(1) for network in networks]
+        together = sum(weight * answer for weight, answer in zip(weights, answers, strict=True)).argmax(1)
+        agreements += torch.stack([(answer.argmax(1) == together).sum() for answer in answers]).cpu()
+    return replace(options, anchor=int(agreements.argmax()))
+
+
+def trace_as(model: nn.Module, samples: Tensor, name: str) -> Structure:
+    """`structure_of`; an error says of which network it speaks."""
+    try:
+        return structure_of(model, samples)
+    except FusionError as error:
+        raise FusionError(f"{name}: {error}") from error
+
+
+def trace_all(models: Sequence[nn.Module], samples: Tensor) -> list[Structure]:
+    """The structures of networks that tell the same number of classes apart.
+
+    Raises:
+        FusionError: if a network cannot be traced, its outputs are not finite, or their classes differ in number.
+    """
+    structures = [trace_as(model, samples, f"parent {number}") for number, model in enumerate(models)]
+    for number, structure in enumerate(structures):
+        if not all_finite(structure.logits):
+            raise FusionError(
+                f"Expected finite outputs, got NaN or infinity from parent {number}; check its weights and the samples"
+            )
+    classes = [structure.sizes[structure.output] for structure in structures]
+    if len(set(classes)) > 1:
+        raise FusionError(f"Expected parents with the same number of classes, got {classes}; choose others")
+    return structures
+
+
+def template_of(structures: Sequence[Structure], options: FusionOptions) -> int:
+    """The parent whose depth the result has: the deepest (`insert`) or the shallowest (`merge`) in every stage.
+
+    Raises:
+        FusionError: if the stages cannot be matched one to one, or no parent is so in all of them.
+    """
+    for k, structure in enumerate(structures[1:], 1):
+        check_stages(structures[0], structure, ("parent 0", f"parent {k}"))
+    depths = [tuple(len(stage) for stage in structure.stages) for structure in structures]
+    extreme = tuple(map(max if options.balance == "insert" else min, zip(*depths, strict=True)))
+    if options.anchor != "agreement" and depths[options.anchor] == extreme:
+        return options.anchor
+    if extreme not in depths:
+        word = "deepest" if options.balance == "insert" else "shallowest"
+        raise FusionError(
+            f"Expected one parent to be {word} in every stage, got stages of {[list(d) for d in depths]} units"
+        )
+    candidates = [k for k, depth in enumerate(depths) if depth == extreme]
+    return max(candidates, key=lambda k: _fingerprint(structures[k]))
+
+
+def _fingerprint(structure: Structure) -> tuple[int, float]:
+    """Ranks networks by what they are and not by where they stand, so that the order of the parents does not matter."""
+    tensors = list(state_of(structure.module).values())
+    return sum(tensor.numel() for tensor in tensors), sum(float(tensor.double().sum()) for tensor in tensors)

@@ -1,0 +1,1 @@
+"""Gives back what averaging takes from the features: rescale, repair, refit."""

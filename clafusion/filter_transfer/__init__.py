@@ -1,0 +1,1 @@
+"""Puts the filters of one network into the architecture of another."""

@@ -1,0 +1,1 @@
+"""Networks in files: safetensors, graphs as JSON, other people's checkpoints."""

@@ -1,0 +1,1 @@
+"""`fuse`, the averaging of moved parents, and the checks of every result."""

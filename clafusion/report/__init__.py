@@ -1,0 +1,1 @@
+"""Reports of fusions and experiments: one HTML file each."""

@@ -1,0 +1,285 @@
+"""What a report shows beyond the summary of a fusion: units, small pictures of the maps, and how features fared."""
+
+import base64
+import math
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from clafusion.alignment.similarity import MIN_SAMPLES, cka_from_hsic, gram, hsic
+from clafusion.fusion.averaging import combine
+from clafusion.fusion.fuse import Fusion, owners_by_unit
+from clafusion.statistics.samples import chunks, rows
+from clafusion.tracing.execution import as_input
+from clafusion.tracing.runs import in_step
+from clafusion.tracing.structure import Structure, structure_of
+from clafusion.tracking import tracked
+from clafusion.transport.balanced import Balanced
+
+#: Height and width of the picture of a map, at most.
+PIXELS = 64
+#: Samples that the features are compared on, at most: enough for two digits, and cheap beside the fusion.
+SAMPLES = 512
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the features of a network compare with those of another, layer by layer.
+
+    Attributes:
+        layers: names of the layers with weights, in forward order, without projection shortcuts.
+        variance_ratio: per layer the mean variance of the network's neurons over that of the other's; None where the
+            other's do not vary.
+        cka: per layer the linear CKA of the two, debiased (Nguyen, Raghu, Kornblith 2021); None for fewer than 4
+            samples.
+    """
+
+    layers: tuple[str, ...]
+    variance_ratio: tuple[float | None, ...]
+    cka: tuple[float | None, ...]
+
+    def without(self, layers: Collection[str]) -> dict[str, Any]:
+        """The values as plain containers, None for some layers."""
+
+        def kept(values: Sequence[float | None]) -> list[float | None]:
+            return [None if name in layers else value for name, value in zip(self.layers, values, strict=True)]
+
+        return {"variance_ratio": kept(self.variance_ratio), "cka": kept(self.cka)}
+
+
+@torch.no_grad()
+def diagnose(networks: Sequence[nn.Module], parents: Sequence[nn.Module], samples: Tensor) -> list[list[Agreement]]:
+    r"""Compare the features of networks with those of others, before every activation.
+
+    .. math:: \text{ratio} = \frac{\mathrm{mean}_i \mathrm{Var}[x_i]}{\mathrm{mean}_j \mathrm{Var}[y_j]}, \quad
+              \mathrm{CKA} = \frac{\sum_b \mathrm{HSIC}_1(K_b, L_b)}
+              {\sqrt{\sum_b \mathrm{HSIC}_1(K_b, K_b) \sum_b \mathrm{HSIC}_1(L_b, L_b)}}
+
+    Args:
+        networks: one or more, such as a fused network before and after its correction.
+        parents: networks of the same graph, such as `Fusion.balanced`; widths may differ.
+        samples: inputs, [samples, ...]; run in chunks, whose features are dropped at once.
+
+    Returns:
+        For each network its agreement with each parent.
+
+    Example:
+        >>> from clafusion.networks import MLP
+        >>> one = MLP(8, [6, 4], num_classes=3).eval()
+        >>> [[agreement]] = diagnose([one], [one], torch.randn(16, 8))
+        >>> [round(value, 6) for value in (*agreement.variance_ratio, *agreement.cka)]
+        [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    """
+    structures = [structure_of(model, samples) for model in (*networks, *parents)]
+    layers = _observed(structures[0])
+    sums = {name: _Sums(len(networks), len(parents)) for name in layers.values()}
+    parts = chunks(samples)
+    for chunk in tracked(parts, "comparing features", len(parts)):
+        outputs = in_step(structures, [list(layers)] * len(structures), chunk)
+        for name, features in zip(layers.values(), outputs, strict=True):
+            sums[name].add(features)
+    names = tuple(layers.values())
+    return [
+        [
+            Agreement(names, tuple(sums[n].ratio(i, j) for n in names), tuple(sums[n].cka(i, j) for n in names))
+            for j in range(len(parents))
+        ]
+        for i in range(len(networks))
+    ]
+
+
+def _observed(structure: Structure) -> dict[str, str]:
+    """The layers to observe by the node of their features, in graph order."""
+    chosen = {layer.pre: layer.name for unit in structure.units for layer in unit.branch}
+    return {node.name: chosen[node.name] for node in structure.module.graph.nodes if node.name in chosen}
+
+
+class _Sums:
+    """What is summed up over the chunks for one layer of all networks, the parents last."""
+
+    def __init__(self, networks: int, parents: int) -> None:
+        self.networks = networks
+        self.count = 0
+        self.enough = True
+        self.totals: list[Any] = [0.0] * (networks + parents)
+        self.squares: list[Any] = [0.0] * (networks + parents)
+        self.own: list[Any] = [0.0] * (networks + parents)
+        self.cross: list[list[Any]] = [[0.0] * parents for _ in range(networks)]
+
+    def add(self, features: Sequence[Tensor]) -> None:
+        for k, x in enumerate(rows(x).double() for x in features):
+            self.totals[k] = self.totals[k] + x.sum(0)
+            self.squares[k] = self.squares[k] + x.square().sum(0)
+        self.count += len(rows(features[0]))
+        if len(features[0]) < MIN_SAMPLES:
+            self.enough = False
+            return
+        grams = [gram(x) for x in features]
+        for k, one in enumerate(grams):
+            self.own[k] = self.own[k] + hsic(one, one, debiased=True)
+        for i, row in enumerate(self.cross):
+            for j, other in enumerate(grams[self.networks :]):
+                row[j] = row[j] + hsic(grams[i], other, debiased=True)
+
+    def variance(self, k: int) -> float:
+        mean = self.totals[k] / self.count
+        return float((self.squares[k] / self.count - mean.square()).clamp_min(0).mean())
+
+    def ratio(self, i: int, j: int) -> float | None:
+        theirs = self.variance(self.networks + j)
+        return _finite(self.variance(i) / theirs) if theirs > 0 else None
+
+    def cka(self, i: int, j: int) -> float | None:
+        if not self.enough:
+            return None
+        return _finite(float(cka_from_hsic(self.cross[i][j], self.own[i], self.own[self.networks + j])))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def report_data(fusion: Fusion, models: Sequence[nn.Module], samples: Tensor) -> dict[str, Any]:
+    """What the report draws beyond `Fusion.summary`, small enough to be kept with it.
+
+    Args:
+        fusion: what `fuse` returned.
+        models: what it was given.
+        samples: inputs that it measured on; the first `SAMPLES` of them are used.
+
+    Returns:
+        Plain containers that `json.dumps` accepts: `units` (per parent and stage), `maps` (per parent, by space) and
+        `diagnosis` (per parent, `before` the correction and `after` it; `before` is None where nothing was corrected
+        or the networks were fused one after another).
+    """
+    samples = samples[:SAMPLES]
+    corrected = fusion.options.correction != "none" and made_at_once(fusion)
+    before = next(averages(fusion, samples, [fusion.weights])) if corrected else None
+    template = structure_of(fusion.balanced[fusion.template], samples)
+    inserted = [_inserted(fusion, k, template) for k in range(len(models))]
+    found = diagnose([fusion.model, *([before] if before is not None else [])], fusion.balanced, samples)
+    return {
+        "units": [_units(structure_of(model, samples)) for model in models],
+        "maps": [{space: map_picture(one) for space, one in maps.items()} for maps in fusion.maps],
+        "diagnosis": {
+            "samples": len(samples),
+            "layers": list(found[0][0].layers),
+            "parents": [
+                {
+                    "before": None if before is None else found[1][k].without(inserted[k]),
+                    "after": after.without(inserted[k]),
+                }
+                for k, after in enumerate(found[0])
+            ],
+        },
+    }
+
+
+def _inserted(fusion: Fusion, k: int, template: Structure) -> frozenset[str]:
+    """The layers inside the residual units that a parent only has as inserted identities: nothing to compare with."""
+    if fusion.options.balance == "merge":
+        return frozenset()
+    return frozenset(
+        layer.name
+        for stage, units in enumerate(template.stages)
+        for place, unit in enumerate(units)
+        for layer in unit.branch
+        if place not in fusion.alignments[k][stage] and layer != unit.output
+    )
+
+
+def map_picture(mapping: Tensor) -> dict[str, Any]:
+    """A small picture of a map, with what it says in numbers.
+
+    The rows are sorted by the neuron that most of each goes to: a map that only permutes shows a clean diagonal.
+
+    Args:
+        mapping: [neurons, the result's neurons], columns sum to one.
+
+    Returns:
+        `shape`; `mixes`: the exponential of the mean entropy of the columns, 1 for a permutation, the number of
+        neurons for a uniform mixture; `pixels`: [rows, columns] of the picture; `image`: its bytes, row by row, 255 for
+        the largest value, compressed by zlib, in base64.
+    """
+    shares = mapping.detach().double().cpu()
+    entropy = torch.special.entr(shares.clamp_min(0)).sum(0).mean()
+    ordered = shares[shares.argmax(1).argsort(stable=True)]
+    size = min(PIXELS, shares.shape[0]), min(PIXELS, shares.shape[1])
+    small = adaptive_avg_pool2d(ordered[None], size)[0].clamp_min(0)
+    levels = (255 * small / small.max().clamp_min(torch.finfo(small.dtype).tiny)).round().to(torch.uint8)
+    packed = zlib.compress(bytes(levels.flatten().tolist()), 9)
+    return {
+        "shape": list(shares.shape),
+        "mixes": float(entropy.exp()),
+        "pixels": list(size),
+        "image": base64.b64encode(packed).decode("ascii"),
+    }
+
+
+def _units(structure: Structure) -> list[list[dict[str, Any]]]:
+    return [
+        [{"name": unit.name, "kind": unit.kind, "neurons": structure.sizes[unit.output.space]} for unit in stage]
+        for stage in structure.stages
+    ]
+
+
+#: The shares of the other parent that are measured.
+SHARES = tuple(step / 10 for step in range(11))
+
+
+def made_at_once(fusion: Fusion) -> bool:
+    """Whether all parents were averaged in one step, so that the average can be made again."""
+    return fusion.options.many != "iterative" or len(fusion.balanced) == 2
+
+
+def averages(fusion: Fusion, samples: Tensor, weights: Iterable[Sequence[float]]) -> Iterator[nn.Module]:
+    """The averages of the moved parents, without their correction.
+
+    Args:
+        fusion: made in one step.
+        samples: two or more inputs.
+        weights: for each average its weight per parent, summing to one.
+    """
+    options = fusion.options
+    structures = tuple(structure_of(parent, samples) for parent in fusion.balanced)
+    owners = owners_by_unit(structures[fusion.template], fusion.template, fusion.alignments, None, options)
+    balanced = Balanced(structures, owners, options.anchor_index, fusion.template)
+    for shares in weights:
+        yield combine(fusion.balanced[options.anchor_index], balanced, fusion.maps, shares, options)
+
+
+@torch.no_grad()
+def line_accuracies(fusion: Fusion, images: Tensor, labels: Tensor) -> dict[str, Any] | None:
+    r"""The accuracy along the line between the anchor and every other parent, both on the anchor's neurons.
+
+    .. math:: \theta(s) = (1 - s)\, \theta_\mathrm{anchor} + s\, T_k \theta_k, \quad s = 0, 0.1, \ldots, 1
+
+    Args:
+        fusion: what `fuse` returned.
+        images: labelled inputs, [samples, ...], on the device of the fused network; two or more.
+        labels: their classes, [samples].
+
+    Returns:
+        `samples`, how many there were; `shares`, all `s`; `fused`, the accuracy of the fused network; `accuracies`,
+        by the number of the parent. None where the networks were fused one after another.
+    """
+    if not made_at_once(fusion):
+        return None
+    anchor, count = fusion.options.anchor_index, len(fusion.balanced)
+    found = {}
+    for k in range(count):
+        if k != anchor:
+            lines = [[(1 - s) * (i == anchor) + s * (i == k) for i in range(count)] for s in SHARES]
+            found[str(k)] = [_accuracy(model, images, labels) for model in averages(fusion, images, lines)]
+    fused = _accuracy(fusion.model, images, labels)
+    return {"samples": len(labels), "shares": list(SHARES), "fused": fused, "accuracies": found}
+
+
+def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    outputs = torch.cat([model(as_input(chunk, model)).argmax(1) for chunk in chunks(images)])
+    return float((outputs == labels).double().mean())

@@ -1,0 +1,1 @@
+"""What is measured on unlabelled samples, in memory that does not grow with their number."""

@@ -1,0 +1,121 @@
+"""What is measured on unlabelled samples: sums over batches, so that memory does not grow with their number."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clafusion.statistics.samples import CPU_CHUNK, chunks
+from clafusion.tracing.execution import working_precision
+from clafusion.tracing.runs import in_step
+from clafusion.tracing.structure import Structure
+from clafusion.tracking import tracked
+
+#: Observations whose products are summed in single precision before they are added to sums in float64.
+BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over observations of two sets of neurons, in float64.
+
+    Attributes:
+        count: the number of observations (samples times positions).
+        x, y: sums, [n] and [m].
+        xx, yy: sums of squares, [n] and [m].
+        xy: sums of products, [n, m].
+    """
+
+    count: int
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    yy: Tensor
+    xy: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, onto: "Moments | None" = None) -> "Moments":
+        """The sums of one batch, x [samples, n, ...] and y [samples, m, ...], every position an observation.
+
+        What is in single precision is multiplied in it, in blocks of a few thousand observations around a mean, and
+        summed in float64: the rounding is relative to what varies, not to the mean, and does not pile up.
+
+        Args:
+            x: features of one network.
+            y: features of the other.
+            onto: sums of earlier batches to add these to; they are used up.
+        """
+        dtype = working_precision(x, y)
+        x, y = (one.detach().flatten(2) if one.ndim > 2 else one.detach()[:, :, None] for one in (x, y))
+        # Any constant near the mean will do; the sums are shifted back below.
+        centres = [one[: max(1, len(one) // 32)].to(dtype).mean((0, 2)) for one in (x, y)]
+        products = x.new_zeros(x.shape[1], y.shape[1], dtype=torch.float64) if onto is None else onto.xy
+        positions = x.shape[2]
+        step = len(x) if dtype == torch.float64 else max(1, BLOCK // positions)
+        # The same memory for all blocks: a new one would take longer than what is computed in it.
+        rooms = [one.new_empty(one.shape[1], min(step, len(one)) * positions, dtype=dtype) for one in (x, y)]
+        blocks: list[tuple[Tensor, ...]] = []
+        for parts in zip(x.split(step), y.split(step), strict=True):
+            a, b = (_centred(part, centre, room) for part, centre, room in zip(parts, centres, rooms, strict=True))
+            norms = [torch.linalg.vector_norm(one, dim=1) for one in (a, b)]
+            blocks.append((a.sum(1), b.sum(1), *norms))
+            # What an inserted block computes is often nothing; asking an accelerator would cost more than the product.
+            if x.device.type != "cpu" or all(norm.any() for norm in norms):
+                products += a @ b.T
+        sums = [torch.stack(parts).double() for parts in zip(*blocks, strict=True)]
+        x_sum, y_sum, xx, yy = sums[0].sum(0), sums[1].sum(0), sums[2].square().sum(0), sums[3].square().sum(0)
+        around = cls(len(x) * positions, x_sum, y_sum, xx, yy, products)
+        found = around._shifted(*(centre.double() for centre in centres))
+        if onto is None:
+            return found
+        count, x_sum, y_sum = onto.count + found.count, onto.x + found.x, onto.y + found.y
+        return cls(count, x_sum, y_sum, onto.xx + found.xx, onto.yy + found.yy, products)
+
+    def _shifted(self, x: Tensor, y: Tensor) -> "Moments":
+        """The moments of the neurons plus constants, [n] and [m]; the products are changed in place."""
+        total_y = self.y + self.count * y
+        return Moments(
+            self.count,
+            self.x + self.count * x,
+            total_y,
+            self.xx + 2 * x * self.x + self.count * x.square(),
+            self.yy + 2 * y * self.y + self.count * y.square(),
+            self.xy.addr_(x, total_y).addr_(self.x, y),
+        )
+
+
+def _centred(part: Tensor, centre: Tensor, room: Tensor) -> Tensor:
+    """[samples, neurons, positions] minus a constant for each neuron, as [neurons, observations] in the given room."""
+    result = room[:, : len(part) * part.shape[2]]
+    torch.sub(part.movedim(1, 0), centre[:, None, None], out=result.unflatten(1, (len(part), part.shape[2])))
+    return result
+
+
+@torch.no_grad()
+def paired_moments(
+    structures: Sequence[Structure],
+    pairs: Mapping[str, Sequence[tuple[int, int]]],
+    samples: Tensor,
+    size: int = CPU_CHUNK,
+) -> dict[tuple[str, int, int], Moments]:
+    """The joint moments of the features of pairs of networks that share one graph.
+
+    Args:
+        structures: networks with equal node names.
+        pairs: for every node to observe, the pairs of networks to relate there.
+        samples: inputs.
+        size: how many of them to run at once.
+
+    Returns:
+        For every (node, network, other network) the moments of the features of the two.
+    """
+    order = [node.name for node in structures[0].module.graph.nodes if pairs.get(node.name)]
+    sums: dict[tuple[str, int, int], Moments] = {}
+    parts = chunks(samples, size)
+    for chunk in tracked(parts, "measuring neurons", len(parts)):
+        for name, outputs in zip(order, in_step(structures, [order] * len(structures), chunk), strict=True):
+            for one, other in pairs[name]:
+                key = name, one, other
+                sums[key] = Moments.of(outputs[one], outputs[other], onto=sums.get(key))
+    return sums

@@ -1,0 +1,103 @@
+"""The samples that everything is measured on: collected, checked, cut into chunks."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clafusion.errors import FusionError
+from clafusion.statistics.memory import samples_at_once
+from clafusion.tracing.execution import live_numbers
+from clafusion.tracing.parameters import state_of
+from clafusion.tracing.structure import Structure
+
+
+def check_finite(model: nn.Module, called: str, structure: Structure | None = None) -> None:
+    """Refuse a network with a parameter or buffer that is not finite.
+
+    Args:
+        model: the network.
+        called: what the message calls it.
+        structure: tells the neuron spaces.
+    """
+    for name, tensor in state_of(model).items():
+        if not all_finite(tensor):
+            axes = structure.axes.get(name, ()) if structure is not None else ()
+            space = next((f" (neuron space {axis.space!r})" for axis in axes if axis is not None), "")
+            raise FusionError(f"Expected finite weights, got NaN or infinity in {name!r}{space} of {called}")
+
+
+#: Samples run at once, at most: more gain nothing.
+CPU_CHUNK, ACCELERATOR_CHUNK = 64, 1024
+
+
+def collect(batches: Iterable[Any], num_samples: int) -> Tensor:
+    """The first `num_samples` inputs as one tensor.
+
+    Args:
+        batches: tensors [batch, ...] or tuples that begin with one (labels are ignored); read once, and no further
+            than needed.
+        num_samples: how many at most.
+
+    Raises:
+        FusionError: if there is not at least one batch, or a batch is no tensor, or a value is not finite.
+    """
+    parts: list[Tensor] = []
+    missing = num_samples
+    for batch in batches:
+        inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        if not isinstance(inputs, Tensor) or inputs.ndim < 2:
+            raise FusionError(f"Expected batches of samples [batch, ...], got {type(inputs).__name__}; pass tensors")
+        if parts and inputs.shape[1:] != parts[0].shape[1:]:
+            raise FusionError(
+                f"Expected samples of one shape, got {list(parts[0].shape[1:])} and {list(inputs.shape[1:])}"
+            )
+        parts.append(inputs[:missing].detach())
+        missing -= len(parts[-1])
+        if missing <= 0:
+            break
+    if not parts:
+        raise FusionError("Expected at least one batch of samples, got none; pass unlabelled inputs")
+    samples = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if not all_finite(samples):
+        raise FusionError("Expected finite samples, got NaN or infinity; check the data")
+    return samples
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity; a finite sum says so at once, but a sum may also overflow."""
+    return bool(tensor.sum().isfinite() or tensor.isfinite().all())
+
+
+def check_features(*sums: Tensor) -> None:
+    """Refuse what was summed over features that are not finite, or too large for their dtype."""
+    if not all(all_finite(one) for one in sums):
+        raise FusionError(
+            "Expected finite activations, got NaN or infinity for some of the samples; check the samples, or use a "
+            "wider dtype"
+        )
+
+
+def batch_size(structures: Sequence[Structure], memory_budget: int) -> int:
+    """How many samples to run through networks side by side.
+
+    Args:
+        structures: the networks.
+        memory_budget: MiB for the activations that are alive at once, as `live_numbers` counts them.
+    """
+    tensors = [next(structure.module.parameters()) for structure in structures]
+    each = [live_numbers(structure.module) * t.element_size() for structure, t in zip(structures, tensors, strict=True)]
+    most = CPU_CHUNK if tensors[0].device.type == "cpu" else ACCELERATOR_CHUNK
+    return samples_at_once(min(most, memory_budget * 2**20 // max(1, sum(each))))
+
+
+def chunks(samples: Tensor, size: int | None = None) -> tuple[Tensor, ...]:
+    """Near-equal parts of at most `size` samples; without a size none is too small for an unbiased estimate."""
+    size = samples_at_once() if size is None else size
+    return samples.tensor_split(max(1, -(-len(samples) // size)))
+
+
+def rows(features: Tensor) -> Tensor:
+    """One row per sample and position: [samples, channels, ...] becomes [observations, channels]."""
+    return features if features.ndim == 2 else features.movedim(1, -1).reshape(-1, features.shape[1])

@@ -1,0 +1,1 @@
+"""How a network is read: its graph, and which neurons every axis of every parameter names."""

@@ -1,0 +1,1 @@
+"""Which neurons of one network correspond to which of another: optimal transport."""

@@ -1,0 +1,201 @@
+"""Checkpoint files, read without running anything in them and written whole or not at all."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clafusion.errors import FusionError
+from clafusion.formats.files import load_network, restore
+from clafusion.lightning_modules.checkpoints.inspection import Foreign, check_content, check_file
+from clafusion.statistics.samples import all_finite
+
+PREFIX = "network."
+#: In what precision weights may be saved.
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# Where old Lightning versions kept hyperparameters; `load_from_checkpoint` still merges what it finds there.
+_LEGACY_KEYS = ("hparams", "module_arguments")
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a checkpoint of `ImageClassifier` as plain containers and tensors on the CPU; runs no code from it.
+
+    Args:
+        path: A local file, written by Lightning or by `save_checkpoint`.
+
+    Returns:
+        The checkpoint; its `state_dict` and `hyper_parameters` have been checked, the architecture in them is plain.
+
+    Raises:
+        FusionError: The file is missing, remote, damaged, holds pickled objects or is no such checkpoint.
+    """
+    path = local_file(path)
+    if _is_safetensors(path):
+        raise _foreign(path, "the content of save_network, which only fuse reads")
+    checkpoint = load_plain(path)
+    hyper_parameters = checkpoint.get("hyper_parameters")
+    if _is_state(checkpoint):
+        raise FusionError(
+            f"Expected a checkpoint of ImageClassifier, got {path} with weights alone; make it one by "
+            f"clafusion convert {path} NAME.ckpt"
+        )
+    if not _is_state(checkpoint.get("state_dict")) or not isinstance(hyper_parameters, dict):
+        raise _foreign(path, "no state_dict with hyper_parameters")
+    if any(key in checkpoint for key in _LEGACY_KEYS):
+        raise _foreign(path, "hyperparameters in the format of an old Lightning version")
+    if not isinstance(hyper_parameters.get("architecture"), dict):
+        raise _foreign(path, "no architecture in its hyper_parameters")
+    refuse_classes(hyper_parameters, path)
+    _blank_network(checkpoint, path)
+    return checkpoint
+
+
+def load_parent(path: str | os.PathLike[str]) -> nn.Module:
+    """Loads the network of a checkpoint of `ImageClassifier`, or of a file written by `save_network`.
+
+    Args:
+        path: A local file; which of the two formats it has is seen from its content.
+
+    Returns:
+        The network in eval mode on the CPU, in the dtype it was saved with.
+
+    Raises:
+        FusionError: As `read_checkpoint`; or the weights do not fit the stored architecture, or are not finite.
+    """
+    path = local_file(path)
+    if _is_safetensors(path):
+        network = load_network(path)
+    else:
+        checkpoint = read_checkpoint(path)
+        network = _blank_network(checkpoint, path)
+        network.load_state_dict(_weights(checkpoint), assign=True)
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and tensor.dtype not in FLOATS:
+            raise FusionError(f"Expected {name} in {path} of type {FLOATS[0]}, got {tensor.dtype}; convert it")
+    spoilt = not_finite(network.state_dict())
+    if spoilt is not None:
+        raise FusionError(f"Expected finite weights in {path}, got NaN or infinity in {spoilt}; train it again")
+    return network.eval()
+
+
+def not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with NaN or infinity; None if there is none."""
+    return next((name for name, tensor in state.items() if not all_finite(tensor)), None)
+
+
+def load_fusion(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """How the network of a file was fused, as its checkpoint tells; None if it does not.
+
+    Args:
+        path: As for `load_parent`.
+
+    Raises:
+        FusionError: As `read_checkpoint`.
+    """
+    path = local_file(path)
+    return None if _is_safetensors(path) else read_checkpoint(path).get("fusion")
+
+
+def local_file(path: str | os.PathLike[str]) -> Path:
+    """The path of an existing local file; URLs are refused because their content is not under the user's control."""
+    if "://" in str(path):
+        raise FusionError(f"Expected a local file, got the address {path}; download it first")
+    if not Path(path).is_file():
+        raise FusionError(f"Expected a checkpoint, got {path}, which is no file; check the path")
+    return Path(path)
+
+
+def load_plain(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint file: only tensors and plain containers."""
+    size = path.stat().st_size
+    if size > _memory():
+        raise FusionError(f"Expected a checkpoint that fits into memory, got {path} of {size:,} bytes; choose another")
+    try:
+        check_file(path)
+        # weights_only is always given: an environment variable can turn the default off.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        check_content(checkpoint, size)
+    except Foreign as error:
+        raise FusionError(
+            f"Expected only tensors and plain values in {path}, got {error}; save network.state_dict() for "
+            "clafusion convert, or the network by save_network"
+        ) from error
+    # A damaged file can make the unpickler fail in any way, MemoryError included.
+    except Exception as error:
+        raise _damaged(path) from error
+    if not isinstance(checkpoint, dict):
+        raise _foreign(path, f"a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def _memory() -> int:
+    """The bytes of memory of this machine; without limit where that is not known."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return sys.maxsize
+
+
+def _weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the network in a checkpoint, by their names in the network."""
+    state = checkpoint["state_dict"]
+    return {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
+
+
+def _blank_network(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> nn.Module:
+    """The checkpoint's network on the meta device, so that a forged size costs no memory; its shapes are the file's."""
+    try:
+        with torch.device("meta"):
+            network = restore(checkpoint["hyper_parameters"]["architecture"])
+    except FusionError as error:
+        raise FusionError(f"Expected a network in {path} that can be built: {error}") from error
+    wanted, weights = network.state_dict(), _weights(checkpoint)
+    expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise FusionError(
+                f"Expected {name} in {path} to have shape {expected.get(name)}, got {found.get(name)}; save it again"
+            )
+        types = FLOATS if wanted[name].is_floating_point() else (wanted[name].dtype,)
+        if weights[name].dtype not in types:
+            raise FusionError(f"Expected {name} in {path} of type {types[0]}, got {weights[name].dtype}; convert it")
+    return network
+
+
+def _is_state(state: object) -> bool:
+    """Whether an object maps names to tensors."""
+    return isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins like safetensors: eight bytes of length, then JSON."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def refuse_classes(value: object, path: str | os.PathLike[str]) -> None:
+    """Refuses hyperparameters that name a class or an instantiator: loading them would import and call code."""
+    if isinstance(value, dict):
+        for key in value:
+            if key == "class_path" or str(key).startswith("_"):
+                raise FusionError(f"Expected plain hyperparameters in {path}, got {key!r}; only your own command may")
+            refuse_classes(value[key], path)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            refuse_classes(item, path)
+
+
+def _foreign(path: str | os.PathLike[str], found: str) -> FusionError:
+    return FusionError(
+        f"Expected a checkpoint of ImageClassifier, got {path} with {found}; save it with fit or fuse, or try "
+        "clafusion convert"
+    )
+
+
+def _damaged(path: Path) -> FusionError:
+    return FusionError(f"Expected a readable checkpoint, got {path}, which is truncated or damaged; save it again")

@@ -1,0 +1,136 @@
+"""Does the data fit the network, is there a checkpoint to resume? Asked before anything is computed."""
+
+import copy
+import warnings
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from pytorch_lightning import Trainer
+from torch import Tensor, fx, nn
+
+from clafusion.errors import FusionError
+from clafusion.lightning_modules.checkpoints.reading import load_parent
+from clafusion.tracing.execution import observe
+
+#: Numbers that a layer of a network from a file may give: at most, and at most for every number of the image.
+_LARGEST, _MOST_OF_ONE = 2**28, 2**15
+
+
+class ImageData(Protocol):
+    """What fusing needs of a Lightning data module: the shape (C, H, W) of its images, and some without labels."""
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+
+    def alignment_batches(self, num_samples: int, seed: int) -> Iterable[Tensor]:
+        """That many training images, chosen by the seed, in batches as the network gets them."""
+        ...
+
+
+def check_images(network: nn.Module, data: ImageData, owner: str) -> int:
+    """Runs two blank images through a copy of the network.
+
+    Args:
+        network: Left as it is.
+        data: Says what shape the images have and how many classes there are.
+        owner: What to call the network in the message.
+
+    Returns:
+        The network's number of classes.
+
+    Raises:
+        FusionError: The network does not take images of that shape, or has fewer classes than the data.
+    """
+    shape = "x".join(map(str, data.image_shape))
+    name = type(data).__name__
+    probe = copy.deepcopy(network).eval()
+    like = next(iter(probe.parameters()), torch.zeros(()))
+    try:
+        output = run(probe, torch.zeros(2, *data.image_shape, dtype=like.dtype, device=like.device))
+    except FusionError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise FusionError(
+            f"Expected images with {_input_of(network)}, as {owner} takes, got {shape} from {name}; "
+            "choose the data it was trained on (--data)"
+        ) from error
+    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < data.num_classes:
+        raise FusionError(
+            f"Expected at least {data.num_classes} classes for {name}, got output of shape {_shape(output)} "
+            f"from {owner}; choose the data it was trained on (--data)"
+        )
+    return output.shape[1]
+
+
+def run(network: nn.Module, samples: Tensor) -> Any:
+    """The output of a network that may come from anyone's file.
+
+    A graph in a file can ask for layers without weights that blow an image up to any size; that is seen first.
+
+    Raises:
+        FusionError: An activation would be out of all proportion to the image.
+        Exception: What PyTorch raises for samples that do not fit.
+    """
+    with torch.no_grad():
+        if not isinstance(network, fx.GraphModule):
+            return network(samples)
+        most = min(_LARGEST, _MOST_OF_ONE * samples.numel())
+        blank = copy.deepcopy(network).to("meta")
+        for name, value in observe(blank, samples.to("meta"), {node.name for node in network.graph.nodes}):
+            if isinstance(value, Tensor) and value.numel() > most:
+                raise FusionError(
+                    f"Expected at most {most:,} numbers from each layer for {len(samples)} images, got "
+                    f"{value.numel():,} from {name!r}; choose another network"
+                )
+        # Not called: called, a graph module prints a traceback when it fails.
+        return network.forward(samples)
+
+
+def _shape(output: object) -> Any:
+    return list(output.shape[1:]) if isinstance(output, Tensor) else type(output).__name__
+
+
+def resumes_from(trainer: Trainer) -> Any:
+    """The checkpoint that a trainer is going to restore, or has restored; None if it begins anew.
+
+    Lightning's own trainers do not know it before `on_fit_start`; a `FusionTrainer` does.
+    """
+    return getattr(trainer, "restores", None) or trainer.ckpt_path
+
+
+def _input_of(network: nn.Module) -> str:
+    """What the first layer with weights takes, in words."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            return f"{module.in_features} values"
+        if isinstance(module, nn.Conv2d):
+            return f"{module.in_channels} channels of sufficient size"
+    return "another shape"
+
+
+def load_alike(paths: list[str], data: ImageData, role: str) -> list[nn.Module]:
+    """Loads networks, all of which take the data's images and tell the same number of classes apart.
+
+    Args:
+        paths: Checkpoints of fit or fuse, or files of save_network.
+        data: What the networks will be run on.
+        role: What to call them in the message, in the plural.
+
+    Raises:
+        FusionError: A file cannot be used, or a network does not fit the data or the others.
+
+    Warns:
+        UserWarning: The networks tell more classes apart than the data has.
+    """
+    networks = [load_parent(path) for path in paths]
+    classes = [check_images(network, data, path) for path, network in zip(paths, networks, strict=True)]
+    if len(set(classes)) > 1:
+        found = ", ".join(f"{path}: {count}" for path, count in zip(paths, classes, strict=True))
+        raise FusionError(f"Expected {role} with the same number of classes, got {found}; choose others")
+    if classes[0] > data.num_classes:
+        warnings.warn(
+            f"Expected {role} with the {data.num_classes} classes of {type(data).__name__}, got {classes[0]}; their "
+            "accuracies mean nothing if they were trained on other data", UserWarning, stacklevel=2,
+        )  # fmt: skip
+    return networks

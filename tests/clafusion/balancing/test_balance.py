@@ -1,0 +1,276 @@
+"""Insertion: exact for networks of every kind, seen where it is not, refused by name where it cannot be."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from clafusion import FusionError, insert_identities, networks, trace
+from clafusion.balancing.insertion import pass_on
+from clafusion.tracing.execution import observe
+from tests import helpers
+from tests.helpers import foreign, images, mlp, relative_error, resnet, vectors, vgg
+
+FLAGS = [{"bias": bias, "batch_norm": norm} for bias in (False, True) for norm in (False, True)]
+
+
+def last_places(deep, shallow, example):
+    """The alignment that keeps the first units of every stage, but puts the last one last."""
+    a, b = trace(deep, example), trace(shallow, example)
+    return [
+        (*range(len(theirs) - 1), len(ours) - 1) if len(theirs) > 1 else (0,)
+        for ours, theirs in zip(a.stages, b.stages, strict=True)
+    ]
+
+
+CASES = {
+    "mlp": (lambda f: (mlp([9, 8, 7, 6, 5], 0, **f), mlp([8, 5], 1, **f)), vectors(9)),
+    "vgg13 vgg11": (
+        lambda f: (
+            vgg([[4, 4], [5, 5], [6, 6], [7, 7], [7, 7]], 0, **f),
+            vgg([[3], [6], [5, 6], [6, 7], [7, 8]], 1, **f),
+        ),
+        images(4, 32),
+    ),
+    "resnet34 resnet18": (
+        lambda f: (resnet([3, 4, 6, 3], 0, width=8, **f), resnet([2, 2, 2, 2], 1, width=8, **f)), images(4, 16),
+    ),
+    "resnet101 resnet50": (
+        lambda f: (
+            resnet([3, 4, 23, 3], 0, width=2, block="bottleneck", **f),
+            resnet([3, 4, 6, 3], 1, width=2, block="bottleneck", **f),
+        ),
+        images(4, 16),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "flags"),
+    [(case, flags) for case in CASES for flags in FLAGS if case != "resnet101 resnet50" or flags["bias"]],
+    ids=str,
+)
+def test_inserted_identities_change_nothing(case, flags):
+    make, example = CASES[case]
+    deep, shallow = make(flags)
+    alignment = last_places(deep, shallow, example)
+    assert [len(stage) for stage in trace(deep, example).stages] != [len(stage) for stage in alignment]
+    network = insert_identities(shallow, deep, alignment, example)
+    assert relative_error(network, shallow, example) < 1e-12
+    assert not network.training
+    rebuilt = networks.build(network.architecture).double().eval()
+    rebuilt.load_state_dict(network.state_dict())
+    assert relative_error(rebuilt, shallow, example) < 1e-12
+    ours, theirs = trace(deep, example), trace(network, example)
+    assert [[unit.name for unit in stage] for stage in ours.stages] == [[u.name for u in s] for s in theirs.stages]
+
+
+def test_torchvision_networks_grow_too():
+    deep, shallow = foreign("resnet34"), foreign("resnet18", 1)
+    example = images(2, 32)
+    alignment = [(0,), (0, 2), (0, 3), (0, 5), (0, 2), (0,)]
+    assert relative_error(insert_identities(shallow, deep, alignment, example), shallow, example) < 1e-12
+
+
+@pytest.mark.parametrize("case", ["mlp", "vgg13 vgg11", "resnet34 resnet18"])
+def test_one_inserted_weight_changed_is_seen(case):
+    """The control: the comparison above does fail when it should."""
+    make, example = CASES[case]
+    deep, shallow = make({"batch_norm": True})
+    alignment = last_places(deep, shallow, example)
+    network = insert_identities(shallow, deep, alignment, example)
+    stages = trace(deep, example).stages
+    stage, places = next((s, p) for s, p in zip(stages, alignment, strict=True) if len(s) != len(p))
+    inserted = next(unit for place, unit in enumerate(stage) if place not in places)
+    weight = network.get_submodule(inserted.closing).weight
+    with torch.no_grad():
+        weight.flatten()[0] += 0.1
+    assert relative_error(network, shallow, example) > 1e-6
+
+
+def test_inserted_plain_layers_are_identities():
+    network = insert_identities(mlp([5, 4], 1, bias=True), mlp([9, 8, 7], 0, bias=True), [(0, 2), (0,)])
+    assert torch.equal(network.fc2.weight, torch.eye(5).double()) and not network.fc2.bias.any()
+
+
+@pytest.mark.parametrize("zero_branches", [False, True])
+def test_an_inserted_block_can_wake_unless_it_is_to_be_as_published(zero_branches):
+    deep, shallow = resnet([3, 1]), resnet([1, 1], 1)
+    network = insert_identities(shallow, deep, [(0,), (1,), (0,), (0,)], zero_branches=zero_branches)
+    for block in (network.layer1[0], network.layer1[2]):
+        assert not block.conv2.weight.any()
+        assert bool(block.conv1.weight.any()) != zero_branches
+
+
+def test_an_inserted_block_is_as_wide_inside_as_the_block_before_it():
+    deep, shallow = resnet([3], width=8), resnet([2], 1, width=[4])
+    network = insert_identities(shallow, deep, [(0,), (0, 2), (0,)])
+    assert network.layer1[1].conv1.weight.shape == network.layer1[0].conv1.weight.shape == (4, 4, 3, 3)
+
+
+def test_an_inserted_layer_is_as_wide_as_what_it_is_given():
+    deep, shallow, example = mlp([9, 8, 7, 6]), mlp([5, 4], 1), vectors(9)
+    network = insert_identities(shallow, deep, [(0, 3), (0,)], example)
+    assert network.architecture["hidden"] == [5, 5, 5, 4]
+
+
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize("groups", [1, 6])
+def test_identities_of_other_kernels_and_of_depthwise_convolutions_are_exact(size, groups):
+    def network(depth, seed):
+        def layers(groups):
+            return [nn.Conv2d(6, 6, size, padding=size // 2, groups=groups), nn.ReLU()]
+
+        first = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU()]
+        body = [layer for _ in range(depth) for layer in (*layers(groups), *layers(1))]
+        return helpers.randomised(nn.Sequential(*first, *body, nn.Flatten(), nn.Linear(384, 4)), seed)
+
+    deep, shallow, example = network(3, 0), network(1, 1), images(4, 8)
+    found = insert_identities(shallow, deep, last_places(deep, shallow, example), example)
+    assert relative_error(found, shallow, example) < 1e-12
+
+
+@pytest.mark.parametrize("size", [32, 64, 128, 224])
+def test_samples_are_made_up_in_the_size_that_a_network_takes(size):
+    def network(depth, seed):
+        layers = [layer for _ in range(depth) for layer in (nn.Conv2d(2, 2, 1), nn.ReLU())]
+        first = [nn.Conv2d(3, 2, 8, 8), nn.ReLU()]
+        return helpers.randomised(
+            nn.Sequential(*first, *layers, nn.Flatten(), nn.Linear(2 * (size // 8) ** 2, 3)), seed
+        )
+
+    deep, shallow, example = network(2, 0), network(1, 1), images(2, size)
+    found = insert_identities(shallow, deep, [(0, 2), (0,)])
+    assert relative_error(found, shallow, example) < 1e-12
+
+
+def test_a_branch_that_ends_in_a_norm_is_closed_by_the_norm():
+    network = insert_identities(
+        resnet([1], 1, batch_norm=True, bias=True), resnet([2], batch_norm=True, bias=True), [(0,), (0,), (0,)]
+    )
+    block = network.layer1[1]
+    assert not block.bn2.weight.any() and not block.bn2.bias.any() and block.conv2.weight.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype):
+    deep, shallow = resnet([3, 1], batch_norm=True).to(dtype), resnet([1, 1], 1, batch_norm=True).to(dtype)
+    network = insert_identities(shallow, deep, [(0,), (0,), (0,), (0,)])
+    assert next(network.parameters()).dtype == dtype
+
+
+def test_networks_are_left_as_they_are():
+    deep, shallow = resnet([3, 1], batch_norm=True).train(), resnet([1, 1], 1, batch_norm=True).train()
+    before = copy.deepcopy(deep), copy.deepcopy(shallow)
+    network = insert_identities(shallow, deep, [(0,), (0,), (0,), (0,)])
+    for model, kept in zip((deep, shallow), before, strict=True):
+        assert model.training and helpers.largest_difference(model, kept) == 0
+        assert not {t.data_ptr() for t in network.parameters()} & {t.data_ptr() for t in model.parameters()}
+
+
+@pytest.mark.parametrize("zero_branches", [False, True])
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("case", ["mlp", "vgg13 vgg11", "resnet34 resnet18"])
+def test_what_inserted_units_give_is_taken_for_granted(case, flags, zero_branches, monkeypatch):
+    make, example = CASES[case]
+    deep, shallow = make(flags)
+    alignment = last_places(deep, shallow, example)
+    network = insert_identities(shallow, deep, alignment, example, zero_branches)
+    places = zip(trace(deep, example).stages, alignment, strict=True)
+    new = {unit.name for stage, kept in places for place, unit in enumerate(stage) if place not in kept}
+    whole, passing = trace(network, example), trace(network, example)
+    pass_on(passing, new, zero_branches)
+    names = {node for unit in whole.units for layer in unit.layers for node in (layer.pre, layer.post)}
+    expected = dict(observe(whole.module, example, names))
+    found = dict(observe(passing.module, example, names))
+    assert new and found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-12) for name in names)
+    weighted = [layer.name for unit in whole.units if unit.name in new for layer in unit.layers if layer.weighted]
+    run = []
+    for name in weighted:
+        passing.module.get_submodule(name).register_forward_hook(lambda *_, name=name: run.append(name))
+    dict(observe(passing.module, example, {whole.units[-1].output.pre}))
+    assert not run
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def gelu(depth, seed=0):
+    layers = [layer for _ in range(depth) for layer in (nn.Linear(6, 6), nn.GELU())]
+    return helpers.randomised(nn.Sequential(*layers, nn.Linear(6, 3)), seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_refuses_activations_that_pass_no_identity(dtype):
+    with pytest.raises(
+        FusionError, match="leave the network's function as it is, got logits that differ by .*ReLU-like"
+    ):
+        insert_identities(gelu(1).to(dtype), gelu(3).to(dtype), [(0,), (0,)], torch.randn(8, 6))
+
+
+def test_relu_like_activations_pass():
+    for act in (nn.ReLU6, nn.Hardtanh):
+        deep = nn.Sequential(nn.Linear(6, 6), act(), nn.Linear(6, 6), act(), nn.Linear(6, 3))
+        shallow = nn.Sequential(nn.Linear(6, 6), act(), nn.Linear(6, 3))
+        insert_identities(shallow, deep, [(0,), (0,)])
+
+
+@pytest.mark.parametrize(
+    ("alignment", "message"),
+    [
+        ([(0, 1)], "alignment of 2 stages, got 1"),
+        ([(0,), (0,)], r"2 strictly increasing indices below 3, got \[0\] for the stage of 'fc1'"),
+        ([(1, 0), (0,)], r"strictly increasing indices below 3, got \[1, 0\]"),
+        ([(0, 0), (0,)], "strictly increasing"),
+        ([(0, 3), (0,)], "strictly increasing"),
+        ([(-1, 0), (0,)], "strictly increasing"),
+        ([(1, 2), (0,)], "unit 'fc1' to be matched, since no identity can stand in its place; pin it"),
+    ],
+)
+def test_refuses_alignments_that_are_none(alignment, message):
+    with pytest.raises(FusionError, match=message):
+        insert_identities(mlp([5, 4], 1), mlp([5, 4, 3]), alignment)
+
+
+def test_refuses_a_projection_that_is_not_matched():
+    with pytest.raises(FusionError, match=r"unit 'layer2\.0\.conv1' to be matched"):
+        insert_identities(resnet([1, 1], 1), resnet([1, 2]), [(0,), (0,), (1,), (0,)])
+
+
+def conv_chain(kernel, padding, stages=1):
+    return nn.Sequential(nn.Conv2d(3, 4, kernel, padding=padding), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, 2))
+
+
+@pytest.mark.parametrize(
+    ("deep", "shallow", "example", "message"),
+    [
+        (mlp([5], bias=True), mlp([5], 1), vectors(2), r"both networks to have 'fc\d.bias', got it in the deeper one"),
+        (mlp([5]), mlp([5], 1, bias=True), vectors(2), r"to have 'fc\d.bias', got it in the shallower one"),
+        (
+            mlp([5], batch_norm=True), mlp([5], 1), vectors(2),
+            "matched units with the same layers, got linear, norm in 'fc1' and linear in 'fc1'",
+        ),
+        (
+            resnet([1]), resnet([1], 1, block="bottleneck"), images(2, 8),
+            "to have a projection shortcut, or neither|matched units with the same layers",
+        ),
+        (resnet([1]), resnet([1], 1, stem_width=4), images(2, 8), "to have a projection shortcut, or neither"),
+        (conv_chain(3, 1), conv_chain(5, 2), images(2, 8), "matched layers of equal kernel_size"),
+        (mlp([5]), mlp([5], 1, classes=3), vectors(2), None),
+    ],
+)  # fmt: skip
+def test_refuses_networks_that_do_not_fit(deep, shallow, example, message):
+    deep, shallow = deep.double(), shallow.double()
+    alignment = [(0,)] * len(trace(deep, example).stages)
+    if message is None:  # the shallow network's classes are its own
+        assert insert_identities(shallow, deep, alignment, example)(example).shape[1] == 3
+        return
+    with pytest.raises(FusionError, match=message):
+        insert_identities(shallow, deep, alignment, example)
+
+
+def test_refuses_a_network_without_layers():
+    with pytest.raises(FusionError, match="a network with a Linear or Conv2d, got ReLU"):
+        insert_identities(nn.ReLU(), mlp([5]), [(0,)])

@@ -1,0 +1,346 @@
+"""The experiments that come with the package: what each file plans, and how one is named on the command line."""
+
+import json
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from clafusion import FusionError, FusionOptions, average
+from clafusion.datamodules import DigitsDataModule
+from clafusion.filter_transfer import transfer
+from clafusion.lightning_modules import FusionTrainer, ImageClassifier, load_parent
+from clafusion.lightning_modules.commandline import cli
+from clafusion.lightning_modules.experiments import catalogue
+from clafusion.lightning_modules.experiments.parsing import from_plain
+from clafusion.lightning_modules.experiments.plan import Plan, plan
+from clafusion.lightning_modules.experiments.schema import Experiment
+from clafusion.lightning_modules.experiments.variants import Transfers, Variants, cells
+from clafusion.networks import build
+
+# The folder of a stage holds its record before its checkpoints.
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+
+# The table of published numbers (A, B), the parents in the order of the file.
+PUBLISHED = {
+    "mlp_ablation": [96.95, 97.75],
+    "skill_transfer": [90.76, 87.58],
+    "resnet34_resnet18_cifar10": [93.31, 92.92],
+    "resnet34_resnet18_cifar100": [65.93, 65.33],
+    "vgg_teacher_student": [92.65, 89.72],
+    "resnet_teacher_student": [65.93, 61.53],
+    "distill_vgg": [92.65],
+    "distill_vgg_small": [92.65, 89.72],
+    "distill_resnet": [65.93],
+    "distill_resnet_small": [65.93, 61.53],
+}
+PAPER = {*PUBLISHED, "resnet_x4", "resnet_x6", "transfer_resnet18_resnet34"}
+NAMES = sorted(PAPER | {"digits_mlp", "fashion_mlp"})
+
+
+def configuration(name: str, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
+    """What the command line understands."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(["pipeline", name, *more, "--print_config"])
+    assert end.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def planned(config: dict[str, Any]) -> tuple[Experiment, Plan]:
+    """The experiment at the configuration's scale, with its stages; without images."""
+    experiment, changes = from_plain(Experiment, config["experiment"], "experiment").at(config["scale"])
+    module = cli.datamodules.__dict__[config["data"]["class_path"].rpartition(".")[2]]
+    return experiment, plan(experiment, module(**{**config["data"].get("init_args", {}), **changes}))
+
+
+# --- the files ---
+
+
+def test_every_experiment_of_the_paper_is_there():
+    assert catalogue.names() == NAMES
+
+
+@cache
+def at(name: str, scale: str) -> tuple[Experiment, Plan]:
+    config = yaml.safe_load(catalogue.find(name).read_text())
+    other = config["experiment"]["small"]["data"] if scale == "small" and name in PAPER else {}
+    if other:
+        config["data"] = {"class_path": other["class"], "init_args": other["init_args"]}
+    return planned({"scale": scale, **config})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_small_scale_is_planned_and_smaller(name):
+    experiment, stages = at(name, "small")
+    assert experiment.name == name and experiment.description and experiment.cost
+    if name in PAPER:
+        assert experiment.seeds == [0]
+        data = yaml.safe_load(catalogue.find(name).read_text())["experiment"]["small"]["data"]
+        assert data["class"] == "clafusion.datamodules.MNISTDataModule" and data["init_args"]["limit_train"] <= 10000
+    recipes = [stage.settings["recipe"] for stage in stages.stages if "recipe" in stage.settings]
+    assert len(recipes) <= 12 and sum(recipe["epochs"] for recipe in recipes) <= 60
+
+
+@pytest.mark.parametrize("name", sorted(PAPER))
+def test_the_full_scale_is_the_published_one(name):
+    experiment, stages = at(name, "full")
+    assert experiment.seeds == [0, 1, 2, 3, 4]
+    assert list(experiment.published.values()) == PUBLISHED.get(name, [])
+    assert list(experiment.published) == list(experiment.parents)[: len(experiment.published)]
+    for parent in experiment.parents.values():
+        network = build(parent.architecture)
+        assert not any("bias" in key or "running" in key for key in network.state_dict())
+    paper = [how.options for variant, how in cells(experiment.fusions).items() if variant == "paper"]
+    anchored = {"anchor": 1} if "teacher" in experiment.parents else {}
+    assert all(options == FusionOptions.paper(**anchored) for options in paper)
+    kinds = Counter(stage.kind for stage in stages.stages)
+    assert kinds["train"] == len(experiment.parents) and kinds["fuse"] == len(cells(experiment.fusions))
+
+
+def recipe_of(name: str, kind: str) -> dict[str, Any]:
+    return next(stage.settings["recipe"] for stage in at(name, "full")[1].stages if stage.kind == kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "epochs", "lr", "momentum", "decay", "batch", "rate"),
+    [
+        # rate: the learning rate in the last epoch, by the published schedule.
+        ("mlp_ablation", "train", 10, 0.01, 0.5, 0.0, 64, 0.01),
+        ("skill_transfer", "train", 10, 0.01, 0.5, 0.0, 64, 0.01),
+        ("resnet34_resnet18_cifar10", "train", 300, 0.1, 0.9, 1e-4, 256, 0.1 / 100),
+        ("resnet34_resnet18_cifar10", "finetune", 120, 0.02, 0.9, 1e-4, 256, 0.02 / 2**5),
+        ("vgg_teacher_student", "train", 300, 0.05, 0.9, 5e-4, 128, 0.05 / 2**9),
+        ("vgg_teacher_student", "finetune", 120, 0.01, 0.9, 5e-4, 128, 0.01 / 2**3),
+    ],
+)
+def test_recipes_are_the_published_ones(name, kind, epochs, lr, momentum, decay, batch, rate):
+    recipe = recipe_of(name, kind)
+    assert [recipe[key] for key in ("epochs", "lr", "momentum", "weight_decay", "batch_size")] == [
+        epochs, lr, momentum, decay, batch,
+    ]  # fmt: skip
+    passed = [milestone for milestone in recipe["milestones"] if milestone < epochs]
+    assert lr * recipe["gamma"] ** len(passed) == pytest.approx(rate)
+
+
+def test_grids_of_the_paper_are_whole():
+    subjects = {name: [s.subject for s in at(name, "full")[1].stages] for name in ("mlp_ablation", "skill_transfer")}
+    aligned = [subject for subject in subjects["mlp_ablation"] if subject.startswith("fused align ")]
+    assert len(aligned) == 3 * 2 * 2 and "fused align wasserstein pin_first=0 pin_last=1" in aligned
+    assert {f"fused merge {rule}" for rule in ("sum", "majority", "average")} <= set(subjects["mlp_ablation"])
+    evaluated = subjects["skill_transfer"]
+    assert sum(subject.startswith("ensemble") for subject in evaluated) == 11
+    assert "fused paper merge weights=0.3:0.7" in evaluated and "ensemble weights=0.3:0.7" in evaluated
+    distilled = [stage for stage in at("distill_vgg", "full")[1].stages if stage.kind == "distil"]
+    assert len(distilled) == 4 * 5 * 6 and {stage.settings["reduction"] for stage in distilled} == {"mean"}
+    assert {tuple(stage.settings["teachers"]) for stage in distilled} == {("teacher",)}
+
+
+def test_skills_are_shared_out():
+    parts = [parent.data["split"] for parent in at("skill_transfer", "full")[0].parents.values()]
+    common = {"kind": "personal", "label": 4, "fraction": 0.1}
+    assert parts == [{**common, "part": "A"}, {**common, "part": "B"}]
+
+
+# --- grids ---
+
+
+def test_a_grid_is_a_variant_for_each_combination():
+    grid = {"layer_measure": ["cka", "index"], "pin_first": [0, 1], "weights": [[0.25, 0.75]], "debiased": [False]}
+    found = cells({"a": Variants(grid=grid, num_samples=7), "b": Variants(ridge=2.0)})
+    assert list(found) == [
+        "a cka pin_first=0 weights=0.25:0.75 debiased=false", "a cka pin_first=1 weights=0.25:0.75 debiased=false",
+        "a index pin_first=0 weights=0.25:0.75 debiased=false", "a index pin_first=1 weights=0.25:0.75 debiased=false",
+        "b",
+    ]  # fmt: skip
+    one = FusionOptions(layer_measure="index", pin_first=1, weights=[0.25, 0.75], debiased=False, num_samples=7)
+    assert found["a index pin_first=1 weights=0.25:0.75 debiased=false"].options == one
+    assert found["b"].options == FusionOptions(ridge=2.0)
+
+
+def test_a_grid_of_transfers():
+    found = cells({"t": Transfers(grid={"join": ["none", "insert"], "mapping": ["chain"]}, classifier=False)})
+    assert list(found) == ["t none chain", "t insert chain"] and found["t insert chain"].plan.combine == "insert"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"grid": {"pin_frist": [1]}}, "got grid.pin_frist; did you mean pin_first"),
+        ({"grid": {"pin_first": []}}, "Expected grid.pin_first to be one or more different values, got"),
+        ({"grid": {"pin_first": [1, 1]}}, "one or more different values, got .1, 1."),
+        ({"grid": {"ridge": [1.0, -1.0]}}, "Expected a positive ridge, got -1.0"),
+        ({"grid": {"grid": [{}]}}, "got one of grids"),
+        ({"grid": {"mapping": "chain"}}, "e.grid.mapping to be a list, got 'chain'"),
+        ({"join": "insert", "classifier": True}, "no classifier with combine insert"),
+        ({"join": "melt"}, "e.join to be 'none' or .*, got 'melt'"),
+    ],
+)
+def test_grids_that_cannot_be_are_refused(entry, message):
+    with pytest.raises(FusionError, match=message):
+        from_plain(Transfers, entry, "e")
+
+
+def test_two_variants_of_one_name_are_refused():
+    with pytest.raises(FusionError, match="Expected variants of different names, got two 'a cka'; rename a cka"):
+        cells({"a": Variants(grid={"layer_measure": ["cka"]}), "a cka": Variants()})
+
+
+# --- the command line ---
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["pipeline", *arguments])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and re.fullmatch(r"clafusion: error: [^\n]+\n", error), error
+    return error
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "got 'mlp_ablatoin'; did you mean mlp_ablation? there are digits_mlp, " in refused(capsys, "mlp_ablatoin")
+    assert f"got 'zzz'; there are {', '.join(NAMES)}\n" in refused(capsys, "zzz", "--scale", "small")
+    assert "got '../experiments/digits_mlp'" in refused(capsys, "../experiments/digits_mlp")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the parser's own, about values with a class
+def test_a_class_in_an_experiment_is_not_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    handler = {"class_path": "logging.FileHandler", "init_args": {"filename": str(tmp_path / "made")}}
+    Path("x.yaml").write_text(yaml.safe_dump({"experiment": {**TINY, "published": {"deep": handler}}}))
+    assert "plain values in experiment.published.deep" in refused(capsys, "--config", "x.yaml")
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_list_says_what_each_does_and_costs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "600")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["pipeline", "--list"])
+    assert not end.value.code
+    out = capsys.readouterr().out
+    for name in NAMES:
+        experiment = yaml.safe_load(catalogue.find(name).read_text())["experiment"]
+        [line] = [line for line in out.splitlines() if f" {name} " in line]
+        assert experiment["description"] in line and experiment["cost"] in line
+
+
+def test_a_name_is_found_from_any_folder_and_the_user_wins(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["--scale=small", "--trainer.log_every_n_steps", "3"]
+    found = configuration("skill_transfer", capsys, *small, "--data.limit_train", "77", "--seeds", "[3]")
+    assert found["data"]["init_args"]["limit_train"] == 77 and found["data"]["init_args"]["variant"] == "fashion"
+    assert found["seeds"] == [3] and found["trainer"]["log_every_n_steps"] == 3
+    found = configuration("vgg_teacher_student", capsys, *small, "--data", "CIFARDataModule")
+    assert found["data"]["class_path"] == "clafusion.datamodules.CIFARDataModule"
+    assert configuration("skill_transfer", capsys)["data"]["init_args"]["variant"] == "mnist"
+
+
+def test_only_the_small_scale_changes_the_class_of_the_data():
+    path = str(catalogue.find("mlp_ablation"))
+    for scale in (["--scale", "full"], []):
+        assert catalogue.at_scale(["--config", path, *scale]) == ["--config", path, *scale]
+    more = ["--config", path, "--scale", "small", "--config", "other.yaml"]
+    *same, data = catalogue.at_scale(more)
+    assert (
+        same == more
+        and json.loads(data.removeprefix("--data="))["class_path"] == "clafusion.datamodules.MNISTDataModule"
+    )
+    assert catalogue.at_scale(["--config=missing.yaml", "--scale", "small"]) == [
+        "--config=missing.yaml", "--scale", "small",
+    ]  # fmt: skip
+
+
+# --- carried out ---
+
+MLP = {"name": "MLP", "in_features": 64, "num_classes": 10}
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "seeds": [5],
+    "parents": {
+        "deep": {"architecture": {**MLP, "hidden": [12, 10, 8]}, "epochs": 1, "lr": 0.05},
+        "shallow": {"architecture": {**MLP, "hidden": [12, 8]}, "epochs": 1, "lr": 0.05},
+    },
+    "fusions": {
+        "g": {
+            "correction": "none", "num_samples": 60, "balanced": False,
+            "grid": {"balance": ["insert", "merge"], "weights": [[1, 0], [0.3, 0.7]]},
+        }
+    },
+    "transfers": {
+        "alone": {"grid": {"mapping": ["chain", "random"]}, "num_samples": 60},
+        "joined": {"grid": {"join": ["average", "transport", "insert"]}, "correction": "none", "num_samples": 60},
+        "back": {"source": "deep", "target": "shallow", "num_samples": 60},
+    },
+    "finetune": {"epochs": 1, "lr": 0.02, "networks": ["transferred alone chain"]},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def carried_out(tmp_path_factory) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """The folder of a tiny experiment and the rows of its table."""
+    output = tmp_path_factory.mktemp("experiments") / "tiny"
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    data = DigitsDataModule(limit_train=80, batch_size=16)
+    results = FusionTrainer(devices=1, **quiet).pipeline(ImageClassifier(), data, TINY, output=str(output))
+    assert results["seeds"] == [5] and results["failures"] == []
+    return output / "seed_5", {row["name"]: row for row in results["networks"]}
+
+
+def test_the_table_names_every_cell(carried_out):
+    weights = ["weights=1:0", "weights=0.3:0.7"]
+    assert list(carried_out[1]) == [
+        "deep", "shallow", "ensemble", "ensemble weights=0.3:0.7",
+        *[f"fused g {balance} {word}" for balance in ("insert", "merge") for word in weights],
+        "transferred alone chain", "transferred alone random",
+        *[f"transferred joined {join}" for join in ("average", "transport", "insert")],
+        "transferred back", "transferred alone chain, finetuned",
+    ]  # fmt: skip
+
+
+def test_cells_are_what_they_are_called(carried_out):
+    folder, rows = carried_out
+    deep, shallow = (load_parent(folder / f"train_{name}/best.ckpt") for name in ("deep", "shallow"))
+    found = load_parent(folder / "transfer_alone_chain/transferred.ckpt").state_dict()
+    expected = transfer(shallow, deep, "chain").state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    # Two layers onto three with both ends pinned: only one map is possible, and it is the one of all samples.
+    data = DigitsDataModule(limit_train=80)
+    moved = transfer(shallow, deep, "optimal", data.alignment_batches(60, 0))
+    averaged = load_parent(folder / "transfer_joined_average/transferred.ckpt").state_dict()
+    for key, tensor in average([deep, moved]).state_dict().items():
+        torch.testing.assert_close(averaged[key], tensor)
+    back = load_parent(folder / "transfer_back/transferred.ckpt")
+    assert back.architecture == shallow.architecture
+    # All the weight on the deep parent: that parent.
+    assert rows["fused g insert weights=1:0"]["test_acc"] == rows["deep"]["test_acc"] == rows["ensemble"]["test_acc"]
+    assert len(load_parent(folder / "fuse_g_merge_weights1-0/fused.ckpt").architecture["hidden"]) == 2
+    record = json.loads((folder / "transfer_joined_insert/transfer.json").read_text())
+    assert record["combine"] == "insert" and record["fusion"]["options"]["num_samples"] == 60
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "wide"}, "Expected two of deep, shallow as target and source of transfers.x, got deep and wide"),
+        ({"source": "deep"}, "got deep and deep; change them"),
+        ({"weights": [1, 2, 3]}, "Expected transfers.x to fit 2 parents"),
+    ],
+)
+def test_transfers_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(FusionError, match=message):
+        from_plain(Experiment, {**TINY, "transfers": {"x": changes}}, "experiment")
+
+
+def test_networks_that_do_not_correspond_are_refused_before_training():
+    vgg = {"name": "VGG", "channels": [[4], [4]], "num_classes": 10, "in_channels": 1}
+    parents = {**TINY["parents"], "shallow": {**TINY["parents"]["shallow"], "architecture": vgg}}
+    experiment = from_plain(Experiment, {**TINY, "parents": parents, "fusions": {}}, "experiment")
+    with pytest.raises(FusionError, match="stage.*in experiment.transfers.alone chain"):
+        plan(experiment, DigitsDataModule())
