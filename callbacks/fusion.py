@@ -5,13 +5,12 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from clafusion import FusionOptions, describe, restore
 from clafusion.callbacks.signals import Held
 from clafusion.errors import FusionError
+from clafusion.lightning import Callback, LightningModule, Trainer, isolate_rng
 from clafusion.lightning_modules import ImageClassifier
 from clafusion.lightning_modules.commands.figures import Pictures, has_board
 from clafusion.lightning_modules.commands.fuse import fuse_checkpoints

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningDataModule
-from pytorch_lightning.loops import _Loop
 
 from clafusion.datamodules.image_set import derived_seed
 from clafusion.errors import FusionError
+from clafusion.lightning import LightningDataModule, begin_next_epoch
 
 #: Arguments of data modules that do not change what a network learns.
 _INDIFFERENT = frozenset({"eval_batch_size", "num_workers", "data_dir", "download"})
@@ -86,9 +85,7 @@ class ResumableDataModule(LightningDataModule):
         if self._start is None:
             self._refuse_foreign_run()
         elif self._start[1] == 0 and self.trainer is not None:
-            # With max_steps, Lightning takes a finished epoch for an interrupted one: it would end it once more, and
-            # number the following ones wrongly.
-            _Loop.restarting.fset(self.trainer.fit_loop, False)  # type: ignore[attr-defined]
+            begin_next_epoch(self.trainer)
         seed = torch.initial_seed() if self._saved_seed is None else self._saved_seed
         # Ranks that were not seeded differ in their initial seed, and would then overlap in what they visit.
         self._seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)

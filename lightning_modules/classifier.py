@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningModule
-from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
@@ -15,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from clafusion.errors import FusionError
 from clafusion.formats.files import describe, restore
+from clafusion.lightning import LightningModule, OptimizerLRScheduler
 from clafusion.lightning_modules.checkpoints.reading import PREFIX, not_finite, read_checkpoint, refuse_classes
 from clafusion.lightning_modules.compatibility import check_images
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
-from pytorch_lightning import Trainer
 from torch import Tensor, fx, nn
 
 from clafusion.errors import FusionError
+from clafusion.lightning import Trainer
 from clafusion.lightning_modules.checkpoints.reading import load_parent
 from clafusion.tracing.execution import observe
 

@@ -5,10 +5,10 @@ from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
-from pytorch_lightning.strategies import Strategy
 from torch import distributed
 
 from clafusion.errors import FusionError
+from clafusion.lightning import Strategy
 
 T = TypeVar("T")
 #: How long a rank that has failed waits for the others, which may be waiting for it.

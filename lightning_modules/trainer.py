@@ -5,15 +5,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightning_fabric.plugins import TorchCheckpointIO
-from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger, Logger
 from torch import nn
 
 from clafusion import Ensemble, Fusion, FusionOptions, average
 from clafusion.errors import FusionError
 from clafusion.formats.files import describe
+from clafusion.lightning import (
+    Callback,
+    CSVLogger,
+    HookedTrainer,
+    LightningDataModule,
+    Logger,
+    ModelCheckpoint,
+    TorchCheckpointIO,
+)
 from clafusion.lightning_modules.checkpoints.last import LastCheckpoint
 from clafusion.lightning_modules.checkpoints.restoring import CheckedConnector
 from clafusion.lightning_modules.checkpoints.writing import AtomicCheckpointIO
@@ -42,7 +47,7 @@ from clafusion.lightning_modules.progress import steps
 from clafusion.report.pages import figures as all_figures
 
 
-class FusionTrainer(Trainer):
+class FusionTrainer(HookedTrainer):
     """A Lightning `Trainer` with `fuse`, whose results lie where one expects them.
 
     `fit` writes `best.ckpt` (of the highest `val_acc`) and `last.ckpt` into `default_root_dir`, replacing those of an
@@ -96,17 +101,11 @@ class FusionTrainer(Trainer):
             barebones=barebones,
             **kwargs,
         )
-        self._checkpoint_connector = CheckedConnector(self)
+        self.use_connector(CheckedConnector)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = AtomicCheckpointIO()
         if last is not None:
             last.listen(self)
-
-    def _run(self, model: LightningModule, ckpt_path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        # Lightning has decided by now, whether the user, `last` or a cluster's requeue names the checkpoint, but tells
-        # no one before it has read it; in setup it is known here.
-        self.restores = ckpt_path
-        return super()._run(model, ckpt_path, *args, **kwargs)
 
     def fuse(
         self,

@@ -22,7 +22,7 @@ PACKAGES = {
 }
 #: Floors from the ground up: a module or package may import those on floors below its own, and its own package.
 LIBRARY = [
-    ["errors", "tracking"],
+    ["errors", "tracking", "lightning"],
     ["options"],
     ["networks", "tracing"],
     ["statistics", "formats"],
@@ -146,10 +146,20 @@ def test_every_room_is_on_a_floor():
         assert sorted(room for rooms in floors for room in rooms) == sorted(rooms - {"__init__", "__main__"})
 
 
-def test_data_modules_know_only_the_error_of_the_library():
+def test_data_modules_know_only_the_error_of_the_library_and_lightning():
     found = {name for module in MODULES if top_of(module) == "datamodules" for name in imports(MODULES[module])}
     found = {name for name in found if name.startswith("clafusion") and not name.startswith("clafusion.datamodules")}
-    assert found == {"clafusion.errors.FusionError"}
+    assert {name for name in found if not name.startswith("clafusion.lightning.")} == {"clafusion.errors.FusionError"}
+
+
+def test_lightning_is_imported_in_one_file_and_not_by_the_library():
+    packages = {"lightning", "lightning_fabric", "pytorch_lightning"}
+    using = {
+        module for module, path in MODULES.items() if {name.partition(".")[0] for name in imports(path)} & packages
+    }
+    assert using == {"clafusion.lightning"}
+    ours = {module for module in MODULES if top_of(module) == "clafusion"}
+    assert not [module for module in ours if "clafusion.lightning" in ARROWS[module]]
 
 
 def test_no_package_imports_itself_in_a_circle():

@@ -8,9 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint
-from pytorch_lightning.plugins.environments import SLURMEnvironment
+from clafusion.lightning import Checkpoint, LightningModule, SLURMEnvironment, Trainer, cluster_environment
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +39,7 @@ class LastCheckpoint(Checkpoint):
 
     def listen(self, trainer: Trainer) -> None:
         """Holds the requeue signal from now on, if the trainer runs in a SLURM job that is to be requeued."""
-        environment: Any = trainer._accelerator_connector.cluster_environment
+        environment: Any = cluster_environment(trainer)
         if self._previous is not None or not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
             return
         if environment.requeue_signal is not None:

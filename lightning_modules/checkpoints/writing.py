@@ -4,12 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning
 import torch
-from lightning_fabric.plugins import TorchCheckpointIO
-from pytorch_lightning import LightningModule
 
 from clafusion.errors import FusionError
+from clafusion.lightning import LightningModule, TorchCheckpointIO, __version__
 from clafusion.lightning_modules.checkpoints.reading import (
     load_plain,
     local_file,
@@ -100,7 +98,7 @@ def checkpoint_of(classifier: LightningModule) -> dict[str, Any]:
     checkpoint: dict[str, Any] = {
         "epoch": 0,
         "global_step": 0,
-        "pytorch-lightning_version": pytorch_lightning.__version__,
+        "pytorch-lightning_version": __version__,
         "state_dict": {name: tensor.detach().cpu() for name, tensor in classifier.state_dict().items()},
         "callbacks": {},
         "optimizer_states": [],

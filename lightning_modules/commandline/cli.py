@@ -17,16 +17,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
-
 from clafusion import (
     callbacks,  # noqa: F401 (FusionCallback is known by its short name once it is imported)
     configs,
     datamodules,
 )
 from clafusion.errors import FusionError
+from clafusion.lightning import (
+    FABRIC,
+    PACKAGE,
+    LightningArgumentParser,
+    LightningCLI,
+    LightningModule,
+    SaveConfigCallback,
+    Trainer,
+    rank_zero_only,
+)
 from clafusion.lightning_modules import FusionTrainer, ImageClassifier, read_checkpoint
 from clafusion.lightning_modules.commandline.completion import PrintCompletion
 from clafusion.lightning_modules.commandline.exit_codes import ended_by, explained
@@ -44,7 +50,7 @@ _CHATTER = re.compile(
     r"(GPU|TPU|HPU|IPU) available|💡|Seed set to|Restor(ing|ed)|Loaded model weights|`Trainer\.fit` stopped"
     r"|\s*Detected KeyboardInterrupt|\[rank: \d+\] Received SIGTERM"
 )
-_SIGNALS = "pytorch_lightning.trainer.connectors.signal_connector"
+_SIGNALS = f"{PACKAGE}.trainer.connectors.signal_connector"
 _NEEDLESS_WARNINGS = (
     # The images are in memory already: a worker process would only add start-up time.
     r"The '\w+_dataloader' does not have many workers",
@@ -362,8 +368,8 @@ def _quiet() -> Iterator[None]:
     def worth_saying(record: logging.LogRecord) -> bool:
         return not _CHATTER.match(record.getMessage())
 
-    loggers = [logging.getLogger(f"{name}.utilities.rank_zero") for name in ("pytorch_lightning", "lightning_fabric")]
-    loggers += map(logging.getLogger, ("lightning_fabric.utilities.seed", _SIGNALS))
+    loggers = [logging.getLogger(f"{name}.utilities.rank_zero") for name in (PACKAGE, FABRIC)]
+    loggers += map(logging.getLogger, (f"{FABRIC}.utilities.seed", _SIGNALS))
     formatted = warnings.formatwarning
     warnings.formatwarning = _one_line
     with warnings.catch_warnings():

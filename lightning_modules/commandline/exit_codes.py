@@ -3,9 +3,8 @@
 import errno
 import signal
 
-from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
-
 from clafusion.errors import FusionError
+from clafusion.lightning import MisconfigurationException, SIGTERMException
 from clafusion.lightning_modules.distributed import is_lost
 from clafusion.statistics.memory import is_out_of_memory
 

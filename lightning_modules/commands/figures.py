@@ -9,9 +9,9 @@ from typing import cast
 
 import numpy as np
 from PIL import Image
-from pytorch_lightning.loggers import Logger, TensorBoardLogger
 
 from clafusion.errors import FusionError
+from clafusion.lightning import Logger, TensorBoardLogger
 from clafusion.lightning_modules.files import write_atomically
 from clafusion.report.pages import rasterised
 

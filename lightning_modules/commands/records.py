@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from pytorch_lightning import LightningDataModule, Trainer
 from torch import nn
 
 from clafusion.errors import FusionError
+from clafusion.lightning import LightningDataModule, Trainer
 from clafusion.lightning_modules.checkpoints.writing import checkpoint_of, save_plain
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.compatibility import ImageData

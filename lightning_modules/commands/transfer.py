@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pytorch_lightning import Trainer
 from torch import Tensor, nn
 
 from clafusion import FusionOptions, average, fuse, map_units
 from clafusion.errors import FusionError
 from clafusion.filter_transfer import transfer
 from clafusion.filter_transfer.transfer import MappingName
+from clafusion.lightning import Trainer
 from clafusion.lightning_modules.checkpoints.reading import load_parent
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.commands.fuse import seeds

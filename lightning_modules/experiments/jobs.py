@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from pytorch_lightning import LightningDataModule
-from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
-
 from clafusion.errors import FusionError
+from clafusion.lightning import LightningDataModule, starts_workers_itself
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.compatibility import ImageData
 from clafusion.lightning_modules.experiments.parsing import from_plain
@@ -133,7 +131,7 @@ def prepare(
         check_seeds(seeds)
     if model.network is not None or dict(model.hparams) != dict(ImageClassifier().hparams):
         raise FusionError("Expected the experiment to say what is trained and how, got --model; leave it out")
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    if starts_workers_itself(trainer.strategy):
         raise FusionError("Expected a strategy that starts its processes by running the command, got another; use ddp")
     whole, changes = from_plain(Experiment, experiment, "experiment").at(scale)
     data = changed(datamodule, changes)

@@ -8,9 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
-from pytorch_lightning import Trainer
-
 from clafusion.errors import FusionError
+from clafusion.lightning import Trainer
 from clafusion.lightning_modules.checkpoints.last import LastCheckpoint
 from clafusion.lightning_modules.commands.figures import Pictures, folder_beside
 from clafusion.lightning_modules.distributed import Agreement, on_rank_zero

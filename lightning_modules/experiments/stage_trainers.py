@@ -5,11 +5,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.strategies import Strategy
-
 from clafusion.errors import FusionError
+from clafusion.lightning import Callback, ModelCheckpoint, Strategy, Trainer
 
 #: Arguments that the experiment decides on, and what they are when nobody has given them.
 _DECIDED: dict[str, Any] = {

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import nn
 
 from clafusion import Ensemble, FusionOptions, average
 from clafusion.errors import FusionError
+from clafusion.lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from clafusion.lightning_modules.checkpoints.reading import load_fusion, load_parent
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.commands.fuse import drawn, fuse_checkpoints, seeds

@@ -243,7 +243,7 @@ def test_a_changed_run_goes_on_if_told_to(tmp_path, changed):
 def test_a_run_without_a_seed_goes_on_with_the_one_it_had(uninterrupted, tmp_path, monkeypatch):
     with pytest.raises(Interruption):
         fit(tmp_path, stop=5)
-    monkeypatch.setattr("test_resume.seed_everything", lambda seed, verbose: torch.manual_seed(seed + 100))
+    monkeypatch.setattr(f"{__name__}.seed_everything", lambda seed, verbose: torch.manual_seed(seed + 100))
     fit(tmp_path, resume=True)
     assert differences(result(tmp_path), uninterrupted) == []
 

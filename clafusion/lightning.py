@@ -1,0 +1,149 @@
+"""The one place that decides which Lightning is used, and the only one that touches its private interfaces.
+
+`pytorch_lightning` and `lightning.pytorch` are the same code under two names, and a trainer of the one refuses the
+modules of the other. The one that the program has imported first is used, so `import lightning` before anything of
+ours selects that; a program that has imported neither gets `pytorch_lightning`. The library itself needs neither: only
+`clafusion.lightning_modules`, `clafusion.datamodules` and `clafusion.callbacks` import this module.
+
+What is private here may change with every minor release of Lightning; setup.cfg therefore has an upper bound.
+"""
+
+import importlib
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+#: The names of the two packages, each with the name of its Fabric.
+_FABRICS = {"pytorch_lightning": "lightning_fabric", "lightning.pytorch": "lightning.fabric"}
+#: The package that is used.
+PACKAGE = next((name for name in sys.modules if name in _FABRICS), "pytorch_lightning")
+FABRIC = _FABRICS[PACKAGE]
+
+if TYPE_CHECKING:
+    from lightning_fabric.plugins import TorchCheckpointIO
+    from pytorch_lightning import (
+        Callback,
+        LightningDataModule,
+        LightningModule,
+        Trainer,
+        __version__,
+        seed_everything,
+    )
+    from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
+    from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+    from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+    from pytorch_lightning.loops import _Loop
+    from pytorch_lightning.plugins.environments import SLURMEnvironment
+    from pytorch_lightning.strategies import Strategy
+    from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
+    from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+    from pytorch_lightning.utilities.rank_zero import rank_zero_only
+    from pytorch_lightning.utilities.seed import isolate_rng
+    from pytorch_lightning.utilities.types import OptimizerLRScheduler
+else:
+    for _module, _names in {
+        PACKAGE: "Callback LightningDataModule LightningModule Trainer __version__ seed_everything",
+        f"{PACKAGE}.callbacks": "Checkpoint ModelCheckpoint",
+        f"{PACKAGE}.cli": "LightningArgumentParser LightningCLI SaveConfigCallback",
+        f"{PACKAGE}.loggers": "CSVLogger Logger TensorBoardLogger",
+        f"{PACKAGE}.loops": "_Loop",
+        f"{PACKAGE}.plugins.environments": "SLURMEnvironment",
+        f"{PACKAGE}.strategies": "Strategy",
+        f"{PACKAGE}.strategies.launchers": "_MultiProcessingLauncher",
+        f"{PACKAGE}.trainer.connectors.checkpoint_connector": "_CheckpointConnector",
+        f"{PACKAGE}.utilities.exceptions": "MisconfigurationException SIGTERMException",
+        f"{PACKAGE}.utilities.rank_zero": "rank_zero_only",
+        f"{PACKAGE}.utilities.seed": "isolate_rng",
+        f"{PACKAGE}.utilities.types": "OptimizerLRScheduler",
+        f"{FABRIC}.plugins": "TorchCheckpointIO",
+    }.items():
+        _loaded = importlib.import_module(_module)
+        globals().update({_name: getattr(_loaded, _name) for _name in _names.split()})
+
+__all__ = [
+    "FABRIC",
+    "PACKAGE",
+    "CSVLogger",
+    "Callback",
+    "Checkpoint",
+    "CheckpointConnector",
+    "HookedTrainer",
+    "LightningArgumentParser",
+    "LightningCLI",
+    "LightningDataModule",
+    "LightningModule",
+    "Logger",
+    "MisconfigurationException",
+    "ModelCheckpoint",
+    "OptimizerLRScheduler",
+    "SIGTERMException",
+    "SLURMEnvironment",
+    "SaveConfigCallback",
+    "Strategy",
+    "TensorBoardLogger",
+    "TorchCheckpointIO",
+    "Trainer",
+    "__version__",
+    "begin_next_epoch",
+    "cluster_environment",
+    "isolate_rng",
+    "rank_zero_only",
+    "seed_everything",
+    "starts_workers_itself",
+]
+
+
+class CheckpointConnector(_CheckpointConnector):
+    """Restores a training; `restoring` surrounds each step of it."""
+
+    def restoring(self, path: Any) -> AbstractContextManager[None]:
+        """Return the context in which the state in a checkpoint is loaded; subclasses override it."""
+        return nullcontext()
+
+    def _restore_modules_and_callbacks(self, checkpoint_path: Any = None, *arguments: Any) -> None:
+        with self.restoring(checkpoint_path):
+            super()._restore_modules_and_callbacks(checkpoint_path, *arguments)
+
+    def restore_training_state(self) -> None:
+        """Restore loops, optimizers and schedules."""
+        with self.restoring(self.trainer.ckpt_path):
+            super().restore_training_state()
+
+
+class HookedTrainer(Trainer):
+    """A trainer that knows from the beginning of a run which checkpoint it is going to restore.
+
+    Attributes:
+        restores: the checkpoint of the run, named by the user, by `last` or by a cluster's requeue; None without one.
+            Lightning has decided on it before `setup`, but tells no one before it has read it.
+    """
+
+    restores: Any = None
+
+    def use_connector(self, kind: type[CheckpointConnector]) -> None:
+        """Restore checkpoints by another connector."""
+        self._checkpoint_connector = kind(self)
+
+    def _run(self, model: LightningModule, ckpt_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        self.restores = ckpt_path
+        return super()._run(model, ckpt_path, *args, **kwargs)
+
+
+def cluster_environment(trainer: Trainer) -> Any:
+    """The cluster environment that a trainer runs in, such as SLURM's; None without one."""
+    return trainer._accelerator_connector.cluster_environment
+
+
+def starts_workers_itself(strategy: Strategy) -> bool:
+    """Whether a strategy starts its processes from this one, as `ddp_spawn` does, and not by running the command."""
+    return isinstance(strategy.launcher, _MultiProcessingLauncher)
+
+
+def begin_next_epoch(trainer: Trainer) -> None:
+    """Go on with the epoch after the one that a checkpoint has finished.
+
+    With `max_steps`, Lightning takes a finished epoch for an interrupted one: it would end it once more, and number the
+    following ones wrongly.
+    """
+    _Loop.restarting.fset(trainer.fit_loop, False)  # type: ignore[attr-defined]
