@@ -50,7 +50,8 @@ bench: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python scripts/installed_layout.py
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/setup.cfg --package clafusion
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -58,6 +59,7 @@ format: $(STAMP)
 
 # The site, in build/site: a warning or a dead link is an error. The notice about future releases of MkDocs is no warning.
 docs: $(DOCS_STAMP)
+	$(BIN)/python scripts/installed_layout.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 $(DOCS_STAMP): $(STAMP)

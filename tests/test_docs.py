@@ -171,6 +171,7 @@ def test_every_message_of_the_troubleshooting_page_is_one_of_ours():
 def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")
+    subprocess.run([sys.executable, "scripts/installed_layout.py"], cwd=ROOT, check=True)
     build = ["-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     done = subprocess.run([sys.executable, *build], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

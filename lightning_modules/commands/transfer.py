@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from clafusion import FusionOptions, average, fuse, map_units
+from clafusion import FusionOptions, average, fuse, map_units, transfer
 from clafusion.errors import FusionError
-from clafusion.filter_transfer import transfer
 from clafusion.filter_transfer.transfer import MappingName
 from clafusion.lightning import Trainer
 from clafusion.lightning_modules.checkpoints.reading import load_parent

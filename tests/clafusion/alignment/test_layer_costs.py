@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from clafusion import FusionError, cca, linear_cka, trace
-from clafusion.alignment import layer_costs
+from clafusion import FusionError, cca, layer_costs, linear_cka, trace
 from clafusion.statistics.samples import chunks
 from clafusion.tracing.execution import observe
 from clafusion.transport.solvers import transport_plan

@@ -8,9 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clafusion import FusionError, FusionOptions, align, average, fuse, insert_identities, map_units
-from clafusion.alignment import layer_costs
-from clafusion.filter_transfer import transfer
+from clafusion import (
+    FusionError,
+    FusionOptions,
+    align,
+    average,
+    fuse,
+    insert_identities,
+    layer_costs,
+    map_units,
+    transfer,
+)
 from clafusion.filter_transfer.filters import resampled
 from clafusion.filter_transfer.transfer import UnitMap
 from tests.helpers import foreign, images, largest_difference, mlp, randomised, relative_error, resnet, vectors, vgg

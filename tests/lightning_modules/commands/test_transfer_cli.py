@@ -6,10 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clafusion import FusionError, FusionOptions, average, fuse, networks
-from clafusion.alignment import layer_costs
+from clafusion import FusionError, FusionOptions, average, fuse, layer_costs, networks, transfer
 from clafusion.datamodules import DigitsDataModule
-from clafusion.filter_transfer import transfer
 from clafusion.lightning_modules import FusionTrainer, ImageClassifier, load_parent, read_checkpoint, save_checkpoint
 from tests.helpers import largest_difference
 from tests.lightning_modules.commandline.test_cli import QUIET, fuse_arguments, in_an_empty_folder, refused, run  # noqa: F401 (a fixture)

@@ -11,9 +11,8 @@ import pytest
 import torch
 import yaml
 
-from clafusion import FusionError, FusionOptions, average
+from clafusion import FusionError, FusionOptions, average, transfer
 from clafusion.datamodules import DigitsDataModule
-from clafusion.filter_transfer import transfer
 from clafusion.lightning_modules import FusionTrainer, ImageClassifier, load_parent
 from clafusion.lightning_modules.commandline import cli
 from clafusion.lightning_modules.experiments import catalogue
