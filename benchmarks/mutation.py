@@ -1,8 +1,8 @@
-"""Would the tests notice? Changes one thing at a time in the heart of the library and runs the tests of that module.
+"""Would the tests notice? Changes one thing at a time in the heart of the library and runs the tests of that package.
 
     pip install cosmic-ray
-    python benchmarks/mutation.py --mutants_each 40            # a seeded choice of changes for every module
-    python benchmarks/mutation.py --modules '[alignment]' --mutants_each 1000
+    python benchmarks/mutation.py --mutants_each 40            # a seeded choice of changes for every package
+    python benchmarks/mutation.py --packages '[alignment]' --mutants_each 1000
 
 The changes are those of Cosmic Ray (operators, comparisons, numbers, keywords, decorators). The tests run in a fork of
 this process, which has imported what they need: without that, starting Python would take most of the time. A change
@@ -34,14 +34,8 @@ from cosmic_ray.plugins import get_operator, operator_names
 from jsonargparse import auto_cli
 
 ROOT = Path(__file__).parents[1]
-#: What tests a module: the first that fails ends the run.
-TESTS = {
-    "alignment": ["test_alignment.py"],
-    "balance": ["test_balance.py"],
-    "transport": ["test_transport.py", "test_reference.py"],
-    "fusion": ["test_fusion.py", "test_fusion_parents.py", "test_iterative.py"],
-    "correction": ["test_correction.py"],
-}
+#: The packages to change; the tests in the folder of that name must notice. The first that fails ends the run.
+PACKAGES = ("alignment", "balancing", "transport", "fusion", "correction")
 #: Seconds after which a run of tests counts as having noticed: an endless loop.
 TIMEOUT = 900
 
@@ -76,17 +70,26 @@ def mutants(source: str) -> list[tuple[str, str]]:
     return found
 
 
-def noticed(module: str, source: str) -> bool:
-    """Whether a test fails when a module has this source."""
+def modules_of(package: str) -> dict[str, Path]:
+    """The source files of a package and of those inside it, by the names that they are imported by."""
+    paths = sorted((ROOT / "clafusion" / package).rglob("*.py"))
+    named = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths if path.stem != "__init__"}
+    if not named or not list((ROOT / "tests" / "clafusion" / package).glob("test_*.py")):
+        raise SystemExit(f"Expected a package with modules and tests, got {package!r}; choose from {PACKAGES}")
+    return named
+
+
+def noticed(package: str, module: str, source: str) -> bool:
+    """Whether a test of a package fails when one of its modules has this source."""
     child = os.fork()
     if child == 0:
         os.chdir(ROOT)
         sys.path.insert(0, str(ROOT))
-        sys.meta_path.insert(0, Changed(f"clafusion.{module}", source))
+        sys.meta_path.insert(0, Changed(module, source))
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1), os.dup2(null, 2)
         signal.alarm(TIMEOUT)
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in TESTS[module])])
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", f"tests/clafusion/{package}"])
         os._exit(int(code))
     _, status = os.waitpid(child, 0)
     return status != 0
@@ -98,30 +101,30 @@ def difference(source: str, changed: str) -> str:
     return "\n".join(line for line in list(lines)[2:])
 
 
-def main(modules: Sequence[str] = tuple(TESTS), mutants_each: int = 40, seed: int = 0) -> None:
+def main(packages: Sequence[str] = PACKAGES, mutants_each: int = 40, seed: int = 0) -> None:
     """Prints what survives, and a table.
 
     Args:
-        modules: Of `clafusion`.
+        packages: Of `clafusion`.
         mutants_each: Changes to try in each, at most.
         seed: Of their choice.
     """
     torch.set_num_threads(1)
     rows = []
-    for module in modules:
-        source = (ROOT / "clafusion" / f"{module}.py").read_text()
-        if noticed(module, source):
-            raise SystemExit(f"Expected the tests of {module} to pass as it is, got a failure; repair it first")
-        everything = mutants(source)
+    for package in packages:
+        sources = {module: path.read_text() for module, path in modules_of(package).items()}
+        if noticed(package, *next(iter(sources.items()))):
+            raise SystemExit(f"Expected the tests of {package} to pass as it is, got a failure; repair it first")
+        everything = [(module, *mutant) for module, source in sources.items() for mutant in mutants(source)]
         chosen = random.Random(seed).sample(everything, min(mutants_each, len(everything)))
-        survivors = []
-        for name, changed in chosen:
-            if not noticed(module, changed):
-                survivors.append(name)
-                print(f"{module}: {name} is not noticed\n{difference(source, changed)}\n", flush=True)
+        survivors = 0
+        for module, name, changed in chosen:
+            if not noticed(package, module, changed):
+                survivors += 1
+                print(f"{module}: {name} is not noticed\n{difference(sources[module], changed)}\n", flush=True)
         rows.append({
-            "module": module, "changes there are": len(everything), "tried": len(chosen),
-            "noticed": len(chosen) - len(survivors), "%": 100 * (1 - len(survivors) / len(chosen)),
+            "package": package, "changes there are": len(everything), "tried": len(chosen),
+            "noticed": len(chosen) - survivors, "%": 100 * (1 - survivors / len(chosen)),
         })  # fmt: skip
     print_table("Changes that a test notices", rows)
 
