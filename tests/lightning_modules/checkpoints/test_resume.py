@@ -254,7 +254,7 @@ def test_other_data_are_refused(tmp_path, monkeypatch):
 
     with pytest.raises(Interruption):
         fit(tmp_path, stop=5)
-    monkeypatch.setattr("test_resume.DigitsDataModule", Others)
+    monkeypatch.setattr(f"{__name__}.DigitsDataModule", Others)
     with pytest.raises(FusionError, match="last.ckpt to hold the state of an interrupted training on .*Others, got"):
         fit(tmp_path, resume=True)
     fit(tmp_path, resume=True, allow_changes=True)
