@@ -26,7 +26,8 @@ class _Integers:
         self.dtype = np.dtype(name)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.dtype = self.dtype.newbyteorder(_text(state[1]))
+        order: Any = _text(state[1])
+        self.dtype = self.dtype.newbyteorder(order)
 
 
 class _Array:

@@ -4,10 +4,8 @@ A file written by `save_network` holds everything `load_network` needs, runs no 
 never costs more memory than the file has bytes, whatever sizes its metadata claims.
 """
 
-import contextlib
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from clafusion import networks
 from clafusion.errors import FusionError
 from clafusion.formats import graph_json as encoding
+from clafusion.formats.atomic import write_together
 
 _FORMAT = {"format": "clafusion", "version": "1"}
 _OWN = (networks.MLP, networks.VGG, networks.ResNet)
@@ -89,7 +88,8 @@ def save_network(model: nn.Module, path: str | os.PathLike[str]) -> None:
     metadata = {**_FORMAT, "architecture": json.dumps(describe(model), allow_nan=False)}
     try:
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-        _write(save(tensors, metadata), Path(path))
+        content = save(tensors, metadata)
+        write_together({Path(path): lambda file: file.write(content)})
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise FusionError(f"Expected to write {path}, got {_line(error)}; choose a writable path") from error
 
@@ -161,20 +161,6 @@ def _require_equal(network: nn.Module, tensors: Mapping[str, Tensor], source: st
             )
 
 
-def _write(content: bytes, target: Path) -> None:
-    """Write all of `content` or nothing, by way of a temporary file in the same folder."""
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a safetensors file; clones, so that nothing depends on the file afterwards."""
     try:
@@ -187,6 +173,6 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an error's text, or its type; the system's own words, without our temporary file's name."""
+    """The first line of an error's text, or its type; of the file system the words without a file's name."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return text.strip().partition("\n")[0] or type(error).__name__

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from clafusion.errors import FusionError
+from clafusion.formats.atomic import Writer
 from clafusion.lightning import LightningDataModule, Trainer
-from clafusion.lightning_modules.checkpoints.writing import checkpoint_of, save_plain
+from clafusion.lightning_modules.checkpoints.writing import checkpoint_of
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.compatibility import ImageData
-from clafusion.lightning_modules.files import Writer, write_atomically, write_text
+from clafusion.lightning_modules.files import write_atomically, write_text
 from clafusion.lightning_modules.progress import Step
 
 PACKAGES = ("clafusion", "torch", "pytorch-lightning", "torchmetrics", "POT", "scipy", "numpy")
@@ -140,7 +141,7 @@ def prepared(classifier: ImageClassifier, network: nn.Module, record: dict[str, 
     classifier.set_network(network.cpu())
     classifier.fusion = record
     content = checkpoint_of(classifier)
-    return lambda path: save_plain(content, path)
+    return lambda file: torch.save(content, file)
 
 
 def save_as(classifier: ImageClassifier, network: nn.Module, record: dict[str, Any] | None, path: str | Path) -> None:
