@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import resource
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -32,12 +31,16 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes this process has held so far, or since `reset_peak_memory`.
+    """Return the most bytes this process has held so far, or since `reset_peak_memory`.
 
-    On the GPU if `device` is one, otherwise in main memory.
+    On the GPU if `device` is one, otherwise in main memory; 0 where the system does not count them (Windows).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
