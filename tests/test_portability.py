@@ -1,10 +1,16 @@
-"""Nothing that only POSIX has is needed to import the package or to use what has no need of it."""
+"""The package needs no more than it says: declared packages, and nothing that only POSIX has."""
 
+import re
 import subprocess
 import sys
+from configparser import ConfigParser
+from importlib.metadata import packages_distributions
 
 from tests.helpers import ROOT
-from tests.test_layout import MODULES
+from tests.test_layout import MODULES, imports
+
+#: What `export` imports where it is asked for, an extra.
+OPTIONAL = {"onnx"}
 
 #: A Python in which our modules find what Windows has: others are imported before, or may go on as they are.
 WITHOUT_POSIX = """
@@ -42,6 +48,23 @@ def run_without_posix(code: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def normal(name: str) -> str:
+    """The name of a distribution as all of its spellings have it."""
+    return name.lower().replace("_", "-")
+
+
+def test_what_is_imported_is_declared():
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lines = setup["options"]["install_requires"].split()
+    declared = {normal(re.match(r"[\w.-]+", line)[0]) for line in lines} | OPTIONAL
+    imported = {name.partition(".")[0] for path in MODULES.values() for name in imports(path)}
+    others = imported - sys.stdlib_module_names - {"clafusion"}
+    owners = packages_distributions()
+    assert {"PIL", "yaml", "torch"} <= others
+    assert not [name for name in others if not {normal(owner) for owner in owners[name]} & declared]
 
 
 def test_every_module_can_be_imported():
