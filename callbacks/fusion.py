@@ -59,7 +59,7 @@ class FusionCallback(Callback):
         self.options = options
         #: How the network was fused, as plain containers; None before.
         self.record: dict[str, Any] | None = None
-        self._signal = Held(signal.SIGUSR1)
+        self._signal = Held(getattr(signal, "SIGUSR1", None))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Fuses, before the strategy wraps the module."""

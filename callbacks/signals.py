@@ -15,7 +15,7 @@ class Held:
     change its handler.
 
     Args:
-        number: The signal, for example `signal.SIGUSR1`.
+        number: The signal, for example `signal.SIGUSR1`; None, where the system has no such signal, holds nothing.
 
     Example:
         >>> with Held(signal.SIGUSR1) as held:
@@ -24,7 +24,7 @@ class Held:
         True
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int | None) -> None:
         self.number = number
         self.arrived = False
         self._mine = False
@@ -32,7 +32,7 @@ class Held:
     def __enter__(self) -> "Held":
         main = threading.current_thread() is threading.main_thread()
         # Not a mask: threads that exist already would take the signal, and the process would end all the same.
-        if main and signal.getsignal(self.number) is signal.SIG_DFL:
+        if main and self.number is not None and signal.getsignal(self.number) is signal.SIG_DFL:
             signal.signal(self.number, self._hold)
             self._mine = True
         return self
@@ -40,13 +40,13 @@ class Held:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._mine:
+        if self._mine and self.number is not None:
             signal.signal(self.number, signal.SIG_DFL)
             self._mine = False
 
     def deliver(self) -> None:
         """Sends the signal to this process if it has arrived, once."""
-        if self.arrived:
+        if self.arrived and self.number is not None:
             self.arrived = False
             os.kill(os.getpid(), self.number)
 

@@ -4,7 +4,7 @@ from clafusion.errors import FusionError
 
 
 def check_whole(name: str, value: object, minimum: int) -> None:
-    """Refuses anything but a plain integer of at least `minimum`.
+    """Refuse anything but a plain integer of at least `minimum`.
 
     Raises:
         FusionError: The value is of another type (bool and numpy integers included) or too small.
@@ -14,7 +14,7 @@ def check_whole(name: str, value: object, minimum: int) -> None:
 
 
 def check_flag(name: str, value: object) -> None:
-    """Refuses anything but True and False.
+    """Refuse anything but True and False.
 
     Raises:
         FusionError: The value is of another type.
@@ -24,7 +24,7 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_path(name: str, value: object) -> None:
-    """Refuses anything but a path as a string that is not empty.
+    """Refuse anything but a path as a string that is not empty.
 
     Raises:
         FusionError: The value is of another type or empty.

@@ -17,9 +17,9 @@ _PIXELS = 3 * 32 * 32
 class CIFARDataModule(FileDataModule):
     """Colour images, 3x32x32, of 10 or 100 (fine) classes.
 
-    The pickled batches of the Python version (https://www.cs.toronto.edu/~kriz/cifar.html) are looked for in
-    `cifar-10-batches-py` or `cifar-100-python` below `data_dir`, and in `data_dir` itself. They are read without
-    running any code that a pickle may name. Training images are augmented unless `augment` is false.
+    It reads the pickled batches of the Python version (https://www.cs.toronto.edu/~kriz/cifar.html) from
+    `cifar-10-batches-py` or `cifar-100-python` below `data_dir`, or from `data_dir` itself, and runs no code that a
+    pickle may name. Training images are augmented unless `augment` is false.
 
     Args:
         num_classes: 10 for CIFAR-10, 100 for CIFAR-100.
@@ -65,14 +65,14 @@ class CIFARDataModule(FileDataModule):
         return [self.root / below, self.root]
 
     def fetch(self) -> None:
-        """Downloads the archive through torchvision, which checks its sum and unpacks it."""
+        """Download the archive through torchvision, which checks its sum and unpacks it."""
         # torchvision takes a second to import and is not needed to read the files.
         from torchvision import datasets
 
         getattr(datasets, f"CIFAR{self.num_classes}")(str(self.root), download=True)
 
     def read(self) -> tuple[ImageSet, ImageSet]:
-        """Reads the training batches and the test batch."""
+        """Read the training batches and the test batch."""
         folder = self.folder()
         *training, test = (self._read_batch(folder / name) for name in self.files)
         images = torch.cat([batch.images for batch in training])
@@ -83,8 +83,8 @@ class CIFARDataModule(FileDataModule):
         key = "labels" if self.num_classes == 10 else "fine_labels"
         images, labels = entries.get("data"), entries.get(key)
         if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (_PIXELS,):
-            found = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
-            raise FusionError(f"Expected 'data' as uint8 [N, {_PIXELS}] in {path}, got {found}; fetch it again")
+            kind = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
+            raise FusionError(f"Expected 'data' as uint8 [N, {_PIXELS}] in {path}, got {kind}; fetch it again")
         classes = labels.tolist() if isinstance(labels, np.ndarray) else labels
         if not isinstance(classes, list) or len(classes) != len(images) or not all(map(self._is_class, classes)):
             raise FusionError(

@@ -1,4 +1,4 @@
-"""The 1,797 real 8x8 digits that come with scikit-learn: always there, done in seconds."""
+"""The 1,797 real 8x8 digits that come with scikit-learn: no download, trained on in seconds."""
 
 import torch
 
@@ -28,8 +28,8 @@ class DigitsDataModule(ImageDataModule):
     std = (0.3760,)
 
     def read(self) -> tuple[ImageSet, ImageSet]:
-        """Reads the digits from the installed scikit-learn and splits off the test set."""
-        # Importing scikit-learn takes longer than training on the digits: only when they are wanted.
+        """Read the digits from the installed scikit-learn and split off the test set."""
+        # Imported late: it takes longer than training on the digits.
         from sklearn.datasets import load_digits
 
         digits = load_digits()

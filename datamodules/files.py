@@ -1,4 +1,4 @@
-"""Images that live in files: where to look for them, and how to fetch them."""
+"""Data modules of a fixed set of files: the folders to look in, and the download."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from clafusion.errors import FusionError
 class FileDataModule(ImageDataModule):
     """Base of the data modules that read a fixed set of files from a folder.
 
-    A subclass sets `files` and `remedy`, and says which `folders` it looks in and how to `fetch` the files.
+    A subclass sets `files` and `remedy`, and implements `folders` and `fetch`.
 
     Args:
         data_dir: Folder of the data; None means the folder `data` here. A leading `~` is the home folder.
@@ -43,7 +43,7 @@ class FileDataModule(ImageDataModule):
         raise NotImplementedError
 
     def fetch(self) -> None:
-        """Downloads the files below `root`."""
+        """Download the files below `root`."""
         raise NotImplementedError
 
     def has(self, folder: Path, name: str) -> bool:
@@ -51,11 +51,11 @@ class FileDataModule(ImageDataModule):
         return (folder / name).is_file()
 
     def _missing(self) -> dict[Path, list[str]]:
-        """Per folder, the files that it lacks."""
+        """The files that each folder lacks."""
         return {folder: [name for name in self.files if not self.has(folder, name)] for folder in self.folders()}
 
     def prepare_data(self) -> None:
-        """Downloads the files if `download` is set and no folder has them all.
+        """Download the files if `download` is set and no folder has them all.
 
         Raises:
             FusionError: The download failed.
@@ -72,7 +72,7 @@ class FileDataModule(ImageDataModule):
             ) from error
 
     def folder(self) -> Path:
-        """The first folder that holds all files.
+        """Return the first folder that holds all files.
 
         Raises:
             FusionError: There is none; the message names the files, the folders and the remedy.
@@ -82,10 +82,10 @@ class FileDataModule(ImageDataModule):
             if not names:
                 return folder
         closest = min(missing, key=lambda folder: len(missing[folder]))
-        found = "none of them"
+        content = "none of them"
         if len(missing[closest]) < len(self.files):
-            found = f"{closest} without {', '.join(missing[closest])}"
+            content = f"{closest} without {', '.join(missing[closest])}"
         raise FusionError(
             f"Expected the files {', '.join(self.files)} in one of the folders {', '.join(map(str, missing))}, "
-            f"got {found}; {self.remedy}"
+            f"got {content}; {self.remedy}"
         )

@@ -1,4 +1,4 @@
-"""Images of one's own: a folder for each class, and Tiny-ImageNet as it is published."""
+"""Image files: one folder per class, and Tiny-ImageNet as it is published."""
 
 import math
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from clafusion.datamodules.images import ImageDataModule
 from clafusion.errors import FusionError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-#: Where Tiny-ImageNet keeps the labels of its validation images.
+#: The file with the labels of Tiny-ImageNet's validation images.
 ANNOTATIONS = "val/val_annotations.txt"
 
-#: Points of an image file: it is unpacked before it is scaled.
+#: Points of an image file at most: it is unpacked before it is scaled.
 _LARGEST = 2**26
 
 Samples = list[tuple[Path, int]]
@@ -27,15 +27,15 @@ Samples = list[tuple[Path, int]]
 class ImageFolderDataModule(ImageDataModule):
     """Colour images in one folder per class, as torchvision's `ImageFolder` reads them.
 
-    Below `data_dir` are either `train` and `test` (`val` where there is no `test`), each with a folder per class, or
-    the folders of the classes themselves, of which a seeded share is the test part. Where `train`, `val` and `test` are
-    all there, `val` is the validation part and `val_fraction` does not matter. The images are scaled so that their
+    Below `data_dir` are either `train` and `test` (`val` if there is no `test`), each with a folder per class, or the
+    folders of the classes themselves; a seeded share of these images is then the test part. If there are `train`, `val`
+    and `test`, `val` is the validation part and `val_fraction` has no effect. The images are scaled so that their
     shorter side fits, cropped at the centre, and held in memory: `3 * size * size` bytes each.
 
     Args:
         data_dir: Folder of the data. A leading `~` is the home folder.
         size: Height and width to which the images are brought.
-        test_fraction: Share of each class that is the test part where no folder says which images are, in `(0, 1)`.
+        test_fraction: Share of each class that is the test part if there is no folder for it, in `(0, 1)`.
         mean: One value per colour to subtract; None: ImageNet's, as torchvision's networks expect.
         std: One value per colour to divide by; None: ImageNet's.
         augment: Whether training images are cropped at random (padding 4) and flipped horizontally.
@@ -68,23 +68,23 @@ class ImageFolderDataModule(ImageDataModule):
         super().__init__(augment=augment, **kwargs)
 
     def _folder_of(self, part: str) -> Path:
-        """The folder of a part; that of everything where the parts have none."""
+        """The folder of a part; the whole folder if the parts have none of their own."""
         if not (self.root / "train").is_dir():
             return self.root
         names = ("test", "val") if part == "test" else (part,)
         return next((self.root / name for name in names if (self.root / name).is_dir()), self.root / part)
 
     def read(self) -> tuple[ImageSet, ImageSet]:
-        """Reads the training and the test images."""
+        """Read the training and the test images."""
         train, test = self._folder_of("train"), self._folder_of("test")
         if train != test:
             return self._images(train), self._images(test)
-        everything = self._images(train)
-        rest, held_out = stratified_split(everything.labels, self.test_fraction, self.split_seed)
-        return everything.subset(rest), everything.subset(held_out)
+        whole = self._images(train)
+        rest, held_out = stratified_split(whole.labels, self.test_fraction, self.split_seed)
+        return whole.subset(rest), whole.subset(held_out)
 
     def read_validation(self) -> ImageSet | None:
-        """Reads the validation images where they have a folder that is not the test part's."""
+        """Read the validation images if they have a folder that is not the test part's."""
         folder = self.root / "val"
         separate = folder.is_dir() and self._folder_of("test") not in (folder, self.root)
         return self._images(folder) if separate else None
@@ -129,7 +129,7 @@ class TinyImageNetDataModule(ImageDataModule):
         super().__init__(augment=augment, **kwargs)
 
     def read(self) -> tuple[ImageSet, ImageSet]:
-        """Reads the training images, and the validation images with their annotations."""
+        """Read the training images, and the validation images with their annotations."""
         numbers = {name: number for number, name in enumerate(self.classes)}
         train = [
             (path, numbers[name]) for name in self.classes for path in sorted((self.root / "train" / name).glob("*/*"))
@@ -146,14 +146,14 @@ class TinyImageNetDataModule(ImageDataModule):
 
 
 def read_images(samples: Samples, size: int) -> ImageSet:
-    """Reads image files, in colour, the shorter side scaled to `size` and cropped at the centre.
+    """Read image files in colour, scale the shorter side to `size`, and crop at the centre.
 
     Args:
         samples: Files and their labels.
         size: Height and width of the result.
 
     Raises:
-        FusionError: A file is missing or no image that can be read.
+        FusionError: A file is missing or is not an image that can be read.
     """
     images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
     for place, (path, _) in enumerate(samples):
@@ -162,7 +162,7 @@ def read_images(samples: Samples, size: int) -> ImageSet:
 
 
 def _read_image(path: Path, size: int) -> Tensor:
-    # Only who reads images pays for importing what does.
+    # Imported late: only this data module needs it.
     from PIL import Image, ImageOps
 
     try:
@@ -177,15 +177,15 @@ def _read_image(path: Path, size: int) -> Tensor:
 
 
 def _scan(folder: Path) -> tuple[list[str], Samples]:
-    """The classes of a folder, alphabetically, and their files."""
+    """Return the classes of a folder, in alphabetical order, and their files."""
     from torchvision.datasets import ImageFolder
 
     try:
-        found = ImageFolder(str(folder))
+        dataset = ImageFolder(str(folder))
     except OSError as error:
         reason = " ".join(str(error).split())
         raise FusionError(f"Expected a folder with images for each class in {folder}, got none: {reason}") from error
-    return found.classes, [(Path(path), label) for path, label in found.samples]
+    return dataset.classes, [(Path(path), label) for path, label in dataset.samples]
 
 
 def _existing(data_dir: str) -> Path:
@@ -197,8 +197,8 @@ def _existing(data_dir: str) -> Path:
 
 
 def _colours(name: str, values: Sequence[float] | None, default: tuple[float, ...]) -> tuple[float, ...]:
-    chosen = default if values is None else tuple(values)
-    usable = all(type(value) in (int, float) and math.isfinite(value) for value in chosen)
-    if len(chosen) != 3 or not usable or (name == "std" and min(chosen) <= 0):
+    colours = default if values is None else tuple(values)
+    usable = all(type(value) in (int, float) and math.isfinite(value) for value in colours)
+    if len(colours) != 3 or not usable or (name == "std" and min(colours) <= 0):
         raise FusionError(f"Expected {name} as three numbers{' above 0' if name == 'std' else ''}, got {values!r}")
-    return chosen
+    return colours

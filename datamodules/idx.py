@@ -1,4 +1,4 @@
-"""Reads the IDX format of MNIST (http://yann.lecun.com/exdb/mnist/), plain or compressed with gzip."""
+"""The IDX format of MNIST (http://yann.lecun.com/exdb/mnist/), plain or compressed with gzip."""
 
 import gzip
 import math
@@ -12,17 +12,17 @@ from torch import Tensor
 from clafusion.errors import FusionError
 
 _UNSIGNED_BYTES = 0x08
-#: Values in a file: twenty times as many as MNIST has.
+#: Values in a file at most: twenty times as many as MNIST has.
 _LARGEST = 2**30
 
 
 def locate_idx(folder: Path, name: str) -> Path | None:
-    """The path of the file `name` or `name.gz` in a folder, the plain one first; None if there is neither."""
+    """Return the path of `name` or `name.gz` in a folder, the plain one first; None if there is neither."""
     return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
 def read_idx(path: Path, dimensions: int) -> Tensor:
-    """Reads an IDX file of unsigned bytes.
+    """Read an IDX file of unsigned bytes.
 
     The format: two zero bytes, the type (8), the number of dimensions, each size as a big-endian 32-bit integer, then
     the values in row-major order.
@@ -42,19 +42,19 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
             header = file.read(4 + 4 * dimensions)
             sizes = _sizes(header, dimensions, path)
             expected = math.prod(sizes)
-            # One more than there should be, and no more: a small file may unpack to any size.
+            # One value more than expected and no more: a small file may unpack to any size.
             content = file.read(min(expected, _LARGEST) + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise FusionError(f"Expected an intact file {path}, got {error}; fetch it again") from error
     if len(content) != expected or not expected:
-        found = f"{len(content)}" if len(content) < expected else "more"
-        raise FusionError(f"Expected {expected} values {list(sizes)} in {path}, got {found}; fetch it again")
+        count = f"{len(content)}" if len(content) < expected else "more"
+        raise FusionError(f"Expected {expected} values {list(sizes)} in {path}, got {count}; fetch it again")
     # A bytearray, because torch warns about tensors over read-only memory.
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(sizes)
 
 
 def _sizes(header: bytes, dimensions: int, path: Path) -> tuple[int, ...]:
-    """The sizes in the header of an IDX file."""
+    """Return the sizes in the header of an IDX file."""
     if len(header) < 4 + 4 * dimensions or header[:4] != bytes((0, 0, _UNSIGNED_BYTES, dimensions)):
         raise FusionError(
             f"Expected an IDX file of unsigned bytes in {dimensions} dimensions, "

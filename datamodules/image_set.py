@@ -1,4 +1,4 @@
-"""Seeded choices over an in-memory set of images: every one a pure function of its key."""
+"""Images in memory, and seeded choices among them, each a pure function of its key."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,19 +13,19 @@ from clafusion.errors import FusionError
 
 
 def derived_seed(*key: int | str) -> int:
-    """A seed in `[0, 2^64)` that depends on the key alone.
+    """Return a seed in `[0, 2^64)` that depends on the key alone.
 
-    The key is hashed, so that neighbouring keys such as `(seed, epoch)` and `(seed + 1, epoch - 1)` share nothing: with
-    sums of seeds they would be the same.
+    The key is hashed, so that neighbouring keys such as `(seed, epoch)` and `(seed + 1, epoch - 1)` share nothing; sums
+    of seeds would be the same for both.
 
     Args:
-        key: What the randomness is for, and the numbers that select it.
+        key: The purpose of the randomness, and the numbers that select it.
     """
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big")
 
 
 def seeded(*key: int | str) -> torch.Generator:
-    """A freshly seeded CPU random generator that depends on the key alone, see `derived_seed`.
+    """Return a freshly seeded CPU random generator that depends on the key alone, see `derived_seed`.
 
     Example:
         >>> torch.equal(torch.rand(3, generator=seeded("a", 1)), torch.rand(3, generator=seeded("a", 1)))
@@ -35,14 +35,14 @@ def seeded(*key: int | str) -> torch.Generator:
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
-    """Seeds PyTorch's global generators of the CPU and of one device.
+    """Seed PyTorch's global generators of the CPU and of one device.
 
-    `torch.manual_seed` does the same for the devices of all backends, whether there are any; where there are none, it
-    records each time for each backend who called it, which takes half a millisecond.
+    `torch.manual_seed` does the same for all backends. For each backend without a device it records who called it,
+    which takes half a millisecond every time.
 
     Args:
         seed: In `[0, 2^64)`.
-        device: Where besides the CPU random numbers are drawn.
+        device: The device on which random numbers are drawn besides the CPU.
     """
     if device.type not in ("cpu", "cuda"):
         torch.manual_seed(seed)
@@ -53,7 +53,7 @@ def seed_generators(seed: int, device: torch.device) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSet(Dataset):
+class ImageSet(Dataset[tuple[Tensor, Tensor]]):
     """Labelled images in memory, fetched a whole batch at a time.
 
     Attributes:
@@ -65,36 +65,36 @@ class ImageSet(Dataset):
     labels: Tensor
 
     def __len__(self) -> int:
-        """Number of images."""
+        """The number of images."""
         return len(self.labels)
 
     def __getitem__(self, index: int | list[int]) -> tuple[Tensor, Tensor]:
-        """One image `[C, H, W]` and its label `[]`, or several."""
+        """Return one image `[C, H, W]` and its label `[]`, or several."""
         return self.images[index], self.labels[index]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A batch `[B, C, H, W]` with its labels `[B]`: one indexing instead of B of them and a collation."""
-        chosen = beside(self.images, torch.tensor(indices))
-        return self.images.index_select(0, chosen), self.labels[chosen]
+        """Return a batch `[B, C, H, W]` with its labels `[B]` by one indexing instead of B and a collation."""
+        batch = beside(self.images, torch.tensor(indices))
+        return self.images.index_select(0, batch), self.labels[batch]
 
     @property
     def size_in_bytes(self) -> int:
-        """What images and labels take in memory."""
+        """The memory that images and labels take."""
         return self.images.nbytes + self.labels.nbytes
 
     def to(self, device: torch.device) -> "ImageSet":
-        """The images on a device."""
+        """Return the images on a device."""
         return ImageSet(self.images.to(device), self.labels.to(device))
 
     def subset(self, indices: Tensor) -> "ImageSet":
-        """The images at the given int64 `[M]` indices, in that order, copied."""
+        """Return copies of the images at the given int64 `[M]` indices, in that order."""
         return ImageSet(self.images[indices], self.labels[indices])
 
     def check(self, name: str, shape: tuple[int, ...], num_classes: int) -> None:
-        """Refuses images or labels that are not what a data module declares.
+        """Refuse images or labels that are not as a data module declares them.
 
         Args:
-            name: What to call this set in the message.
+            name: The name of this set in the message.
             shape: C, H, W that each image must have.
             num_classes: Labels must be in `range(num_classes)`.
 
@@ -115,7 +115,7 @@ class ImageSet(Dataset):
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Splits indices in two so that each class gives the same fraction of its members, to the nearest whole sample.
+    """Split indices in two so that each class gives the same fraction of its members, to the nearest whole sample.
 
     Args:
         labels: int64 `[N]`.
@@ -123,16 +123,17 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
         seed: Selects the members.
 
     Returns:
-        Two disjoint int64 index tensors, each increasing, that together hold every index: the rest and the chosen.
+        Two disjoint int64 index tensors, each increasing, that together hold every index: the first part (the rest)
+        and the second.
 
     Example:
-        >>> rest, chosen = stratified_split(torch.tensor([0, 0, 1, 1]), 0.5, seed=0)
-        >>> len(rest), len(chosen)
+        >>> first, second = stratified_split(torch.tensor([0, 0, 1, 1]), 0.5, seed=0)
+        >>> len(first), len(second)
         (2, 2)
     """
     order = torch.randperm(len(labels), generator=seeded("split", seed))
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
+    in_second = torch.zeros(len(labels), dtype=torch.bool)
+    for label in torch.unique(labels):
         members = order[labels[order] == label]
-        chosen[members[: round(fraction * len(members))]] = True
-    return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
+        in_second[members[: round(fraction * len(members))]] = True
+    return (~in_second).nonzero().flatten(), in_second.nonzero().flatten()

@@ -1,4 +1,4 @@
-"""What all image data modules share: one uint8 tensor in memory, three disjoint parts, preprocessing on the device."""
+"""The base of all image data modules: one uint8 tensor in memory, three disjoint parts, preprocessing on the device."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,21 +18,22 @@ from clafusion.errors import FusionError
 
 
 def _whole_batch(batch: Any) -> Any:
-    """The collation of a data set that already fetches whole batches."""
+    """Collate nothing: the data set fetches whole batches already."""
     return batch
 
 
-def _room(device: torch.device) -> int:
-    """Bytes on a GPU that images may take: a quarter of what is free, the rest is for the network."""
+def _image_memory(device: torch.device) -> int:
+    """The bytes on a GPU that images may take: a quarter of the free ones, the rest is for the network."""
     return torch.cuda.mem_get_info(device)[0] // 4
 
 
 class ImageDataModule(ResumableDataModule):
-    """Base of the image data modules; a subclass says what the images are (`read`) and where they come from.
+    """Base of the image data modules; a subclass reads the images (`read`).
 
     Training, validation and test are three disjoint parts: the validation part is a seeded, stratified share of the
     published training set, the test part is the published test set. Batches are uint8 until they are on the device;
-    there they are padded, augmented (while training, if asked to), scaled to `[0, 1]` and normalised by `mean`, `std`.
+    there they are padded, augmented (while training, with `augment`), scaled to `[0, 1]` and normalised by `mean`,
+    `std`.
 
     A subclass sets `num_classes`, `raw_shape` (C, H, W as read), `mean` and `std` (one value per channel) before it
     calls `super().__init__`.
@@ -40,15 +41,15 @@ class ImageDataModule(ResumableDataModule):
     Args:
         batch_size: Images per training batch.
         eval_batch_size: Images per batch of validation, test and prediction.
-        num_workers: Worker processes per loader; the images are in memory already, so 0 is usually fastest: a GPU then
-            has them in its own memory, where they fit into a quarter of it.
+        num_workers: Worker processes per loader. The images are in memory already, so 0 is usually fastest: a GPU then
+            holds them in its own memory, if they fit into a quarter of it.
         val_fraction: Share of each class of the training set held out for validation, in `[0, 1)`.
         split_seed: Selects the validation images (and those that `limit_train` keeps).
         augment: Whether training images are cropped at random (padding 4) and flipped horizontally.
         pad_to: Zero-pad the images on all sides to this height and width.
         channels: 3 repeats grey images as RGB; None keeps the channels as they are.
         limit_train: Keep this many training images, chosen at random; the validation and test parts stay whole.
-        split: Train on one of two parts of the training images that are left then; None: on all of them.
+        split: Train on one of two parts of the remaining training images; None: on all of them.
         allow_changes: Whether an interrupted training may go on with other data, seed or number of processes.
 
     Raises:
@@ -96,19 +97,19 @@ class ImageDataModule(ResumableDataModule):
         self.split = as_split(split)
         self._check_classes()
         self._parts: dict[str, ImageSet] = {}
-        # allow_changes is about one command, not about the run.
+        # allow_changes belongs to one command, not to the run.
         self.save_hyperparameters(ignore=["allow_changes"])
         # A checkpoint holds plain containers only.
         self.save_hyperparameters({"split": None if self.split is None else self.split.to_dict()})
 
     def _shape(self, pad_to: int | None, channels: int | None) -> tuple[int, int, int]:
-        """The shape (C, H, W) of a preprocessed image."""
+        """Return the shape (C, H, W) of a preprocessed image."""
         planes, height, width = self.raw_shape
         if channels is not None:
             check_whole("channels", channels, 1)
             if channels != planes and (planes, channels) != (1, 3):
-                known = "1 or 3" if planes == 1 else str(planes)
-                raise FusionError(f"Expected channels to be {known} for these images, got {channels}; change channels")
+                valid = "1 or 3" if planes == 1 else str(planes)
+                raise FusionError(f"Expected channels to be {valid} for these images, got {channels}; change channels")
         if pad_to is not None:
             check_whole("pad_to", pad_to, max(height, width))
         return channels or planes, pad_to or height, pad_to or width
@@ -121,7 +122,7 @@ class ImageDataModule(ResumableDataModule):
             )
 
     def read(self) -> tuple[ImageSet, ImageSet]:
-        """Reads the published training and test sets; subclasses implement it.
+        """Read the published training and test sets; subclasses implement it.
 
         Returns:
             The training and the test set: uint8 `[N, *raw_shape]` and int64 labels in `range(num_classes)`.
@@ -129,11 +130,11 @@ class ImageDataModule(ResumableDataModule):
         raise NotImplementedError
 
     def read_validation(self) -> ImageSet | None:
-        """Reads the validation images where they are a set of their own; None: they are a share of the training set."""
+        """Read the validation images if they are a set of their own; None: they are a share of the training set."""
         return None
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads the images and splits them, once; later calls change nothing.
+        """Read the images and split them, once; later calls change nothing.
 
         Args:
             stage: Ignored: the three parts are always defined together.
@@ -162,7 +163,7 @@ class ImageDataModule(ResumableDataModule):
         self._parts = {"train": whole.subset(train), "val": validation, "test": test}
 
     def _limited(self, indices: Tensor) -> Tensor:
-        """The training indices that `limit_train` keeps."""
+        """Return the training indices that `limit_train` keeps."""
         if self.limit_train is None:
             return indices
         if self.limit_train > len(indices):
@@ -174,16 +175,16 @@ class ImageDataModule(ResumableDataModule):
         return indices[order[: self.limit_train]]
 
     def _own_part(self, labels: Tensor, indices: Tensor) -> Tensor:
-        """Those of the training indices that are in the part of `split`."""
+        """Return those training indices that are in the part of `split`."""
         if self.split is None:
             return indices
-        chosen = indices[self.split.indices(labels[indices])]
-        if len(chosen) == 0:
+        part = indices[self.split.indices(labels[indices])]
+        if len(part) == 0:
             raise FusionError(
                 f"Expected training images in part {self.split.part} of the split, got none of {len(indices)}; "
                 "change split"
             )
-        return chosen
+        return part
 
     def _part(self, name: str) -> ImageSet:
         if not self._parts:
@@ -192,28 +193,28 @@ class ImageDataModule(ResumableDataModule):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Number of images in each part, by name; known after `setup`."""
+        """The number of images in each part, by name; empty before `setup`."""
         return {name: len(part) for name, part in self._parts.items()}
 
     @property
     def train_size(self) -> int:
-        """Number of training images; known after `setup`."""
+        """The number of training images; there is none before `setup`."""
         return len(self._part("train"))
 
     @property
     def val_size(self) -> int:
-        """Number of validation images; known after `setup`."""
+        """The number of validation images; there is none before `setup`."""
         return len(self._part("val"))
 
     @property
     def test_size(self) -> int:
-        """Number of test images; known after `setup`."""
+        """The number of test images; there is none before `setup`."""
         return len(self._part("test"))
 
-    def _loader(self, part: str, batch_size: int | None, sampler: Sampler | None = None) -> DataLoader:
+    def _loader(self, part: str, batch_size: int | None, sampler: Sampler[Any] | None = None) -> DataLoader[Any]:
         images = self._part(part)
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-        if device.type == "cuda" and self.num_workers == 0 and images.size_in_bytes <= _room(device):
+        if device.type == "cuda" and self.num_workers == 0 and images.size_in_bytes <= _image_memory(device):
             images = images.to(device)
         return ResumableLoader(
             images,
@@ -225,19 +226,19 @@ class ImageDataModule(ResumableDataModule):
             persistent_workers=self.num_workers > 0,
         )
 
-    def _fixed_loader(self, part: str) -> DataLoader:
-        """All images of a part in fixed order; on several processes each rank has its own, none twice."""
+    def _fixed_loader(self, part: str) -> DataLoader[Any]:
+        """Return all images of a part in fixed order; on several processes each rank has its own share."""
         size = len(self._part(part))
         rank, processes = self._rank
         if processes == 1 or size == 0:
             return self._loader(part, self.eval_batch_size)
         return self._loader(part, None, ShardSampler(size, self.eval_batch_size, rank, processes, part))
 
-    def train_dataloader(self) -> DataLoader:
-        """Batches of the training part, in an order that is a pure function of the run's seed and the epoch.
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return batches of the training part, in an order that is a pure function of the run's seed and the epoch.
 
-        The seed is that of `torch.manual_seed` (`seed_everything`); without one each run has its own order, and a
-        resumed run that of its checkpoint. On several processes each rank has a share of the same order.
+        The seed is that of `torch.manual_seed` (`seed_everything`). Without one each run has its own order, and a
+        resumed run has the order of its checkpoint. On several processes each rank has a share of the same order.
 
         Raises:
             FusionError: A training goes on from a checkpoint that has no state of this kind of data.
@@ -249,20 +250,20 @@ class ImageDataModule(ResumableDataModule):
             sampler.skip = min(sampler.skip, (len(sampler) - 1) // self.batch_size * self.batch_size)
         return self._loader("train", self.batch_size, sampler)
 
-    def val_dataloader(self) -> DataLoader:
-        """Batches of the validation part in fixed order; none when `val_fraction` is 0, and then Lightning warns."""
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return batches of the validation part in fixed order: none if `val_fraction` is 0; then Lightning warns."""
         return self._fixed_loader("val")
 
-    def test_dataloader(self) -> DataLoader:
-        """Batches of the test part in fixed order."""
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return batches of the test part in fixed order."""
         return self._fixed_loader("test")
 
-    def predict_dataloader(self) -> DataLoader:
-        """Batches `(images, labels)` of the test part in fixed order."""
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return batches `(images, labels)` of the test part in fixed order."""
         return self.test_dataloader()
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Preprocesses a batch on the device, in the trainer's precision; augments it while training only.
+        """Preprocess a batch on the device, in the trainer's precision; augment it only while training.
 
         Args:
             batch: uint8 images `[B, *raw_shape]` and labels `[B]`.
@@ -276,14 +277,14 @@ class ImageDataModule(ResumableDataModule):
             return self.preprocess(images), labels
         generator = None
         if self.trainer.training:
-            # Dropout draws from the global generators: they, too, become a function of where the training is.
+            # Dropout draws from the global generators; they become a function of epoch and batch, too.
             seed_generators(self._batch_seed("global"), images.device)
             generator = torch.Generator().manual_seed(self._batch_seed("augment")) if self.augment else None
         prepared = self.preprocess(images, generator)
         return self.trainer.precision_plugin.convert_input(prepared), labels
 
     def preprocess(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Pads, augments (with a generator), scales and normalises: `(x / 255 - mean) / std`.
+        """Pad, augment (with a generator), scale and normalise: `(x / 255 - mean) / std`.
 
         Args:
             images: uint8 `[B, *raw_shape]`.
@@ -298,10 +299,10 @@ class ImageDataModule(ResumableDataModule):
         return normalize(cropped, self.mean, self.std, channels)
 
     def alignment_batches(self, num_samples: int, seed: int = 0, batch_size: int | None = None) -> Iterator[Tensor]:
-        """Training images without labels, for fusing: normalised, never augmented, on the CPU.
+        """Return training images without labels, for fusing: normalised, never augmented, on the CPU.
 
-        A larger `num_samples` with the same seed begins with the same images. Data that was not set up yet is fetched
-        (where `download` asks for it) and set up first.
+        A larger `num_samples` with the same seed begins with the same images. If the data was not set up, it is fetched
+        (with `download`) and set up first.
 
         Args:
             num_samples: How many images at most, chosen at random without replacement from the training part.
@@ -323,13 +324,13 @@ class ImageDataModule(ResumableDataModule):
         check_whole("num_samples", num_samples, 2)
         if self.train_size < 2:
             raise FusionError(f"Expected at least 2 training images, got {self.train_size}; raise limit_train")
-        chosen = torch.randperm(self.train_size, generator=seeded("alignment", seed))[:num_samples]
+        samples = torch.randperm(self.train_size, generator=seeded("alignment", seed))[:num_samples]
         images = self._part("train").images
-        starts = range(0, len(chosen), size)
-        return (self.preprocess(images[chosen[start : start + size]]) for start in starts)
+        starts = range(0, len(samples), size)
+        return (self.preprocess(images[samples[start : start + size]]) for start in starts)
 
     def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All validation images, normalised, with their labels, on the CPU; the same on every rank.
+        """Return all validation images, normalised, with their labels, on the CPU; the same on every rank.
 
         Returns:
             An iterator over float32 `[B, *image_shape]` and int64 `[B]`; empty when `val_fraction` is 0.
@@ -337,6 +338,6 @@ class ImageDataModule(ResumableDataModule):
         Raises:
             FusionError: The data module was not set up.
         """
-        images, labels = self._part("val").images, self._part("val").labels
-        parts = zip(images.split(self.eval_batch_size), labels.split(self.eval_batch_size), strict=True)
-        return ((self.preprocess(batch), classes) for batch, classes in parts if len(classes))
+        part = self._part("val")
+        batches = (torch.split(values, self.eval_batch_size) for values in (part.images, part.labels))
+        return ((self.preprocess(images), labels) for images, labels in zip(*batches, strict=True) if len(labels))

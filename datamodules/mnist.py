@@ -16,10 +16,10 @@ _TORCHVISION_NAME = {"mnist": "MNIST", "fashion": "FashionMNIST"}
 class MNISTDataModule(FileDataModule):
     """Grey 1x28x28 images of ten classes: handwritten digits, or pieces of clothing.
 
-    The four IDX files, plain or gzipped, are looked for in `data_dir`, in `MNIST/raw` or `FashionMNIST/raw` below it
-    (where torchvision puts them) and, for Fashion-MNIST without `data_dir`, where the Debian package
-    `dataset-fashion-mnist` puts them. Both variants are normalised with MNIST's mean .1307 and standard deviation
-    .3081: the published Fashion-MNIST runs were, and a network only works on data normalised as it was trained.
+    It reads the four IDX files, plain or gzipped, from `data_dir`, from `MNIST/raw` or `FashionMNIST/raw` below it
+    (torchvision's folders) or, for Fashion-MNIST without `data_dir`, from the folder of the Debian package
+    `dataset-fashion-mnist`. Both variants are normalised with MNIST's mean .1307 and standard deviation .3081: the
+    published Fashion-MNIST runs were, and a network only works on data normalised as it was trained.
 
     Args:
         variant: `mnist` or `fashion`.
@@ -62,14 +62,14 @@ class MNISTDataModule(FileDataModule):
         return locate_idx(folder, name) is not None
 
     def fetch(self) -> None:
-        """Downloads the files through torchvision, which checks their sums."""
+        """Download the files through torchvision, which checks their sums."""
         # torchvision takes a second to import and is not needed to read the files.
         from torchvision import datasets
 
         getattr(datasets, _TORCHVISION_NAME[self.variant])(str(self.root), download=True)
 
     def read(self) -> tuple[ImageSet, ImageSet]:
-        """Reads the four files."""
+        """Read the four files."""
         folder = self.folder()
         return self._read_set(folder, *self.files[:2]), self._read_set(folder, *self.files[2:])
 

@@ -1,4 +1,4 @@
-"""What a data module saves of a run in its checkpoints, and how the run goes on from there."""
+"""The state of a run that a data module keeps in checkpoints, from which the run goes on."""
 
 import os
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ _TRAINER = ("world_size", "accumulate_grad_batches", "precision", "gradient_clip
 class ResumableDataModule(LightningDataModule):
     """Base of data modules whose trainings can be interrupted after any batch.
 
-    Checkpoints hold the epoch and the batches seen, the seed, and how the run was configured. All randomness of a
-    batch is a function of seed, rank, epoch and batch, so that the resumed run equals the uninterrupted one.
+    Checkpoints hold the epoch, the number of batches seen, the seed and the configuration of the run. All randomness of
+    a batch is a function of seed, rank, epoch and batch, so that the resumed run equals the uninterrupted one.
 
     Args:
         allow_changes: Whether an interrupted training may go on with other data, seed or number of processes.
@@ -31,7 +31,7 @@ class ResumableDataModule(LightningDataModule):
         self.allow_changes = allow_changes
         #: Seed of the run.
         self._seed = torch.initial_seed()
-        #: Epoch and batches of the checkpoint that a training goes on from, and its seed unless another was named.
+        #: Epoch and batches of the checkpoint to resume, and its seed unless another was named.
         self._start: tuple[int, int] | None = None
         self._saved_seed: int | None = None
 
@@ -46,14 +46,14 @@ class ResumableDataModule(LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where a training is and how it was configured, as plain values; empty outside of a training."""
+        """Return the position and the configuration of a training, as plain values; nothing outside of a training."""
         if self.trainer is None or self.trainer.state.fn != "fit":
             return {}
         epoch, batches = self._position()
         return {"epoch": epoch, "batches": batches, "seed": self._seed, "recipe": self._recipe()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Makes the next training go on where the checkpoint's ended.
+        """Make the next training go on where the checkpoint's ended.
 
         Args:
             state_dict: What `state_dict` returned.
@@ -71,13 +71,13 @@ class ResumableDataModule(LightningDataModule):
         self._saved_seed = state_dict["seed"] if seed is None else None
 
     def teardown(self, stage: str) -> None:
-        """Ends a run: the next one begins at its beginning, and PyTorch's seed is again that of the run."""
+        """End a run: the next one begins at its beginning, and PyTorch's seed is again that of the run."""
         if stage == "fit":
             torch.manual_seed(self._seed)
         self._start = self._saved_seed = None
 
     def _begin(self) -> tuple[int, int]:
-        """Settles the run's seed; returns the epoch and the number of its batches that need not be seen again.
+        """Settle the run's seed; return the epoch to begin with and the number of its batches to skip.
 
         Raises:
             FusionError: A training goes on from a checkpoint that has no state of this kind of data.
@@ -87,26 +87,26 @@ class ResumableDataModule(LightningDataModule):
         elif self._start[1] == 0 and self.trainer is not None:
             begin_next_epoch(self.trainer)
         seed = torch.initial_seed() if self._saved_seed is None else self._saved_seed
-        # Ranks that were not seeded differ in their initial seed, and would then overlap in what they visit.
+        # Ranks that were not seeded have different initial seeds; their shares would overlap.
         self._seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
         return self._start or (0, 0)
 
     def _batch_seed(self, purpose: str) -> int:
-        """Seed of the training batch being fetched: a pure function of seed, rank, epoch and batch index."""
+        """Return the seed of the training batch being fetched, a pure function of seed, rank, epoch and batch."""
         trainer: Any = self.trainer
-        # The loop counts a batch only after it is on the device: here batch_idx is still that of the one before.
+        # The loop counts a batch when it is on the device: batch_idx is still that of the batch before.
         batch_idx = trainer.fit_loop.epoch_loop.batch_idx + 1
         return derived_seed(purpose, self._seed, trainer.global_rank, trainer.current_epoch, batch_idx)
 
     def _position(self) -> tuple[int, int]:
-        """The epoch that the training is in or about to begin, and how many of its batches have been trained on."""
+        """Return the current epoch, or the next one between two, and the number of its batches trained on."""
         loop: Any = self.trainer.fit_loop  # type: ignore[union-attr]
         epochs = loop.epoch_progress.current
         over = epochs.processed == epochs.ready
         return epochs.processed, 0 if over else loop.epoch_loop.batch_progress.current.processed
 
     def _recipe(self) -> dict[str, Any]:
-        """What must stay the same for a resumed run to equal an uninterrupted one, as plain values by name."""
+        """Return what must not change if a resumed run is to equal an uninterrupted one, as plain values by name."""
         data = {name: value for name, value in self.hparams.items() if name not in _INDIFFERENT}
         sizes = {f"{part}_size": size for part, size in self.sizes.items()}
         return {**data, **sizes, **{name: getattr(self.trainer, name) for name in _TRAINER}}
@@ -124,7 +124,7 @@ class ResumableDataModule(LightningDataModule):
 
 
 def _named_seed() -> int | None:
-    """The seed of `seed_everything`, if that is what PyTorch was seeded with; None if nobody named a seed."""
+    """Return the seed of `seed_everything` if PyTorch was seeded with it; None if nobody named a seed."""
     seed = torch.initial_seed()
     return seed if os.environ.get("PL_GLOBAL_SEED") == str(seed) else None
 

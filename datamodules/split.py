@@ -1,4 +1,4 @@
-"""The training images shared out between two parents, each of which then has a skill that the other lacks."""
+"""Two disjoint parts of the training images, for two parents of which each has a skill that the other lacks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +13,7 @@ from clafusion.errors import FusionError
 
 Kind = Literal["personal", "labels", "size"]
 Part = Literal["A", "B"]
-#: What each kind of split is given, besides the part and the seed.
+#: The attributes of each kind of split, besides the part and the seed.
 _GIVEN: dict[str, tuple[str, ...]] = {"personal": ("label", "fraction"), "labels": ("labels",), "size": ("fraction",)}
 
 
@@ -30,7 +30,7 @@ class Split:
 
     Attributes:
         kind: `personal`, `labels` or `size`.
-        part: Which part to train on, A or B.
+        part: The part to train on, A or B.
         label: The class of `personal`.
         labels: The classes of `labels`.
         fraction: Between 0 and 1; of `personal` and `size`.
@@ -68,11 +68,11 @@ class Split:
         check_whole("seed of split", self.seed, 0)
 
     def _check_given(self, name: str) -> None:
-        wanted = name in _GIVEN[self.kind]
-        if wanted != (getattr(self, name) is not None):
-            what, found = ("a", "none") if wanted else ("no", repr(getattr(self, name)))
+        wanted, value = name in _GIVEN[self.kind], getattr(self, name)
+        if wanted != (value is not None):
+            article, actual = ("a", "none") if wanted else ("no", repr(value))
             raise FusionError(
-                f"Expected {what} value of {name} for a split of kind {self.kind}, got {found}; it is given "
+                f"Expected {article} value of {name} for a split of kind {self.kind}, got {actual}; it is given "
                 f"{' and '.join(_GIVEN[self.kind])}"
             )
 
@@ -82,42 +82,42 @@ class Split:
         return tuple(self.labels or ()) if self.label is None else (self.label,)
 
     def indices(self, labels: Tensor) -> Tensor:
-        """Which of some images are in the part.
+        """Return the images that are in the part.
 
         Args:
-            labels: int64 `[N]`.
+            labels: Of all images, int64 `[N]`.
 
         Returns:
-            int64 `[M]`, increasing; those of A and those of B are disjoint and together `range(N)`.
+            Indices, int64 `[M]`, increasing; those of A and those of B are disjoint and together `range(N)`.
         """
         in_a = torch.isin(labels, torch.tensor(self.classes, dtype=labels.dtype))
         if self.fraction is not None:
-            _, chosen = stratified_split(labels, self.fraction, self.seed)
-            in_a[chosen] = True
+            _, share = stratified_split(labels, self.fraction, self.seed)
+            in_a[share] = True
         return (in_a if self.part == "A" else ~in_a).nonzero().flatten()
 
     def to_dict(self) -> dict[str, Any]:
-        """The split as plain containers, from which `as_split` makes it again."""
+        """Return the split as plain containers, from which `as_split` makes it again."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         return {name: value for name, value in values.items() if value is not None}
 
 
 def as_split(value: Split | Mapping[str, Any] | None) -> Split | None:
-    """A split from what `Split.to_dict` returned; None and a split stay as they are.
+    """Return the split of a dictionary of `Split.to_dict`; None and a split stay as they are.
 
     Raises:
-        FusionError: The value is something else, or names what a split has not.
+        FusionError: The value is something else, or has a key that is no attribute of a split.
     """
     if value is None or isinstance(value, Split):
         return value
-    known = list(Split.__dataclass_fields__)
-    if not isinstance(value, Mapping) or "kind" not in value or not set(value) <= set(known):
-        raise FusionError(f"Expected a split with kind and others of {', '.join(known)}, got {value!r}; change it")
+    names = list(Split.__dataclass_fields__)
+    if not isinstance(value, Mapping) or "kind" not in value or not set(value) <= set(names):
+        raise FusionError(f"Expected a split with kind and others of {', '.join(names)}, got {value!r}; change it")
     return Split(**value)
 
 
 def _distinct(labels: object) -> tuple[int, ...]:
-    """Class numbers as a tuple, if they are ones."""
+    """Return class numbers as a tuple; refuse anything else."""
     if not isinstance(labels, list | tuple) or not labels or len(set(labels)) < len(labels):
         raise FusionError(f"Expected labels of split to be a list of different classes, got {labels!r}; change it")
     for label in labels:

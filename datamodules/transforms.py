@@ -1,4 +1,4 @@
-"""What happens to a batch of images on its device: padding, augmentation, normalisation."""
+"""Padding, augmentation and normalisation of a batch of images on its device."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ PADDING = 4
 
 
 def pad_to_size(images: Tensor, height: int, width: int) -> Tensor:
-    """Zero-pads images on all sides; of an odd number of rows or columns one more goes below or to the right.
+    """Zero-pad images on all sides; of an odd number of rows or columns one more goes below or to the right.
 
     Args:
         images: `[N, C, H, W]`, any dtype.
@@ -25,7 +25,7 @@ def pad_to_size(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], channels: int) -> Tensor:
-    """Scales bytes to `[0, 1]` and normalises them: `(x / 255 - mean) / std`.
+    """Scale bytes to `[0, 1]` and normalise them: `(x / 255 - mean) / std`.
 
     Args:
         images: uint8 `[N, C, H, W]`.
@@ -38,17 +38,17 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], chann
     """
     constants = torch.tensor([mean, std], dtype=torch.float32)
     centre, spread = beside(images, constants).view(2, -1, 1, 1)
-    # In place: new memory for every step would take longer than the arithmetic.
+    # In place, because new memory for every step would take longer than the arithmetic.
     repeated = images.expand(-1, channels, -1, -1).to(torch.float32, copy=True)
     return repeated.div_(255).sub_(centre).div_(spread)
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random crop after zero padding by 4 pixels, then a horizontal flip with probability 1/2, per image.
+    """Crop each image at random after zero padding by 4 pixels, then flip it horizontally with probability 1/2.
 
-    Crop and flip are one gather: `result[n, c, i, j] = padded[n, c, top_n + i, left_n + j]`, with `j` reversed where
-    the image is flipped; over flattened pixels it is several times faster than by row and column. The choices are drawn
-    on the CPU, so that they do not depend on the device of the images.
+    Crop and flip are one gather: `result[n, c, i, j] = padded[n, c, top_n + i, left_n + j]`, with `j` reversed if the
+    image is flipped; over flattened pixels it is several times faster than by row and column. The random numbers are
+    drawn on the CPU, so that they do not depend on the device of the images.
 
     Args:
         images: `[N, C, H, W]`, any dtype.
@@ -71,7 +71,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def beside(images: Tensor, values: Tensor) -> Tensor:
-    """Values on the device of the images; a GPU that is still busy with the batch before is not waited for.
+    """Copy values to the device of the images, without waiting for a GPU that is busy with the batch before.
 
     Args:
         images: On any device.

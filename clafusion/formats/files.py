@@ -1,13 +1,11 @@
 """Networks as plain data and as files: safetensors with the architecture as JSON metadata, and no pickle anywhere.
 
-A file written by `save_network` holds everything `load_network` needs, runs no code of the file's when loaded, and
-never costs more memory than the file has bytes, whatever sizes its metadata claims.
+A file of `save_network` holds everything that `load_network` needs. Loading it runs no code of the file, and takes no
+more memory than the file has bytes, whatever sizes its metadata claims.
 """
 
-import contextlib
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,10 @@ from torch import Tensor, nn
 from clafusion import networks
 from clafusion.errors import FusionError
 from clafusion.formats import graph_json as encoding
+from clafusion.formats.atomic import write_together
 
+#: The types that saved weights may have.
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _FORMAT = {"format": "clafusion", "version": "1"}
 _OWN = (networks.MLP, networks.VGG, networks.ResNet)
 
@@ -29,14 +30,14 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """Describe a network as JSON-able data from which `restore` rebuilds it.
 
     Args:
-        model: An `MLP`, `VGG` or `ResNet`, or any network that torch.fx can trace and that is made of common
-            torch.nn modules. It is not changed.
+        model: An `MLP`, `VGG` or `ResNet`, or any network of common torch.nn modules that torch.fx can trace; not
+            changed.
 
     Returns:
         The network's own `architecture`, or `{"name": "graph", "nodes": [...], "modules": {...}}`.
 
     Raises:
-        FusionError: The network cannot be traced or uses something that cannot be stored; it is named.
+        FusionError: The network cannot be traced or uses something that cannot be stored; the message names it.
 
     Example:
         >>> describe(networks.MLP(4, [3], 2))["hidden"]
@@ -57,10 +58,10 @@ def restore(architecture: Mapping[str, Any]) -> nn.Module:
         architecture: What `describe` returned, or anything `networks.build` takes.
 
     Returns:
-        A network with the state-dict names and shapes, in the order, of the described one.
+        A network whose state dict has the names and shapes of the described one, in the same order.
 
     Raises:
-        FusionError: The architecture is not one that `describe` or `networks.build` knows.
+        FusionError: Neither `describe` nor `networks.build` knows such an architecture.
     """
     try:
         if isinstance(architecture, Mapping) and architecture.get("name") == "graph":
@@ -80,7 +81,8 @@ def save_network(model: nn.Module, path: str | os.PathLike[str]) -> None:
     The file appears whole or not at all; one that exists is replaced.
 
     Args:
-        model: What `describe` accepts. Tensors keep their dtype; tensors that share memory are written separately.
+        model: A network that `describe` accepts. Tensors keep their dtype; those that share memory are written
+            separately.
         path: File to write, usually `*.safetensors`; its folder must exist.
 
     Raises:
@@ -89,7 +91,8 @@ def save_network(model: nn.Module, path: str | os.PathLike[str]) -> None:
     metadata = {**_FORMAT, "architecture": json.dumps(describe(model), allow_nan=False)}
     try:
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-        _write(save(tensors, metadata), Path(path))
+        content = save(tensors, metadata)
+        write_together({Path(path): lambda file: file.write(content)})
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise FusionError(f"Expected to write {path}, got {_line(error)}; choose a writable path") from error
 
@@ -104,7 +107,8 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
         The network on the CPU in eval mode, every tensor with the dtype it was saved with.
 
     Raises:
-        FusionError: The file is missing, damaged, not one of ours, or its architecture does not fit its tensors.
+        FusionError: The file is missing, damaged or not of `save_network`, or its architecture does not fit its
+            tensors.
     """
     metadata, tensors = _read(Path(path))
     if {key: metadata.get(key) for key in _FORMAT} != _FORMAT or "architecture" not in metadata:
@@ -123,7 +127,7 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
 
 
 def _own_architecture(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """The `architecture` of one of our networks, None if it is another or was changed beyond what that can say."""
+    """Return the `architecture` of one of our networks; None for another, or one changed beyond it."""
     if type(model) not in _OWN:
         return None
     try:
@@ -137,7 +141,7 @@ def _own_architecture(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str
 
 
 def _skeleton(architecture: Mapping[str, Any]) -> nn.Module:
-    """The network without memory for its tensors: claimed sizes cost nothing until real tensors agree with them."""
+    """Build the network without memory for its tensors: claimed sizes cost nothing until real tensors agree."""
     with torch.device("meta"):
         return restore(architecture)
 
@@ -146,37 +150,22 @@ def _require_equal(network: nn.Module, tensors: Mapping[str, Tensor], source: st
     """Raise unless `tensors` are, by name, shape and kind of number, the state of `network`."""
     expected = network.state_dict()
     for name in sorted(expected.keys() ^ tensors.keys()):
-        wanted, there = ("a", "none") if name in expected else ("no", "one")
-        raise FusionError(f"Expected {wanted} tensor {name!r} in {source}, got {there}; save the network again")
+        article, actual = ("a", "none") if name in expected else ("no", "one")
+        raise FusionError(f"Expected {article} tensor {name!r} in {source}, got {actual}; save the network again")
     for name, tensor in tensors.items():
-        shape, wanted_shape = list(tensor.shape), list(expected[name].shape)
-        if shape != wanted_shape:
+        blank = expected[name]
+        if tensor.shape != blank.shape:
             raise FusionError(
-                f"Expected {name!r} of shape {wanted_shape}, got {shape} in {source}; save the network again"
+                f"Expected {name!r} of shape {list(blank.shape)}, got {list(tensor.shape)} in {source}; "
+                "save the network again"
             )
-        floating = expected[name].is_floating_point()
-        if tensor.is_floating_point() != floating or not (floating or tensor.dtype == expected[name].dtype):
-            raise FusionError(
-                f"Expected {name!r} of type {expected[name].dtype}, got {tensor.dtype} in {source}; save it again"
-            )
-
-
-def _write(content: bytes, target: Path) -> None:
-    """Write all of `content` or nothing, by way of a temporary file in the same folder."""
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        floating = blank.is_floating_point()
+        if tensor.is_floating_point() != floating or not (floating or tensor.dtype == blank.dtype):
+            raise FusionError(f"Expected {name!r} of type {blank.dtype}, got {tensor.dtype} in {source}; save it again")
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file; clones, so that nothing depends on the file afterwards."""
+    """Read metadata and tensors of a safetensors file; clones, so that nothing depends on the file afterwards."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return file.metadata() or {}, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -187,6 +176,6 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an error's text, or its type; the system's own words, without our temporary file's name."""
+    """Return the first line of an error's text, or its type; of a system's error its words without a file's name."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return text.strip().partition("\n")[0] or type(error).__name__

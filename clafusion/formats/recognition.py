@@ -1,8 +1,8 @@
-"""What network a state dict belongs to, from the names and the shapes in it alone.
+"""Recognition of the network that a state dict belongs to, by the names and the shapes in it.
 
-Two conventions are known: that of the published code of CLAFusion, whose names are those of `clafusion.networks`, and
-torchvision's. What shapes cannot tell follows the convention: a ResNet's stages have strides 1, 2, 2, ..., a VGG ends
-in a max-pool and an index of its own without weights is one, an MLP drops no neurons, norms have torch's default eps.
+Names follow one of two conventions: that of the published code of CLAFusion, which is that of `clafusion.networks`, or
+torchvision's. The convention decides what shapes cannot tell: a ResNet's stages have strides 1, 2, 2, ..., a VGG ends
+in a max-pool and an index without weights is one, an MLP drops no neurons, norms have torch's default eps.
 """
 
 import re
@@ -16,10 +16,10 @@ from clafusion.networks.layers import EXPANSION
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+#: The name of the architecture of torchvision's VGGs, which have three dense layers; `networks.VGG` has one.
 DENSE_VGG = "dense VGG"
-"""What the architecture of torchvision's VGGs is called, of which `networks.VGG` has but one dense layer."""
 
-_COUNT = r"[1-9][0-9]{0,3}"  # no more layers than any network has, whatever a forged name says
+_COUNT = r"[1-9][0-9]{0,3}"  # More layers than any network has, but no more, whatever a forged name says.
 _INDEX = rf"(?:0|{_COUNT})"
 _LAYER = r"(?:weight|bias)"
 _NORM = r"(?:weight|bias|running_mean|running_var|num_batches_tracked)"
@@ -31,13 +31,13 @@ _CONVENTIONS: Mapping[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class Recognised:
-    """What network a state dict belongs to.
+    """The network that a state dict belongs to.
 
     Attributes:
-        convention: Whose names these are; an MLP, and a VGG with one dense layer, are taken for the published code's.
-        architecture: For `clafusion.networks.build`. A VGG with three dense layers is none of ours: its name is
+        convention: The convention of the names; an MLP, and a VGG with one dense layer, count as published.
+        architecture: For `clafusion.networks.build`. A VGG with three dense layers is not one of ours: its name is
             `DENSE_VGG`, and it has `"channels"`, `"batch_norm"`, `"in_channels"` and the widths `"dense"`.
-        renamed: Every name of the state dict to its name in that network.
+        renamed: The name in that network of every name in the state dict.
     """
 
     convention: Literal["published", "torchvision"]
@@ -45,22 +45,22 @@ class Recognised:
     renamed: dict[str, str]
 
     def original(self, name: str) -> str:
-        """The name that the convention has for a parameter of the network, whether the state dict has it or not."""
+        """Return the convention's name for a parameter of the network, which the state dict may lack."""
         names = _CONVENTIONS[self.convention]
         return re.sub(r"^linear\.", f"{names['head']}.", name).replace(".shortcut.", f".{names['shortcut']}.")
 
 
 def recognise(shapes: Shapes) -> Recognised:
-    """Tell what network a state dict belongs to.
+    """Recognise the network that a state dict belongs to.
 
-    Reads no more shapes than it takes; whether the others agree shows when the network is built.
+    It reads only the shapes that it needs; building the network shows whether the others agree.
 
     Args:
         shapes: Every name in the state dict with the shape of its tensor.
 
     Raises:
-        FusionError: A name is unknown, a layer is missing, or no network of ours and none of torchvision's ResNets
-            and VGGs has such layers; the first of them is named.
+        FusionError: A name is unknown, a layer is missing, or neither our networks nor torchvision's ResNets and VGGs
+            have such layers; the message names the first.
 
     Example:
         >>> recognise({"fc1.weight": (16, 64), "fc2.weight": (10, 16)}).architecture["hidden"]
@@ -74,10 +74,10 @@ def recognise(shapes: Shapes) -> Recognised:
     for pattern, family in families.items():
         if any(re.match(pattern, name) for name in shapes):
             return family(shapes)
-    found = next((f"{name!r} of shape {list(shape)}" for name, shape in shapes.items()), "none")
+    first = next((f"{name!r} of shape {list(shape)}" for name, shape in shapes.items()), "none")
     raise FusionError(
         "Expected the parameters of an MLP, VGG or ResNet by the names of the published code or of torchvision, "
-        f"got {found}; rename them, or give class_path in --model.architecture and train there"
+        f"got {first}; rename them, or give class_path in --model.architecture and train there"
     )
 
 
@@ -96,8 +96,8 @@ def _mlp(shapes: Shapes) -> Recognised:
 
 
 def _resnet(shapes: Shapes) -> Recognised:
-    foreign = any(name.startswith("fc.") or ".downsample." in name for name in shapes)
-    convention: Literal["published", "torchvision"] = "torchvision" if foreign else "published"
+    of_torchvision = any(name.startswith("fc.") or ".downsample." in name for name in shapes)
+    convention: Literal["published", "torchvision"] = "torchvision" if of_torchvision else "published"
     shortcut, head = _CONVENTIONS[convention].values()
     unit = rf"conv[123]\.{_LAYER}|bn[123]\.{_NORM}|{shortcut}\.0\.{_LAYER}|{shortcut}\.1\.{_NORM}"
     pattern = rf"(?:conv1|{head})\.{_LAYER}|bn1\.{_NORM}|layer{_COUNT}\.{_INDEX}\.(?:{unit})"
@@ -105,7 +105,7 @@ def _resnet(shapes: Shapes) -> Recognised:
     renamed = {name: name.replace(f".{shortcut}.", ".shortcut.") for name in shapes}
     renamed = {name: re.sub(rf"^{head}\.", "linear.", new) for name, new in renamed.items()}
     architecture = _resnet_architecture({new: shapes[name] for name, new in renamed.items()})
-    if foreign and architecture["stem"] != "imagenet":
+    if of_torchvision and architecture["stem"] != "imagenet":
         raise FusionError(
             f"Expected a 7x7 stem, as torchvision's ResNets have, got conv1.weight of shape "
             f"{list(shapes['conv1.weight'])}; its stride and the pooling after it are not in the file: rename "
@@ -115,7 +115,7 @@ def _resnet(shapes: Shapes) -> Recognised:
 
 
 def _resnet_architecture(shapes: Shapes) -> dict[str, Any]:
-    """The arguments of `networks.ResNet`, from shapes by our names."""
+    """Return the arguments of `networks.ResNet`, from shapes by our names."""
     stem = _shape(shapes, "conv1.weight", 4)
     stages = _count(shapes, r"layer([0-9]+)\.", 1, "layer{}.0.conv1.weight")
     blocks = [_count(shapes, rf"layer{k}\.([0-9]+)\.", 0, f"layer{k}.{{}}.conv1.weight") for k in range(1, stages + 1)]
@@ -169,9 +169,10 @@ def _vgg(shapes: Shapes) -> Recognised:
 
 
 def _vgg_channels(shapes: Shapes) -> list[list[int]]:
-    """The widths of the convolutions, one list per stage; the gaps between their indices tell where max-pools are.
+    """Return the widths of the convolutions, one list per stage.
 
-    A convolution, the norm right after it, its ReLU and a max-pool take one index each.
+    A convolution, the norm right after it, its ReLU and a max-pool take one index each, so the gaps between the indices
+    of convolutions tell where the max-pools are.
     """
     indices = sorted({int(name.split(".")[1]) for name in shapes if name.startswith("features.")})
     convs = [index for index in indices if len(shapes.get(f"features.{index}.weight", ())) == 4]
@@ -197,7 +198,7 @@ def _vgg_channels(shapes: Shapes) -> list[list[int]]:
 
 
 def _check_names(shapes: Shapes, pattern: str, family: str) -> None:
-    """Refuse names that do not match; the first is named."""
+    """Refuse names that do not match, naming the first."""
     for name in shapes:
         if not re.fullmatch(pattern, name):
             raise FusionError(
@@ -207,7 +208,7 @@ def _check_names(shapes: Shapes, pattern: str, family: str) -> None:
 
 
 def _count(shapes: Shapes, pattern: str, first: int, missing: str) -> int:
-    """The number of layers that match, which are numbered from `first` on; a gap is refused as `missing`."""
+    """Return the number of layers that match, which are numbered from `first` on; refuse a gap as `missing`."""
     numbers = {int(match[1]) for name in shapes if (match := re.match(pattern, name))}
     for number in range(first, max(numbers, default=first) + 1):
         if number not in numbers:
@@ -216,7 +217,7 @@ def _count(shapes: Shapes, pattern: str, first: int, missing: str) -> int:
 
 
 def _shape(shapes: Shapes, name: str, dims: int) -> tuple[int, ...]:
-    """The shape of a tensor that has to be there, with that many dimensions."""
+    """Return the shape of a tensor that must be there, with that many dimensions."""
     if name not in shapes:
         raise FusionError(f"Expected {name!r}, got none; save the whole network again")
     if len(shapes[name]) != dims:
@@ -225,7 +226,7 @@ def _shape(shapes: Shapes, name: str, dims: int) -> tuple[int, ...]:
 
 
 def _flags(shapes: Shapes) -> dict[str, bool]:
-    """Whether layers have a bias, whether there are norms: their weights have one dimension."""
+    """Return whether layers have a bias, and whether there are norms, whose weights have one dimension."""
     layers = [name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) > 1]
     return {
         "bias": any(f"{name.removesuffix('weight')}bias" in shapes for name in layers),

@@ -1,8 +1,8 @@
-"""Files of `torch.save`, looked at before they are read: only tensors and plain containers, no more than was written.
+"""Inspection of the files of `torch.save` before and after they are read: tensors and plain containers, nothing else.
 
-`torch.load(weights_only=True)` runs no code of a file. It still fills as much memory as a few bytes ask it to (a
-compressed archive, `bytearray(10**11)`), and gives back what takes for ever to walk through (a list that holds another
-one twice, and so on a hundred times). Such files are refused here.
+`torch.load(weights_only=True)` runs no code of a file. It still fills as much memory as a few bytes ask for (a
+compressed archive, `bytearray(10**11)`), and returns objects that take for ever to walk through (a list that holds
+another one twice, and so on a hundred times). The functions here refuse such files.
 """
 
 import io
@@ -16,15 +16,15 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-#: What the pickles of networks and trainings name; argparse's is replaced where it is understood at all.
+#: The names in the pickles of networks and trainings; argparse's is replaced by a stand-in where it is read at all.
 _NAMES = re.compile(
     r"collections\.(OrderedDict|Counter)|(builtins|__builtin__)\.set|argparse\.Namespace"
     r"|torch\.(Size|device|[A-Z][A-Za-z0-9]*Storage|(b?float|u?int|bool|complex)[a-z0-9_]*)"
     r"|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.nn\.parameter\.Parameter"
 )
-#: Containers in a file, where one counts as often as it is referred to, and how deep they may lie in each other.
+#: Containers in a file at most, counted as often as they are referred to, and levels of containers in each other.
 _MOST_CONTAINERS, _DEEPEST = 1_000_000, 64
-#: How many times a file may use the same object or numbers, as layers that share their weights do.
+#: Number of times that a file may use the same object or numbers, as layers that share their weights do.
 _SHARED = 16
 _ZIP = b"PK\x03\x04"
 #: The pickles that a file in PyTorch's format before 1.6 begins with: magic number, protocol, system, content, keys.
@@ -32,17 +32,17 @@ _LEGACY_PICKLES = 5
 
 
 class Foreign(Exception):
-    """A file holds something else than tensors and plain values; the message says what."""
+    """A file holds something else than tensors and plain values; the message names it."""
 
 
 def check_file(path: Path) -> None:
-    """Looks at a file of `torch.save` without reading its content.
+    """Inspect a file of `torch.save` without reading its content.
 
     Args:
         path: A local file.
 
     Raises:
-        Foreign: It names something that a checkpoint does not need.
+        Foreign: It names a class or function that a checkpoint does not need.
         Exception: It is damaged, or would take more memory than it has bytes.
     """
     with open(path, "rb") as file:
@@ -55,18 +55,18 @@ def check_file(path: Path) -> None:
 
 
 def check_content(content: Any, size: int) -> None:
-    """Makes sure that what was read can be walked through, and that its tensors are all there.
+    """Refuse content that cannot be walked through, or whose tensors have more numbers than the file.
 
     Args:
-        content: What `torch.load` returned.
-        size: Of the file, in bytes.
+        content: The content as `torch.load` returned it.
+        size: The bytes of the file.
 
     Raises:
         Foreign: A container is in itself, or too many are in each other; a tensor is not dense, or has more numbers
             than the file.
     """
     count, numbers = 0, 0
-    # Not recursive: a container in itself ends here as well.
+    # Not recursive, so that a container in itself ends, too.
     open_containers: list[Iterator[Any]] = [iter([content])]
     while open_containers:
         value = next(open_containers[-1], open_containers)
@@ -89,7 +89,7 @@ def _inspect_archive(path: Path) -> None:
         entries = archive.infolist()
         names = {entry.filename.lower() for entry in entries}
         stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-        # PyTorch compresses nothing and names nothing twice; a bomb does one or the other, or begins elsewhere.
+        # PyTorch compresses nothing, uses no name twice and begins at the first byte; a bomb breaks one of these.
         if not stored or len(names) < len(entries) or min(entry.header_offset for entry in entries) != 0:
             raise zipfile.BadZipFile("not as PyTorch writes it")
         if sum(entry.file_size for entry in entries) > size:
@@ -100,7 +100,7 @@ def _inspect_archive(path: Path) -> None:
 
 
 def _inspect_pickle(file: IO[bytes]) -> None:
-    """Goes through the instructions of a pickle as the unpickler would, with the sizes of objects in their place."""
+    """Follow the instructions of a pickle as the unpickler would, with the sizes of objects instead of the objects."""
     stack: list[list[int]] = []
     marks: list[int] = []
     memo: dict[int, list[int]] = {}
@@ -117,10 +117,10 @@ def _inspect_pickle(file: IO[bytes]) -> None:
         elif name != "PROTO" and name != "FRAME":
             before = opcode.stack_before
             start = marks.pop() if pickletools.markobject in before else len(stack) - len(before)
-            # What a list or a dict is made of lies under the mark.
+            # The list or dict that is filled lies under the mark.
             start -= before.index(pickletools.markobject) if pickletools.markobject in before else 0
             stack[start:] = [[1 + sum(part[0] for part in stack[start:])]] if opcode.stack_after else []
-            # To look a tuple up in a dict takes as long as it is large.
+            # A dict needs time for a key in proportion to its size, shared parts counted each time.
             if name.startswith("TUPLE") and stack[-1][0] > _SHARED * (position or 0):
                 raise Foreign("containers in containers without end")
         if name == "STOP":
@@ -134,7 +134,7 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def _bytes_of(tensor: Tensor) -> int:
-    """The bytes that the numbers of a dense tensor take."""
+    """Return the bytes that the numbers of a dense tensor take."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         raise Foreign(f"a tensor that is not dense ({'meta' if tensor.is_meta else tensor.layout})")
     size = tensor.numel() * tensor.element_size()

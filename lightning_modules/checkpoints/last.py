@@ -16,16 +16,17 @@ _log = logging.getLogger(__name__)
 class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt` up to date: after every epoch, every n optimizer steps, and when a cluster takes the job away.
 
-    Lightning's `ModelCheckpoint(save_last=True)` writes only when there is a new best as well. This one writes where
-    nothing is half done: after an optimizer step, never inside a group of accumulated batches, and after the last batch
-    of an epoch only when the epoch has been validated.
+    Lightning's `ModelCheckpoint(save_last=True)` writes only when there is a new best as well. This one writes only
+    between steps: after an optimizer step, never inside a group of accumulated batches, and after the last batch of an
+    epoch only when the epoch has been validated.
 
-    Under SLURM (with `auto_requeue`, see `configs/trainer/slurm.yaml`) the requeue signal, SIGUSR1 by default, is held
-    from the beginning, so that it kills nothing before the first step. All ranks agree after the next step, write
-    the checkpoint and ask SLURM to requeue the job. (Lightning's own handler saves in the middle of a step.)
+    Under SLURM (with `auto_requeue`, see `configs/trainer/slurm.yaml`) it holds the requeue signal, SIGUSR1 by default,
+    from the beginning, so that the signal does not end the process before the first step. After the next step all ranks
+    agree, write the checkpoint and ask SLURM to requeue the job. (Lightning's own handler saves in the middle of a
+    step.)
 
     Args:
-        folder: Where `last.ckpt` goes.
+        folder: The folder of `last.ckpt`.
         every_n_steps: Write after every n-th optimizer step, too; None: at the ends of epochs only.
     """
 
@@ -38,7 +39,7 @@ class LastCheckpoint(Checkpoint):
         self._previous: tuple[int, Any] | None = None
 
     def listen(self, trainer: Trainer) -> None:
-        """Holds the requeue signal from now on, if the trainer runs in a SLURM job that is to be requeued."""
+        """Hold the requeue signal from now on, if the trainer runs in a SLURM job that is to be requeued."""
         environment: Any = cluster_environment(trainer)
         if self._previous is not None or not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
             return
@@ -47,22 +48,22 @@ class LastCheckpoint(Checkpoint):
             self._previous = environment.requeue_signal, signal.signal(environment.requeue_signal, self._hold)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Holds the requeue signal, unless `listen` was called before."""
+        """Hold the requeue signal, unless `listen` was called before."""
         if stage == "fit":
             self.listen(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the signal back."""
+        """Restore the signal's handler."""
         if stage == "fit" and self._previous is not None:
             signal.signal(*self._previous)
             self._previous = None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Notes that this batch ends with an optimizer step."""
+        """Note that this batch ends with an optimizer step."""
         self._stepped = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Writes if it is time to; the end of an epoch has its own moment."""
+        """Write after every n-th step and for a requeue; `on_train_epoch_end` writes at the end of an epoch."""
         stepped, self._stepped = self._stepped, False
         if not stepped or trainer.is_last_batch or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -73,7 +74,7 @@ class LastCheckpoint(Checkpoint):
             self._requeue(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes, after the callbacks that look at the validation."""
+        """Write, after the callbacks that use the validation."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         trainer.save_checkpoint(self.path, weights_only=False)
@@ -88,7 +89,7 @@ class LastCheckpoint(Checkpoint):
         return self._previous is not None and trainer.strategy.reduce_boolean_decision(self._signalled, all=False)
 
     def _requeue(self, trainer: Trainer) -> None:
-        """Asks SLURM, which then ends this job and starts it again; until then the training goes on."""
+        """Ask SLURM, which then ends this job and starts it again; until then the training goes on."""
         self._signalled = False
         if not trainer.is_global_zero:
             return

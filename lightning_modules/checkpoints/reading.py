@@ -1,4 +1,4 @@
-"""Checkpoint files, read without running anything in them and written whole or not at all."""
+"""Checkpoint files, read as plain data: nothing in them is run."""
 
 import os
 import sys
@@ -10,25 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.errors import FusionError
-from clafusion.formats.files import load_network, restore
+from clafusion.formats.files import FLOATS, load_network, restore
 from clafusion.lightning_modules.checkpoints.inspection import Foreign, check_content, check_file
 from clafusion.statistics.samples import all_finite
 
 PREFIX = "network."
-#: In what precision weights may be saved.
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# Where old Lightning versions kept hyperparameters; `load_from_checkpoint` still merges what it finds there.
+# Old Lightning versions kept hyperparameters here; `load_from_checkpoint` still merges them.
 _LEGACY_KEYS = ("hparams", "module_arguments")
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a checkpoint of `ImageClassifier` as plain containers and tensors on the CPU; runs no code from it.
+    """Read a checkpoint of `ImageClassifier` as plain containers and tensors on the CPU; run no code from it.
 
     Args:
         path: A local file, written by Lightning or by `save_checkpoint`.
 
     Returns:
-        The checkpoint; its `state_dict` and `hyper_parameters` have been checked, the architecture in them is plain.
+        The checkpoint. Its `state_dict` and `hyper_parameters` have been checked; the architecture in them is plain.
 
     Raises:
         FusionError: The file is missing, remote, damaged, holds pickled objects or is no such checkpoint.
@@ -55,10 +53,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_parent(path: str | os.PathLike[str]) -> nn.Module:
-    """Loads the network of a checkpoint of `ImageClassifier`, or of a file written by `save_network`.
+    """Load the network of a checkpoint of `ImageClassifier`, or of a file written by `save_network`.
 
     Args:
-        path: A local file; which of the two formats it has is seen from its content.
+        path: A local file; its content tells which of the two formats it has.
 
     Returns:
         The network in eval mode on the CPU, in the dtype it was saved with.
@@ -82,13 +80,8 @@ def load_parent(path: str | os.PathLike[str]) -> nn.Module:
     return network.eval()
 
 
-def not_finite(state: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with NaN or infinity; None if there is none."""
-    return next((name for name, tensor in state.items() if not all_finite(tensor)), None)
-
-
 def load_fusion(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """How the network of a file was fused, as its checkpoint tells; None if it does not.
+    """Return the record of the fusion that a file's network came from; None if the file has none.
 
     Args:
         path: As for `load_parent`.
@@ -100,17 +93,8 @@ def load_fusion(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     return None if _is_safetensors(path) else read_checkpoint(path).get("fusion")
 
 
-def local_file(path: str | os.PathLike[str]) -> Path:
-    """The path of an existing local file; URLs are refused because their content is not under the user's control."""
-    if "://" in str(path):
-        raise FusionError(f"Expected a local file, got the address {path}; download it first")
-    if not Path(path).is_file():
-        raise FusionError(f"Expected a checkpoint, got {path}, which is no file; check the path")
-    return Path(path)
-
-
 def load_plain(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint file: only tensors and plain containers."""
+    """Read the content of a checkpoint file: only tensors and plain containers."""
     size = path.stat().st_size
     if size > _memory():
         raise FusionError(f"Expected a checkpoint that fits into memory, got {path} of {size:,} bytes; choose another")
@@ -132,8 +116,34 @@ def load_plain(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def local_file(path: str | os.PathLike[str]) -> Path:
+    """Return the path of an existing local file; refuse URLs, whose content is not under the user's control."""
+    if "://" in str(path):
+        raise FusionError(f"Expected a local file, got the address {path}; download it first")
+    if not Path(path).is_file():
+        raise FusionError(f"Expected a checkpoint, got {path}, which is no file; check the path")
+    return Path(path)
+
+
+def not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor with NaN or infinity; None if there is none."""
+    return next((name for name, tensor in state.items() if not all_finite(tensor)), None)
+
+
+def refuse_classes(value: object, path: str | os.PathLike[str]) -> None:
+    """Refuse hyperparameters that name a class or an instantiator: loading them would import and call code."""
+    if isinstance(value, dict):
+        for key in value:
+            if key == "class_path" or str(key).startswith("_"):
+                raise FusionError(f"Expected plain hyperparameters in {path}, got {key!r}; only your own command may")
+            refuse_classes(value[key], path)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            refuse_classes(item, path)
+
+
 def _memory() -> int:
-    """The bytes of memory of this machine; without limit where that is not known."""
+    """Return the bytes of memory of this machine; no limit if the system does not tell (Windows)."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
@@ -141,27 +151,27 @@ def _memory() -> int:
 
 
 def _weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of the network in a checkpoint, by their names in the network."""
+    """Return the tensors of the network in a checkpoint, by their names in the network."""
     state = checkpoint["state_dict"]
     return {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
 
 
 def _blank_network(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> nn.Module:
-    """The checkpoint's network on the meta device, so that a forged size costs no memory; its shapes are the file's."""
+    """Build a checkpoint's network on the meta device, where a forged size costs no memory, and compare its shapes."""
     try:
         with torch.device("meta"):
             network = restore(checkpoint["hyper_parameters"]["architecture"])
     except FusionError as error:
         raise FusionError(f"Expected a network in {path} that can be built: {error}") from error
-    wanted, weights = network.state_dict(), _weights(checkpoint)
-    expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+    blanks, weights = network.state_dict(), _weights(checkpoint)
+    expected = {name: tuple(tensor.shape) for name, tensor in blanks.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if expected.get(name) != shapes.get(name):
             raise FusionError(
-                f"Expected {name} in {path} to have shape {expected.get(name)}, got {found.get(name)}; save it again"
+                f"Expected {name} in {path} to have shape {expected.get(name)}, got {shapes.get(name)}; save it again"
             )
-        types = FLOATS if wanted[name].is_floating_point() else (wanted[name].dtype,)
+        types = FLOATS if blanks[name].is_floating_point() else (blanks[name].dtype,)
         if weights[name].dtype not in types:
             raise FusionError(f"Expected {name} in {path} of type {types[0]}, got {weights[name].dtype}; convert it")
     return network
@@ -178,21 +188,9 @@ def _is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
-def refuse_classes(value: object, path: str | os.PathLike[str]) -> None:
-    """Refuses hyperparameters that name a class or an instantiator: loading them would import and call code."""
-    if isinstance(value, dict):
-        for key in value:
-            if key == "class_path" or str(key).startswith("_"):
-                raise FusionError(f"Expected plain hyperparameters in {path}, got {key!r}; only your own command may")
-            refuse_classes(value[key], path)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            refuse_classes(item, path)
-
-
-def _foreign(path: str | os.PathLike[str], found: str) -> FusionError:
+def _foreign(path: str | os.PathLike[str], content: str) -> FusionError:
     return FusionError(
-        f"Expected a checkpoint of ImageClassifier, got {path} with {found}; save it with fit or fuse, or try "
+        f"Expected a checkpoint of ImageClassifier, got {path} with {content}; save it with fit or fuse, or try "
         "clafusion convert"
     )
 

@@ -1,4 +1,4 @@
-"""How a trainer goes on from a checkpoint: as Lightning does, but a state that fails ends in one line."""
+"""Lightning's restoration of a training, with a one-line error for a state that does not load."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,16 +11,16 @@ from clafusion.lightning import CheckpointConnector, MisconfigurationException
 from clafusion.lightning_modules.distributed import is_lost
 from clafusion.statistics.memory import is_out_of_memory
 
-#: What Lightning and PyTorch raise for a state of another form.
+#: The errors of Lightning and PyTorch for a state of another form.
 _FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class CheckedConnector(CheckpointConnector):
-    """Restores the state of a training, and says so where it is none."""
+    """Restores the state of a training; reports one that does not load in one line."""
 
     @contextmanager
     def restoring(self, path: Any) -> Iterator[None]:
-        """Raise a FusionError where a checkpoint has no such state, or one that does not fit."""
+        """Raise a FusionError if a checkpoint has no such state, or one that does not fit."""
         try:
             yield
             for optimizer in self.trainer.optimizers:
@@ -39,7 +39,7 @@ class CheckedConnector(CheckpointConnector):
 
 
 def _check_shapes(weight: Any, state: Any) -> None:
-    """What an optimizer remembers of a weight is a number or of its shape."""
+    """Refuse tensors of an optimizer's state that have neither the shape of their weight nor one number."""
     for name, value in state.items():
         if isinstance(value, Tensor) and value.ndim > 0 and value.shape != weight.shape:
             raise ValueError(f"{name} of shape {list(value.shape)} for a weight of shape {list(weight.shape)}")

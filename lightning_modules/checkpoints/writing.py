@@ -1,4 +1,4 @@
-"""How a trainer writes and reads its checkpoints: whole or not at all, and never running what is in them."""
+"""Checkpoints as a trainer writes and reads them: whole or not at all, and as plain data."""
 
 import os
 from pathlib import Path
@@ -7,15 +7,10 @@ from typing import Any
 import torch
 
 from clafusion.errors import FusionError
+from clafusion.formats.atomic import write_together
 from clafusion.lightning import LightningModule, TorchCheckpointIO, __version__
-from clafusion.lightning_modules.checkpoints.reading import (
-    load_plain,
-    local_file,
-)
-from clafusion.lightning_modules.files import (
-    why_not_written,
-    write_atomically,
-)
+from clafusion.lightning_modules.checkpoints.reading import load_plain, local_file
+from clafusion.lightning_modules.files import write_atomically
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -27,7 +22,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Writes or replaces a local file.
+        """Write or replace a local file.
 
         Args:
             checkpoint: Tensors and plain containers.
@@ -41,29 +36,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or "://" in str(path):
             raise FusionError(f"Expected a local file for a checkpoint, got {path}; choose a folder of this machine")
         path = Path(path)
-        # Always the same name: what a kill has left there is overwritten by the next attempt.
-        temporary = path.with_name(f".{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.unlink(missing_ok=True)
-            # A new file, and not one that somebody has linked to from there.
-            with open(temporary, "xb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            reason = why_not_written(error)
-            if reason is None:
-                raise
+            # Always the same hidden name: one process writes, and a kill leaves at most one such file.
+            write_together({path: lambda file: torch.save(checkpoint, file)}, suffix="part")
+        except OSError as error:
             kept = "the previous one is kept" if path.exists() else "there is none yet"
             raise FusionError(
-                f"Expected to write the checkpoint {path}, got {reason}; {kept}: make room and resume"
+                f"Expected to write the checkpoint {path}, got {error.strerror}; {kept}: make room and resume"
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a local file onto the CPU as tensors and plain containers.
+        """Read a local file onto the CPU as tensors and plain containers.
 
         Args:
             path: The file.
@@ -77,7 +61,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def save_checkpoint(classifier: LightningModule, path: str | os.PathLike[str]) -> None:
-    """Writes an `ImageClassifier` that no trainer has fitted as an ordinary checkpoint.
+    """Write an `ImageClassifier` that no trainer has fitted as an ordinary checkpoint.
 
     It serves `load_from_checkpoint` and `validate`, `test` and `predict --ckpt_path`. It holds no optimizer state, so
     `fit --ckpt_path` starts training from its weights at epoch 0.
@@ -90,11 +74,11 @@ def save_checkpoint(classifier: LightningModule, path: str | os.PathLike[str]) -
         FusionError: The file cannot be written; nothing is left behind.
     """
     content = checkpoint_of(classifier)
-    write_atomically(path, lambda temporary: save_plain(content, temporary))
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
 def checkpoint_of(classifier: LightningModule) -> dict[str, Any]:
-    """The content of the file that `save_checkpoint` writes."""
+    """Return the content of the file that `save_checkpoint` writes."""
     checkpoint: dict[str, Any] = {
         "epoch": 0,
         "global_step": 0,
@@ -108,9 +92,3 @@ def checkpoint_of(classifier: LightningModule) -> dict[str, Any]:
     }
     classifier.on_save_checkpoint(checkpoint)
     return checkpoint
-
-
-def save_plain(content: dict[str, Any], path: str) -> None:
-    """Calls `torch.save` so that an error of the disk is told as what it is."""
-    with open(path, "wb") as file:
-        torch.save(content, file)

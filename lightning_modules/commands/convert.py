@@ -19,7 +19,6 @@ from clafusion.lightning_modules.checkpoints.reading import (
     local_file,
     read_checkpoint,
 )
-from clafusion.lightning_modules.checkpoints.writing import save_plain
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.commands.records import check_new, check_output, save_as
 from clafusion.lightning_modules.files import write_atomically
@@ -105,7 +104,7 @@ def convert_file(
     loaded = _load(input)
     if to == "published":
         content = _published(loaded)
-        write_atomically(output, lambda temporary: save_plain(content, temporary))
+        write_atomically(output, lambda file: torch.save(content, file))
     elif Path(output).suffix == _SAFE:
         save_network(loaded.network, output)
     else:

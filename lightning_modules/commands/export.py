@@ -5,7 +5,6 @@ import io
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from clafusion.errors import FusionError
 from clafusion.lightning_modules.checkpoints.reading import load_parent
 from clafusion.lightning_modules.commands.records import check_new, check_output
 from clafusion.lightning_modules.compatibility import run
-from clafusion.lightning_modules.files import write_atomically
+from clafusion.lightning_modules.files import write_atomically, writer
 
 # Of the largest logit; other programs add up in another order.
 _TOLERANCE = 1e-3
@@ -44,16 +43,14 @@ def export_file(input: str, output: str, shape: list[int], overwrite: bool = Fal
         )
     network = load_parent(input)
     samples, expected = _samples(network, shape, input)
-    write, read = (_write_onnx, _run_onnx) if path.suffix == ".onnx" else (_write_program, _run_program)
-
-    def write_checked(temporary: str) -> None:
-        _export(write, network, samples[:2], temporary)
-        # Another number of samples than it was exported with: the batch size must be free.
-        difference = float((read(temporary, samples) - expected).abs().max())
-        if not difference <= _TOLERANCE * float(expected.abs().max()):
-            raise FusionError(f"Expected equal outputs, got a difference of {difference:.2g}; try the other format")
-
-    write_atomically(path, write_checked)
+    convert, run_exported = (_as_onnx, _run_onnx) if path.suffix == ".onnx" else (_as_program, _run_program)
+    content = _exported(convert, network, samples[:2], path.suffix)
+    # Another number of samples than it was exported with: the batch size must be free.
+    difference = float((run_exported(content, samples) - expected).abs().max())
+    if not difference <= _TOLERANCE * float(expected.abs().max()):
+        raise FusionError(f"Expected equal outputs, got a difference of {difference:.2g}; try the other format")
+    # Not written by PyTorch, which aborts the process where the disk is full.
+    write_atomically(path, writer(content))
     print(f"wrote {output}: takes [samples, {', '.join(map(str, shape))}], and its outputs agree with the network's")
 
 
@@ -72,49 +69,49 @@ def _samples(network: nn.Module, shape: Sequence[int], path: str) -> tuple[Tenso
         raise FusionError(f"Expected a shape that {path} takes, got {list(shape)}: {reason}; change --shape") from error
 
 
-def _export(write: Callable[[nn.Module, Tensor, str], None], network: nn.Module, samples: Tensor, path: str) -> None:
-    """Calls an exporter, whose own remarks are about PyTorch and not about the network."""
+def _exported(convert: Callable[[nn.Module, Tensor], bytes], network: nn.Module, samples: Tensor, suffix: str) -> bytes:
+    """Call an exporter, whose own remarks are about PyTorch and not about the network."""
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            write(network, samples, path)
+            return convert(network, samples)
     except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise FusionError(
-            f"Expected a network that PyTorch exports to {Path(path).suffix}, got: {reason}; try the other format"
+            f"Expected a network that PyTorch exports to {suffix}, got: {reason}; try the other format"
         ) from error
 
 
-def _write_program(network: nn.Module, samples: Tensor, path: str) -> None:
+def _as_program(network: nn.Module, samples: Tensor) -> bytes:
     content = io.BytesIO()
     torch.export.save(torch.export.export(network, (samples,), dynamic_shapes=(_BATCH,)), content)
-    # Not written by PyTorch, which aborts the process where the disk is full.
-    Path(path).write_bytes(content.getbuffer())
+    return content.getvalue()
 
 
-def _run_program(path: str, samples: Tensor) -> Tensor:
+def _run_program(content: bytes, samples: Tensor) -> Tensor:
     with torch.no_grad():
-        output: Tensor = torch.export.load(path).module()(samples)
+        output: Tensor = torch.export.load(io.BytesIO(content)).module()(samples)
     return output
 
 
-def _write_onnx(network: nn.Module, samples: Tensor, path: str) -> None:
-    torch.onnx.export(
+def _as_onnx(network: nn.Module, samples: Tensor) -> bytes:
+    program = torch.onnx.export(
         network,
         (samples,),
-        path,
         dynamo=True,
         dynamic_shapes=(_BATCH,),
         input_names=["images"],
         output_names=["logits"],
-        external_data=False,
         verbose=False,
     )
+    assert program is not None  # None is for dynamo=False
+    content: bytes = program.model_proto.SerializeToString()
+    return content
 
 
-def _run_onnx(path: str, samples: Tensor) -> Tensor:
+def _run_onnx(content: bytes, samples: Tensor) -> Tensor:
     # The evaluator of the standard itself: slow, and independent of the exporter.
     from onnx.reference import ReferenceEvaluator
 
-    [logits] = ReferenceEvaluator(path).run(None, {"images": samples.numpy()})
+    [logits] = ReferenceEvaluator(content).run(None, {"images": samples.numpy()})
     return torch.from_numpy(logits)

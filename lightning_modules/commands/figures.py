@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import cast
@@ -12,7 +11,7 @@ from PIL import Image
 
 from clafusion.errors import FusionError
 from clafusion.lightning import Logger, TensorBoardLogger
-from clafusion.lightning_modules.files import write_atomically
+from clafusion.lightning_modules.files import write_atomically, writer
 from clafusion.report.pages import rasterised
 
 
@@ -52,7 +51,7 @@ class Pictures:
                 f"Expected a folder that can be written, got {folder}: {error.strerror}; choose another output"
             ) from error
         for name, data in self.files.items():
-            write_atomically(folder / name, partial(_write_bytes, data))
+            write_atomically(folder / name, writer(data))
         for path in folder.iterdir():
             if path.suffix in (".svg", ".png") and path.name not in self.files:
                 path.unlink()
@@ -90,7 +89,3 @@ def check_folder(page: Path, overwrite: bool) -> None:
         raise FusionError(
             f"Expected to write a new folder, got {folder}, which exists; give --overwrite, or a new folder"
         )
-
-
-def _write_bytes(data: bytes, path: str) -> None:
-    Path(path).write_bytes(data)

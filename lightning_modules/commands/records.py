@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import resource
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,11 +14,12 @@ import torch
 from torch import nn
 
 from clafusion.errors import FusionError
+from clafusion.formats.atomic import Writer
 from clafusion.lightning import LightningDataModule, Trainer
-from clafusion.lightning_modules.checkpoints.writing import checkpoint_of, save_plain
+from clafusion.lightning_modules.checkpoints.writing import checkpoint_of
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.compatibility import ImageData
-from clafusion.lightning_modules.files import Writer, write_atomically, write_text
+from clafusion.lightning_modules.files import write_atomically, write_text
 from clafusion.lightning_modules.progress import Step
 
 PACKAGES = ("clafusion", "torch", "pytorch-lightning", "torchmetrics", "POT", "scipy", "numpy")
@@ -31,12 +31,16 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes this process has held so far, or since `reset_peak_memory`.
+    """Return the most bytes this process has held so far, or since `reset_peak_memory`.
 
-    On the GPU if `device` is one, otherwise in main memory.
+    On the GPU if `device` is one, otherwise in main memory; 0 where the system does not count them (Windows).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -140,7 +144,7 @@ def prepared(classifier: ImageClassifier, network: nn.Module, record: dict[str, 
     classifier.set_network(network.cpu())
     classifier.fusion = record
     content = checkpoint_of(classifier)
-    return lambda path: save_plain(content, path)
+    return lambda file: torch.save(content, file)
 
 
 def save_as(classifier: ImageClassifier, network: nn.Module, record: dict[str, Any] | None, path: str | Path) -> None:

@@ -74,7 +74,7 @@ def _on_all_processes(trainer: StageTrainer, function: Callable[[], T]) -> T:
         return begun() if launcher is None else launcher.launch(begun)
     except (KeyboardInterrupt, SystemExit) as end:
         if launcher is not None:
-            launcher.kill(signal.SIGKILL)
+            launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))  # which Windows lacks
         # Lightning ends a training that is interrupted in the same way.
         raise end if isinstance(end, SystemExit) else SystemExit(1) from None
 

@@ -271,14 +271,34 @@ def test_a_small_file_that_unpacks_to_gigabytes_is_refused(tmp_path):
         read_idx(Path("labels.gz"), 1)
 
 
+def towers(depth: int) -> bytes:
+    """A pickle of a dict whose two keys are equal sets of sets of sets: each level doubles the time to compare them."""
+    pair = b"(h%ch%c\x91q%c0(h%ch%cK\x02\x91q%c0"
+    first = b"(K\x00\x91q%c0(K\x01\x91q%c0"
+    steps = [
+        first % (start, start + 1)
+        + b"".join(pair % (n, n + 1, n + 2, n, n + 1, n + 3) for n in range(start, start + 2 * depth, 2))
+        for start in (0, 100)
+    ]
+    return b"\x80\x04" + b"".join(steps) + b"}(h%cK\x01h%cK\x01u." % (2 * depth, 100 + 2 * depth)
+
+
+def equal_hashes(count: int) -> bytes:
+    """A pickle of a dict whose keys are numbers of the same hash: each is compared with all before it."""
+    numbers = ((n * (2**61 - 1)).to_bytes(16, "little") for n in range(1, count + 1))
+    return b"\x80\x02}(" + b"".join(b"\x8a\x10" + number + b"K\x01" for number in numbers) + b"u."
+
+
 @pytest.mark.parametrize(
     "content",
     [
         b"\x80\x02}r\x00\x00\x00\x10.",  # remember this as number 2**28
         b"\x80\x05\x96" + struct.pack("<Q", 2**31) + b"x.",  # mutable bytes, 2 GiB
         b"\x80\x02})q\x000" + b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(100)) + b"K\x01s.",
+        towers(20),
+        equal_hashes(10_000),
     ],
-    ids=["memo", "bytes", "tuples"],
+    ids=["memo", "bytes", "tuples", "sets", "numbers"],
 )
 def test_pickled_images_take_the_memory_that_they_have(content, tmp_path):
     Path("batch").write_bytes(content)
