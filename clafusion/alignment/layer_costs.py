@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clafusion.alignment.similarity import MIN_SAMPLES, cca, cka_from_hsic, gram, hsic
+from clafusion.alignment.similarity import MIN_SAMPLES, CkaSums, cca, gram
 from clafusion.errors import FusionError
 from clafusion.statistics.moments import Moments
 from clafusion.statistics.samples import chunks, collect
-from clafusion.tracing.execution import as_input, observe
+from clafusion.tracing.execution import GraphRunner, as_input
 from clafusion.tracing.structure import Structure, Unit, check_stages, structure_of
 from clafusion.tracking import tracked
 from clafusion.transport.solvers import ground_cost, transport_plan
@@ -84,21 +84,14 @@ def _cka_costs(
     deep: Structure, shallow: Structure, samples: Tensor, pairs: StagePairs, debiased: bool
 ) -> dict[int, Tensor]:
     """1 - CKA from sums of HSIC over mini-batches (Nguyen, Raghu, Kornblith 2021)."""
-    sums: dict[int, list[Tensor]] = {}
+    sums = {number: CkaSums(debiased) for number in pairs}
     batches = chunks(samples) if debiased else (samples,)
     for chunk in tracked(batches, "comparing layers", len(batches)):
         of_deep = {name: gram(value) for name, value in _features(deep, chunk, pairs, 0)}
         of_shallow = {name: gram(value) for name, value in _features(shallow, chunk, pairs, 1)}
         for number, (ours, theirs) in pairs.items():
-            rows_ = [of_deep[unit.output.pre] for unit in ours]
-            columns = [of_shallow[unit.output.pre] for unit in theirs]
-            parts = [
-                torch.stack([torch.stack([hsic(one, other, debiased) for other in columns]) for one in rows_]),
-                torch.stack([hsic(one, one, debiased) for one in rows_])[:, None],
-                torch.stack([hsic(other, other, debiased) for other in columns])[None, :],
-            ]
-            sums[number] = [a + b for a, b in zip(sums[number], parts, strict=True)] if number in sums else parts
-    return {number: 1 - cka_from_hsic(*parts) for number, parts in sums.items()}
+            sums[number].add([of_deep[a.output.pre] for a in ours], [of_shallow[b.output.pre] for b in theirs])
+    return {number: 1 - one.cka() for number, one in sums.items()}
 
 
 def _cca_costs(deep: Structure, shallow: Structure, samples: Tensor, pairs: StagePairs) -> dict[int, Tensor]:
@@ -135,4 +128,4 @@ def _wasserstein_costs(deep: Structure, shallow: Structure, samples: Tensor, pai
 
 def _features(structure: Structure, chunk: Tensor, pairs: StagePairs, side: int) -> Iterable[tuple[str, Tensor]]:
     names = {unit.output.pre for pair in pairs.values() for unit in pair[side]}
-    return observe(structure.module, as_input(chunk, structure.module), names)
+    return GraphRunner(structure.module).observe(as_input(chunk, structure.module), names)

@@ -16,11 +16,14 @@ from clafusion.statistics.memory import within_memory
 from clafusion.statistics.samples import collect
 from clafusion.tracing.structure import Structure
 
-Alignment = tuple[tuple[int, ...], ...]
+#: Per stage a matrix of layer dissimilarities [deep, shallow]; None: not measured, since the map is forced.
+StageCosts = tuple[Tensor | None, ...]
+#: Per stage (the head last), for every unit of the shallow network the unit of the deep one that it stands for.
+Alignment = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class LayerMaps:
+class LayerAlignment:
     """What `align_layers` returns.
 
     Attributes:
@@ -35,7 +38,7 @@ class LayerMaps:
     template: int
     units: tuple[tuple[tuple[str, ...], ...], ...]
     alignments: tuple[Alignment, ...]
-    costs: tuple[tuple[Tensor, ...], ...]
+    costs: tuple[StageCosts, ...]
     num_samples: int
 
     def summary(self) -> dict[str, Any]:
@@ -45,14 +48,14 @@ class LayerMaps:
             "template": self.template,
             "units": [[list(stage) for stage in stages] for stages in self.units],
             "alignments": [[list(stage) for stage in alignment] for alignment in self.alignments],
-            "layer_costs": [[cost.tolist() for cost in costs] for costs in self.costs],
+            "layer_costs": [as_lists(costs) for costs in self.costs],
         }
 
 
 @torch.no_grad()
 def align_layers(
     models: Sequence[nn.Module], batches: Iterable[Any], options: FusionOptions | None = None
-) -> LayerMaps:
+) -> LayerAlignment:
     """Align the layers of networks as `fuse` does, without fusing, and measure every stage: forced maps, too.
 
     Args:
@@ -82,24 +85,22 @@ def align_layers(
             "fused before; fuse, or choose many_to_one"
         )
     samples = collect(batches, options.num_samples)
-    return within_memory(lambda: _align(models, samples, with_anchor(models, samples, options)))
+
+    def measure() -> LayerAlignment:
+        structures = trace_all(models, samples)
+        chosen = with_anchor(structures, samples, options)
+        template = template_of(structures, chosen)
+        costs = parent_costs(structures, template, samples, chosen, forced=True)
+        alignments = align_parents(structures, template, costs, chosen)
+        units = tuple(tuple(tuple(unit.name for unit in stage) for stage in one.stages) for one in structures)
+        return LayerAlignment(template, units, alignments, costs, len(samples))
+
+    return within_memory(measure)
 
 
-def _align(models: Sequence[nn.Module], samples: Tensor, options: FusionOptions) -> LayerMaps:
-    structures = trace_all(models, samples)
-    template = template_of(structures, options)
-    sides = [deep_and_shallow(structures, template, k, options) for k in range(len(models))]
-    costs = [
-        stage_costs(deep, shallow, samples, range(len(deep.stages)), options.layer_measure, options.debiased)
-        for deep, shallow in sides
-    ]
-    return LayerMaps(
-        template,
-        tuple(tuple(tuple(unit.name for unit in stage) for stage in one.stages) for one in structures),
-        tuple(map_stages(*side, list(cost.values()), options) for side, cost in zip(sides, costs, strict=True)),
-        tuple(tuple(cost.values()) for cost in costs),
-        len(samples),
-    )
+def as_lists(costs: StageCosts) -> list[list[list[float]] | None]:
+    """Layer costs as plain containers."""
+    return [None if cost is None else cost.tolist() for cost in costs]
 
 
 def deep_and_shallow(
@@ -110,33 +111,52 @@ def deep_and_shallow(
     return pair if options.balance == "insert" else (pair[1], pair[0])
 
 
-def open_costs(
-    deep: Structure, shallow: Structure, samples: Tensor, options: FusionOptions
-) -> tuple[Tensor | None, ...]:
-    """The cost matrix of every stage whose map is not forced."""
-    depths = [(len(a), len(b)) for a, b in zip(deep.stages, shallow.stages, strict=True)]
-    open_stages = [
-        number
-        for number, depth in enumerate(depths)
-        if options.mapping == "optimal" and not is_forced(*depth, *_pins(deep, shallow, number, options))
-    ]
-    measured: dict[int, Tensor] = {}
-    if open_stages:
-        measured = stage_costs(deep, shallow, samples, open_stages, options.layer_measure, options.debiased)
-    return tuple(measured.get(number) for number in range(len(depths)))
+def parent_costs(
+    structures: Sequence[Structure], template: int, samples: Tensor, options: FusionOptions, forced: bool = False
+) -> tuple[StageCosts, ...]:
+    """Measure how unlike the layers of every parent are to the template's.
+
+    Args:
+        structures: of the parents.
+        template: index of the parent whose depth the result has.
+        samples: inputs.
+        options: how to measure.
+        forced: also measure the stages whose maps are forced.
+    """
+    costs = []
+    for k in range(len(structures)):
+        deep, shallow = deep_and_shallow(structures, template, k, options)
+        stages = [number for number in range(len(deep.stages)) if forced or _is_open(deep, shallow, number, options)]
+        measured: dict[int, Tensor] = {}
+        if stages:
+            measured = stage_costs(deep, shallow, samples, stages, options.layer_measure, options.debiased)
+        costs.append(tuple(measured.get(number) for number in range(len(deep.stages))))
+    return tuple(costs)
 
 
-def map_stages(
-    deep: Structure, shallow: Structure, costs: Sequence[Tensor | None], options: FusionOptions
-) -> Alignment:
-    """For every stage the units of the deep network that those of the shallow one stand for."""
-    found = []
-    for number, (ours, theirs) in enumerate(zip(deep.stages, shallow.stages, strict=True)):
-        pins = _pins(deep, shallow, number, options)
-        found.append(
-            map_stage(len(ours), len(theirs), costs[number], pins, options.mapping, seed=options.seed + number)
+def align_parents(
+    structures: Sequence[Structure], template: int, costs: Sequence[StageCosts], options: FusionOptions
+) -> tuple[Alignment, ...]:
+    """Map the layers of every parent and the template onto each other, stage by stage, from their costs."""
+    alignments = []
+    for k, its_costs in enumerate(costs):
+        deep, shallow = deep_and_shallow(structures, template, k, options)
+        stages = enumerate(zip(deep.stages, shallow.stages, its_costs, strict=True))
+        alignments.append(
+            tuple(
+                map_stage(
+                    len(ours), len(theirs), cost, _pins(deep, shallow, n, options), options.mapping, options.seed + n
+                )
+                for n, (ours, theirs, cost) in stages
+            )
         )
-    return tuple(found)
+    return tuple(alignments)
+
+
+def _is_open(deep: Structure, shallow: Structure, stage: int, options: FusionOptions) -> bool:
+    """Whether the map of a stage depends on its costs."""
+    depths, pins = (len(deep.stages[stage]), len(shallow.stages[stage])), _pins(deep, shallow, stage, options)
+    return options.mapping == "optimal" and not is_forced(*depths, *pins)
 
 
 def map_stage(

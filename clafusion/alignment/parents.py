@@ -49,13 +49,13 @@ def check_alike(models: Sequence[nn.Module], names: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def with_anchor(models: Sequence[nn.Module], samples: Tensor, options: FusionOptions) -> FusionOptions:
+def with_anchor(structures: Sequence[Structure], samples: Tensor, options: FusionOptions) -> FusionOptions:
     """The options with an index as anchor: the smallest of those that agree most often with the parents' ensemble."""
     if options.anchor != "agreement":
         return options
-    networks = [structure.module for structure in trace_all(models, samples)]
-    weights = normalized(options.weights, len(models))
-    agreements = torch.zeros(len(models), dtype=torch.int64)
+    networks = [structure.module for structure in structures]
+    weights = normalized(options.weights, len(networks))
+    agreements = torch.zeros(len(networks), dtype=torch.int64)
     for chunk in chunks(samples):
         answers = [network(as_input(chunk, network)).softmax(1) for network in networks]
         together = sum(weight * answer for weight, answer in zip(weights, answers, strict=True)).argmax(1)

@@ -3,6 +3,8 @@
 All functions take features [samples, features] of the same samples in the same order and compute in float64.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -93,6 +95,32 @@ def cka_from_hsic(kl: Tensor, kk: Tensor, ll: Tensor) -> Tensor:
     check_features(kl, kk, ll)
     scale = (kk.clamp_min(0) * ll.clamp_min(0)).sqrt()
     return torch.where(scale > 0, kl / scale, torch.zeros_like(kl))
+
+
+class CkaSums:
+    """Sums of HSIC over mini-batches, from which the CKA of each of some representations with each of others follows.
+
+    Args:
+        debiased: see `hsic`.
+    """
+
+    def __init__(self, debiased: bool) -> None:
+        self.debiased = debiased
+        self.sums: list[Tensor] = []
+
+    def add(self, x: Sequence[Tensor], y: Sequence[Tensor]) -> None:
+        """Add the Gram matrices of one batch: of the ones in `x`, and of the others in `y`."""
+
+        def own(grams: Sequence[Tensor]) -> Tensor:
+            return torch.stack([hsic(one, one, self.debiased) for one in grams])
+
+        crossed = [torch.stack([hsic(one, other, self.debiased) for other in y]) for one in x]
+        batch = [torch.stack(crossed), own(x)[:, None], own(y)[None, :]]
+        self.sums = [a + b for a, b in zip(self.sums, batch, strict=True)] if self.sums else batch
+
+    def cka(self) -> Tensor:
+        """CKA of each with each, [ones, others]."""
+        return cka_from_hsic(*self.sums)
 
 
 def _basis(x: Tensor) -> Tensor:

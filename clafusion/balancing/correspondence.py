@@ -1,14 +1,11 @@
 """Which units and layers of two networks correspond, and the state of one under the names of the other."""
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
+from clafusion.alignment.layer_maps import Alignment
 from clafusion.errors import FusionError
 from clafusion.tracing.parameters import State, state_of
 from clafusion.tracing.structure import Layer, Structure, Unit, check_stages
-
-Alignment = Sequence[Sequence[int]]
 
 
 def matched_units(deep: Structure, shallow: Structure, alignment: Alignment) -> dict[str, Unit]:

@@ -10,7 +10,7 @@ from clafusion.transport.balanced import Balanced, Maps
 
 
 @dataclass(frozen=True)
-class Parents:
+class Targets:
     """Where the fused network's targets come from.
 
     Attributes:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clafusion.alignment.dynamic_programming import clamp_pins, is_forced
 from clafusion.alignment.layer_costs import stage_costs
-from clafusion.alignment.layer_maps import map_stage
+from clafusion.alignment.layer_maps import as_lists, map_stage
 from clafusion.alignment.parents import check_alike, trace_as
 from clafusion.balancing.correspondence import match_layers
 from clafusion.balancing.insertion import example_for
@@ -46,7 +46,7 @@ class UnitMap:
         """The map and the costs, as plain containers that `json.dumps` accepts."""
         return {
             "pairs": [[list(pair) for pair in stage] for stage in self.pairs],
-            "layer_costs": [None if cost is None else cost.tolist() for cost in self.costs],
+            "layer_costs": as_lists(self.costs),
         }
 
 

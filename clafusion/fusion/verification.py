@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from clafusion.errors import FusionError
 from clafusion.options import FusionOptions
 from clafusion.statistics.samples import all_finite
-from clafusion.tracing.comparison import TOLERANCE, _Checked, _difference, _few, _first, _named, _nodes
-from clafusion.tracing.execution import as_input, observe
+from clafusion.tracing.comparison import TOLERANCE, difference, few_of, first_wrong, in_words, logits_of, outputs_of
+from clafusion.tracing.execution import GraphRunner, as_input
 from clafusion.tracing.parameters import copied_rows, move
 from clafusion.tracing.structure import Axis, Structure, trace
 from clafusion.transport.balanced import Balanced, Maps
@@ -34,7 +34,7 @@ def check_maps(balanced: Balanced, maps: Sequence[Maps]) -> None:
                 layer = next(layer for layer in structure.layers if key in (layer.name, layer.space))
                 raise FusionError(
                     f"Expected maps of neurons with shares that sum to one, got one that is {error:.1e} off, of parent "
-                    f"{k} behind {_named(layer)}; report it"
+                    f"{k} behind {in_words(layer)}; report it"
                 )
 
 
@@ -51,38 +51,38 @@ def check_moved(balanced: Balanced, maps: Sequence[Maps], samples: Tensor, optio
         samples: inputs; the first few are run.
         options: `streams` is read.
     """
-    # The graph of the template has every layer; those of the others may pass over what was inserted.
-    graph, few = balanced.structures[balanced.template].module.graph, _few(samples)
-    thorough = False
+    few, thorough = few_of(samples), False
     for k, (structure, its_maps) in enumerate(zip(balanced.structures, maps, strict=True)):
         if orders := _orders(structure, its_maps, options):
-            _check_permuted(f"parent {k}", structure, graph, orders, its_maps, few, options)
+            _check_permuted(f"parent {k}", structure, orders, its_maps, few, options)
             thorough = thorough or not any(order.diagonal().all() for order in orders.values())
     if thorough:
         return
     k, smallest = min(enumerate(balanced.structures), key=lambda pair: sum(pair[1].sizes.values()))
     orders, shared = _shuffled(smallest), replace(options, streams="shared")
-    _check_permuted(f"parent {k}", smallest, graph, orders, orders, few, shared)
+    _check_permuted(f"parent {k}", smallest, orders, orders, few, shared)
 
 
 def _check_permuted(
-    called: str, structure: Structure, graph: fx.Graph, orders: Maps, maps: Maps, few: Tensor, options: FusionOptions
+    called: str, structure: Structure, orders: Maps, maps: Maps, few: Tensor, options: FusionOptions
 ) -> None:
     """Compare a network with itself in another order: `orders` by space, and as the fusion has it in `maps`."""
 
     def permuted(output: Tensor, space: str) -> Tensor:
         return move(output, (None, Axis(space)), (None, orders.get(space)))
 
-    before = _Checked(structure, graph)
-    after = _Checked(structure, graph, lambda name, tensor: moved(structure, name, tensor, maps, options))
-    error = _difference(permuted(before.logits(few), structure.output), logits := after.logits(few))
+    def change(name: str, tensor: Tensor) -> Tensor:
+        return moved(structure, name, tensor, maps, options)
+
+    logits = logits_of(structure, few, change)
+    error = difference(permuted(logits_of(structure, few), structure.output), logits)
     if error <= TOLERANCE[logits.dtype]:
         return
-    expected, got = before.outputs(few), after.outputs(few)
-    pairs = ((layer, permuted(expected[layer], layer.space), got[layer]) for layer in structure.layers)
+    expected, got = outputs_of(structure, few), outputs_of(structure, few, change=change)
+    pairs = ((one, permuted(expected[one.node], one.space), got[one.node]) for one in structure.layers)
     raise FusionError(
         f"Expected {called} to be the same function with its neurons permuted, got logits that differ by {error:.1e} "
-        f"(relative), first behind {_first(pairs, structure)}; it cannot be fused safely, report it"
+        f"(relative), first behind {first_wrong(pairs, structure)}; it cannot be fused safely, report it"
     )
 
 
@@ -112,14 +112,13 @@ def check_outputs(model: nn.Module, samples: Tensor) -> None:
         model: the fused network, in eval mode.
         samples: inputs.
     """
-    few = as_input(_few(samples), model)
+    few = as_input(few_of(samples), model)
     if all_finite(model(few)):
         return
     structure = trace(model, few)
-    nodes = _nodes(structure.layers, structure.module.graph)
-    outputs = dict(observe(structure.module, few, nodes.values()))
-    layer = next((layer for layer in structure.layers if not all_finite(outputs[nodes[layer]])), None)
+    outputs = dict(GraphRunner(structure.module).observe(few, [layer.node for layer in structure.layers]))
+    layer = next((layer for layer in structure.layers if not all_finite(outputs[layer.node])), structure.layers[-1])
     raise FusionError(
         "Expected finite outputs of the fused network, got NaN or infinity, first behind "
-        f"{_named(layer or structure.layers[-1])}; fuse in a wider dtype"
+        f"{in_words(layer)}; fuse in a wider dtype"
     )
