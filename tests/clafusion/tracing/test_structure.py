@@ -170,12 +170,12 @@ def test_a_depthwise_convolution_keeps_its_inputs_space():
 
 def observed(model, example):
     """Layer -> the values at its `pre` and `post` nodes."""
-    from clafusion.tracing.execution import observe
+    from clafusion.tracing.execution import GraphRunner
 
     structure = trace(model, example)
     names = {node for layer in structure.layers for node in (layer.pre, layer.post)}
     with torch.no_grad():
-        values = dict(observe(structure.module, example, names))
+        values = dict(GraphRunner(structure.module).observe(example, names))
     return {layer.name: (values[layer.pre], values[layer.post]) for layer in structure.layers}
 
 
