@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clafusion.alignment.similarity import MIN_SAMPLES, CkaSums, cca, gram
+from clafusion.alignment.similarity import MIN_SAMPLES, cca, cka_from_hsic, gram, hsic_sums
 from clafusion.errors import FusionError
 from clafusion.statistics.moments import Moments
 from clafusion.statistics.samples import chunks, collect
@@ -84,14 +84,15 @@ def _cka_costs(
     deep: Structure, shallow: Structure, samples: Tensor, pairs: StagePairs, debiased: bool
 ) -> dict[int, Tensor]:
     """1 - CKA from sums of HSIC over mini-batches (Nguyen, Raghu, Kornblith 2021)."""
-    sums = {number: CkaSums(debiased) for number in pairs}
+    sums: dict[int, list[Tensor]] = {}
     batches = chunks(samples) if debiased else (samples,)
     for chunk in tracked(batches, "comparing layers", len(batches)):
         of_deep = {name: gram(value) for name, value in _features(deep, chunk, pairs, 0)}
         of_shallow = {name: gram(value) for name, value in _features(shallow, chunk, pairs, 1)}
         for number, (ours, theirs) in pairs.items():
-            sums[number].add([of_deep[a.output.pre] for a in ours], [of_shallow[b.output.pre] for b in theirs])
-    return {number: 1 - one.cka() for number, one in sums.items()}
+            grams = [of_deep[unit.output.pre] for unit in ours], [of_shallow[unit.output.pre] for unit in theirs]
+            sums[number] = hsic_sums(*grams, debiased, onto=sums.get(number))
+    return {number: 1 - cka_from_hsic(*parts) for number, parts in sums.items()}
 
 
 def _cca_costs(deep: Structure, shallow: Structure, samples: Tensor, pairs: StagePairs) -> dict[int, Tensor]:

@@ -90,8 +90,9 @@ def align_layers(
         structures = trace_all(models, samples)
         chosen = with_anchor(structures, samples, options)
         template = template_of(structures, chosen)
-        costs = parent_costs(structures, template, samples, chosen, forced=True)
-        alignments = align_parents(structures, template, costs, chosen)
+        pairs = [deep_and_shallow(structures[template], structure, chosen) for structure in structures]
+        costs = tuple(measure_stages(*pair, samples, chosen, forced=True) for pair in pairs)
+        alignments = tuple(align_stages(*pair, each, chosen) for pair, each in zip(pairs, costs, strict=True))
         units = tuple(tuple(tuple(unit.name for unit in stage) for stage in one.stages) for one in structures)
         return LayerAlignment(template, units, alignments, costs, len(samples))
 
@@ -103,60 +104,32 @@ def as_lists(costs: StageCosts) -> list[list[list[float]] | None]:
     return [None if cost is None else cost.tolist() for cost in costs]
 
 
-def deep_and_shallow(
-    structures: Sequence[Structure], template: int, k: int, options: FusionOptions
-) -> tuple[Structure, Structure]:
-    """The deep and the shallow structure of a parent and the template."""
-    pair = structures[template], structures[k]
-    return pair if options.balance == "insert" else (pair[1], pair[0])
+def deep_and_shallow(template: Structure, parent: Structure, options: FusionOptions) -> tuple[Structure, Structure]:
+    """The deep and the shallow one of a parent and the template."""
+    return (template, parent) if options.balance == "insert" else (parent, template)
 
 
-def parent_costs(
-    structures: Sequence[Structure], template: int, samples: Tensor, options: FusionOptions, forced: bool = False
-) -> tuple[StageCosts, ...]:
-    """Measure how unlike the layers of every parent are to the template's.
+def measure_stages(
+    deep: Structure, shallow: Structure, samples: Tensor, options: FusionOptions, forced: bool = False
+) -> StageCosts:
+    """The layer costs of every stage whose map depends on them, or of the `forced` ones, too."""
 
-    Args:
-        structures: of the parents.
-        template: index of the parent whose depth the result has.
-        samples: inputs.
-        options: how to measure.
-        forced: also measure the stages whose maps are forced.
-    """
-    costs = []
-    for k in range(len(structures)):
-        deep, shallow = deep_and_shallow(structures, template, k, options)
-        stages = [number for number in range(len(deep.stages)) if forced or _is_open(deep, shallow, number, options)]
-        measured: dict[int, Tensor] = {}
-        if stages:
-            measured = stage_costs(deep, shallow, samples, stages, options.layer_measure, options.debiased)
-        costs.append(tuple(measured.get(number) for number in range(len(deep.stages))))
-    return tuple(costs)
+    def is_open(stage: int) -> bool:
+        depths = len(deep.stages[stage]), len(shallow.stages[stage])
+        return options.mapping == "optimal" and not is_forced(*depths, *_pins(deep, shallow, stage, options))
+
+    stages = [number for number in range(len(deep.stages)) if forced or is_open(number)]
+    costs = stage_costs(deep, shallow, samples, stages, options.layer_measure, options.debiased) if stages else {}
+    return tuple(costs.get(number) for number in range(len(deep.stages)))
 
 
-def align_parents(
-    structures: Sequence[Structure], template: int, costs: Sequence[StageCosts], options: FusionOptions
-) -> tuple[Alignment, ...]:
-    """Map the layers of every parent and the template onto each other, stage by stage, from their costs."""
-    alignments = []
-    for k, its_costs in enumerate(costs):
-        deep, shallow = deep_and_shallow(structures, template, k, options)
-        stages = enumerate(zip(deep.stages, shallow.stages, its_costs, strict=True))
-        alignments.append(
-            tuple(
-                map_stage(
-                    len(ours), len(theirs), cost, _pins(deep, shallow, n, options), options.mapping, options.seed + n
-                )
-                for n, (ours, theirs, cost) in stages
-            )
-        )
-    return tuple(alignments)
-
-
-def _is_open(deep: Structure, shallow: Structure, stage: int, options: FusionOptions) -> bool:
-    """Whether the map of a stage depends on its costs."""
-    depths, pins = (len(deep.stages[stage]), len(shallow.stages[stage])), _pins(deep, shallow, stage, options)
-    return options.mapping == "optimal" and not is_forced(*depths, *pins)
+def align_stages(deep: Structure, shallow: Structure, costs: StageCosts, options: FusionOptions) -> Alignment:
+    """For every stage the units of the deep network that those of the shallow one stand for."""
+    alignment = []
+    for number, (ours, theirs) in enumerate(zip(deep.stages, shallow.stages, strict=True)):
+        pins, seed = _pins(deep, shallow, number, options), options.seed + number
+        alignment.append(map_stage(len(ours), len(theirs), costs[number], pins, options.mapping, seed))
+    return tuple(alignment)
 
 
 def map_stage(

@@ -97,30 +97,17 @@ def cka_from_hsic(kl: Tensor, kk: Tensor, ll: Tensor) -> Tensor:
     return torch.where(scale > 0, kl / scale, torch.zeros_like(kl))
 
 
-class CkaSums:
-    """Sums of HSIC over mini-batches, from which the CKA of each of some representations with each of others follows.
+def hsic_sums(
+    x: Sequence[Tensor], y: Sequence[Tensor], debiased: bool, onto: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """HSIC of each Gram matrix in x with each in y [n, m], of each in x with itself [n, 1], and of each in y [1, m].
 
-    Args:
-        debiased: see `hsic`.
+    They are added to those of earlier mini-batches, `onto`; `cka_from_hsic` takes the sums.
     """
-
-    def __init__(self, debiased: bool) -> None:
-        self.debiased = debiased
-        self.sums: list[Tensor] = []
-
-    def add(self, x: Sequence[Tensor], y: Sequence[Tensor]) -> None:
-        """Add the Gram matrices of one batch: of the ones in `x`, and of the others in `y`."""
-
-        def own(grams: Sequence[Tensor]) -> Tensor:
-            return torch.stack([hsic(one, one, self.debiased) for one in grams])
-
-        crossed = [torch.stack([hsic(one, other, self.debiased) for other in y]) for one in x]
-        batch = [torch.stack(crossed), own(x)[:, None], own(y)[None, :]]
-        self.sums = [a + b for a, b in zip(self.sums, batch, strict=True)] if self.sums else batch
-
-    def cka(self) -> Tensor:
-        """CKA of each with each, [ones, others]."""
-        return cka_from_hsic(*self.sums)
+    own = [torch.stack([hsic(one, one, debiased) for one in grams]) for grams in (x, y)]
+    crossed = torch.stack([torch.stack([hsic(one, other, debiased) for other in y]) for one in x])
+    sums = [crossed, own[0][:, None], own[1][None, :]]
+    return sums if onto is None else [before + batch for before, batch in zip(onto, sums, strict=True)]
 
 
 def _basis(x: Tensor) -> Tensor:

@@ -38,7 +38,12 @@ def balance(
         FusionError: if layers cannot be inserted or merged, or inserted ones change the function of a parent.
     """
     return Balanced(
-        tuple(_balanced(models, structures, template, k, alignments[k], samples, options) for k in range(len(models))),
+        tuple(
+            _balanced(models[template], structures[template], structure, alignment, samples, options, f"parent {k}")
+            if k != template
+            else BalancedParent(independent_copy(models[k]), structure)
+            for k, (structure, alignment) in enumerate(zip(structures, alignments, strict=True))
+        ),
         owners_by_unit(structures, template, alignments, first_shares, options),
         options.anchor_index,
         template,
@@ -46,25 +51,23 @@ def balance(
 
 
 def _balanced(
-    models: Sequence[nn.Module],
-    structures: Sequence[Structure],
-    template: int,
-    k: int,
+    model: nn.Module,
+    template: Structure,
+    parent: Structure,
     alignment: Alignment,
     samples: Tensor,
     options: FusionOptions,
+    called: str,
 ) -> BalancedParent:
-    """One parent at the template's depth."""
-    if k == template:
-        return BalancedParent(independent_copy(models[k]), structures[k])
-    deep, shallow = deep_and_shallow(structures, template, k, options)
+    """One parent at the depth of the template, a network of its class."""
+    deep, shallow = deep_and_shallow(template, parent, options)
     if options.balance == "merge":
-        network = merged(models[template], deep, shallow, alignment, samples, options.relu).requires_grad_(True)
+        network = merged(model, deep, shallow, alignment, samples, options.relu).requires_grad_(True)
         return BalancedParent(network, structure_of(network, samples))
     zero_branches = options.streams == "per_layer"
-    network = inserted(models[template], deep, shallow, alignment, zero_branches).requires_grad_(True)
+    network = inserted(model, deep, shallow, alignment, zero_branches).requires_grad_(True)
     structure = structure_of(network, samples)
-    check_inserted(structure, shallow, alignment, samples, f"parent {k}")
+    check_inserted(structure, shallow, alignment, samples, called)
     stages = zip(deep.stages, alignment, strict=True)
     new = {unit.name for stage, places in stages for place, unit in enumerate(stage) if place not in places}
     return BalancedParent(network, structure, bypass_of(structure, new, zero_branches))

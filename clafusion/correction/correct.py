@@ -22,33 +22,21 @@ from clafusion.correction.refit import refit_unit
 from clafusion.correction.rescaling import add_missing_biases, match_moments
 from clafusion.correction.targets import Targets
 from clafusion.errors import FusionError
-from clafusion.options import FusionOptions
 from clafusion.statistics.samples import batch_size, check_finite, chunks
 from clafusion.tracing.execution import Cursor, GraphRunner
 from clafusion.tracing.structure import Structure, structure_of
 from clafusion.tracking import tracked
-from clafusion.transport.balanced import Balanced, Maps
 
 _WORDS = {"rescale": "rescaling layers", "repair": "repairing layers", "refit": "refitting layers"}
 
 
-def correct(
-    model: nn.Module,
-    balanced: Balanced,
-    maps: Sequence[Maps],
-    weights: Sequence[float],
-    samples: Tensor,
-    options: FusionOptions,
-) -> None:
-    """Correct a fused network in place, as `options.correction` says.
+def correct(model: nn.Module, targets: Targets, samples: Tensor) -> None:
+    """Correct a fused network in place, as `correction` of the options says.
 
     Args:
         model: the fused network.
-        balanced: the parents that it was fused from.
-        maps: per parent the maps of its neurons.
-        weights: per parent, summing to one.
+        targets: made of its parents; of the options `correction`, `ridge`, `memory_budget` and `seed` are read.
         samples: unlabelled inputs. Of every network one activation per sample is held at a time.
-        options: `correction`, `head`, `anchor_lead`, `ridge`, `memory_budget` and `seed` are read.
 
     Raises:
         FusionError: if activations or the corrected parameters are not finite.
@@ -56,6 +44,7 @@ def correct(
     Warns:
         UserWarning: if a layer is refit from fewer observations than it has unknowns, or if a norm is left as it is.
     """
+    options = targets.options
     if options.correction == "none":
         return
     if options.correction == "repair":
@@ -64,10 +53,7 @@ def correct(
     count = sum(layer.weighted for layer in structure.layers)
     if options.correction == "refit":  # projection shortcuts together with the branch that they are added to
         count = sum(len(unit.branch) for unit in structure.units)
-    targets = Targets(
-        balanced, maps, weights, options.head, options.anchor_lead if options.correction == "refit" else 1.0
-    )
-    layers = tracked(_layer_by_layer(structure, targets, samples, options), _WORDS[options.correction], count)
+    layers = tracked(_layer_by_layer(structure, targets, samples), _WORDS[options.correction], count)
     scarce = [line for line in layers if line]
     _warn(
         scarce,
@@ -82,10 +68,9 @@ def correct(
     check_finite(model, f"the fused network after {options.correction}", structure)
 
 
-def _layer_by_layer(
-    structure: Structure, targets: Targets, samples: Tensor, options: FusionOptions
-) -> Iterator[str | None]:
+def _layer_by_layer(structure: Structure, targets: Targets, samples: Tensor) -> Iterator[str | None]:
     """Correct layer after layer, and yield after each what there is to say about it."""
+    options = targets.options
     runners = [GraphRunner(structure.module), *targets.balanced.runners]
     parts = chunks(samples, batch_size(runners, options.memory_budget))
     fused, *cursors = (Cursor(runner, parts) for runner in runners)

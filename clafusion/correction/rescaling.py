@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clafusion.correction.affine import folded_layer
 from clafusion.correction.targets import Targets
@@ -11,6 +11,9 @@ from clafusion.statistics.moments import NeuronSums
 from clafusion.statistics.samples import check_features
 from clafusion.tracing.execution import Cursor
 from clafusion.tracing.structure import Structure, Unit
+
+#: A smaller standard deviation, relative to the root mean square, is taken for rounding.
+SMALLEST_SPREAD = 2e-6
 
 
 def match_moments(
@@ -31,30 +34,31 @@ def match_moments(
     """
     for layer in (layer for layer in unit.layers if layer.weighted):
         part = folded_layer(structure, layer)
-        sums = _measured(fused, part.output)
-        mean, deviation = sums.mean, sums.variance.sqrt()
+        mean, deviation, size = _measured(fused, part.output)
         wanted_mean, wanted_deviation = torch.zeros_like(mean), torch.zeros_like(mean)
         for k, share in targets.shares(layer, unit).items():
-            theirs = _measured(cursors[k], part.output)
-            wanted_mean += share * targets.moved(k, layer, theirs.mean[None])[0]
-            wanted_deviation += share * targets.moved(k, layer, theirs.variance.sqrt()[None])[0]
-        # A neuron that does not vary has no scale that could be given back.
-        scale = torch.where(deviation > sums.rounding, wanted_deviation / deviation, 1.0)
+            its_mean, its_deviation, _ = _measured(cursors[k], part.output)
+            wanted_mean += share * targets.moved(k, layer, its_mean[None])[0]
+            wanted_deviation += share * targets.moved(k, layer, its_deviation[None])[0]
         weight, bias = part.read()
+        # A neuron that does not vary has no scale that could be given back.
+        rounding = max(2 * torch.finfo(part.module.weight.dtype).eps, SMALLEST_SPREAD) * size
+        scale = torch.where(deviation > rounding, wanted_deviation / deviation, 1.0)
         centre = scale * (mean - bias)
         new_bias = wanted_mean - centre if shift and part.has_bias else scale * bias
         part.write(scale[:, None] * weight, new_bias, (centre, (scale * deviation).square()))
         yield
 
 
-def _measured(cursor: Cursor, node: str) -> NeuronSums:
-    """The sums over all samples of the neurons at a node."""
+def _measured(cursor: Cursor, node: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean, the standard deviation and the root mean square of every neuron at a node, over all samples."""
     sums: NeuronSums | None = None
     for outputs in cursor.look_ahead([node]):
         sums = NeuronSums.of(outputs[node], onto=sums)
     assert sums is not None
     check_features(sums.total, sums.squares)
-    return sums
+    mean, variance = sums.mean_and_variance()
+    return mean, variance.sqrt(), (sums.squares / sums.count).sqrt()
 
 
 def add_missing_biases(model: nn.Module) -> nn.Module:

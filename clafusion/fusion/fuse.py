@@ -10,11 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clafusion.alignment.layer_maps import Alignment, StageCosts, align_parents, as_lists, parent_costs
+from clafusion.alignment.layer_maps import (
+    Alignment,
+    StageCosts,
+    align_stages,
+    as_lists,
+    deep_and_shallow,
+    measure_stages,
+)
 from clafusion.alignment.parents import check_parents, template_of, trace_all, with_anchor
 from clafusion.balancing.balance import balance
 from clafusion.correction.correct import correct
 from clafusion.correction.rescaling import add_missing_biases
+from clafusion.correction.targets import Targets
 from clafusion.errors import FusionError
 from clafusion.fusion.averaging import moved_average
 from clafusion.fusion.verification import check_maps, check_moved, check_outputs
@@ -132,14 +140,15 @@ def _fuse_at_once(
 ) -> Fusion:
     """Carry every parent onto the anchor and average once; `first_shares`: see `balance`."""
     template = template_of(structures, options)
-    layer_costs = parent_costs(structures, template, samples, options)
-    alignments = align_parents(structures, template, layer_costs, options)
+    pairs = [deep_and_shallow(structures[template], structure, options) for structure in structures]
+    layer_costs = tuple(measure_stages(*pair, samples, options) for pair in pairs)
+    alignments = tuple(align_stages(*pair, each, options) for pair, each in zip(pairs, layer_costs, strict=True))
     balanced = balance(models, structures, template, alignments, samples, options, first_shares)
     maps, costs = neuron_maps(balanced, samples, options)
     check_maps(balanced, maps)
     check_moved(balanced, maps, samples, options)
     model = moved_average(balanced, maps, weights, options)
-    correct(model, balanced, maps, weights, samples, options)
+    correct(model, Targets(balanced, maps, weights, options), samples)
     check_outputs(model, samples)
     return Fusion(
         model.requires_grad_(True), balanced, tuple(structures), alignments, layer_costs, maps, costs, tuple(weights),
@@ -177,16 +186,13 @@ def _fuse_one_by_one(
             raise FusionError(f"adding parent {k} (parent 1 here) to the result so far (parent 0): {error}") from error
         current, weight, shares = steps[k].model, total, steps[k].balancing.unit_shares(pair)
     # Of each parent what the step tells in which it was added; of the anchor what the first one does.
-    told = {k: (step, 1) for k, step in steps.items()} | {anchor: (steps[others[0]], 0)}
-    by_parent = [told[k] for k in range(len(models))]
-    return replace(
-        steps[others[-1]],
-        balancing=Balanced(tuple(step.balancing.parents[i] for step, i in by_parent), {}, anchor, template),
-        structures=tuple(structures),
-        alignments=tuple(step.alignments[i] for step, i in by_parent),
-        layer_costs=tuple(step.layer_costs[i] for step, i in by_parent),
-        maps=tuple(step.maps[i] for step, i in by_parent),
-        costs=tuple(step.costs[i] for step, i in by_parent),
-        weights=tuple(weights),
-        options=options,
-    )
+    told = [(steps[others[0]], 0) if k == anchor else (steps[k], 1) for k in range(len(models))]
+    by_parent = {
+        name: tuple(getattr(step, name)[i] for step, i in told)
+        for name in ("alignments", "layer_costs", "maps", "costs")
+    }
+    balanced = Balanced(tuple(step.balancing.parents[i] for step, i in told), {}, anchor, template)
+    return Fusion(
+        current, balanced, tuple(structures), **by_parent, weights=tuple(weights), options=options,
+        num_samples=len(samples),
+    )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from clafusion.alignment.similarity import MIN_SAMPLES, CkaSums, gram
+from clafusion.alignment.similarity import MIN_SAMPLES, cka_from_hsic, gram, hsic_sums
 from clafusion.fusion.averaging import moved_average
 from clafusion.fusion.fuse import Fusion
 from clafusion.statistics.moments import NeuronSums
@@ -81,58 +81,37 @@ def diagnose(
         >>> [round(value, 6) for value in (*comparison.variance_ratio, *comparison.cka)]
         [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
-    layers = _observed(structure)
-    sums = {name: _FeatureSums(len(networks)) for name in layers.values()}
-    parts = chunks(samples)
+    # By the node of their features, in graph order.
+    names = {layer.pre: layer.name for unit in structure.units for layer in unit.branch}
+    names = {node: names[node] for node in networks[0].nodes if node in names}
+    count, parts = len(networks), chunks(samples)
+    enough = all(len(chunk) >= MIN_SAMPLES for chunk in parts)
+    neurons: dict[tuple[str, int], NeuronSums] = {}
+    kernels: dict[str, list[Tensor]] = {}
     for chunk in tracked(parts, "comparing features", len(parts)):
-        for name, features in zip(layers.values(), in_step([*networks, *parents], layers, chunk), strict=True):
-            sums[name].add(features)
-    ratios, ckas = ([getattr(one, value)() for one in sums.values()] for value in ("ratios", "cka"))
+        for node, features in zip(names, in_step([*networks, *parents], names, chunk), strict=True):
+            for k, x in enumerate(features):
+                neurons[node, k] = NeuronSums.of(x, onto=neurons.get((node, k)))
+            if enough:
+                grams = [gram(x) for x in features]
+                kernels[node] = hsic_sums(grams[:count], grams[count:], True, onto=kernels.get(node))
+    spread = {key: float(sums.mean_and_variance()[1].mean()) for key, sums in neurons.items()}
+    cka = {node: cka_from_hsic(*sums).tolist() for node, sums in kernels.items()}
     return [
         [
-            FeatureComparison(tuple(sums), tuple(ratio[i][j] for ratio in ratios), tuple(cka[i][j] for cka in ckas))
+            FeatureComparison(
+                tuple(names.values()),
+                tuple(_ratio(spread[node, i], spread[node, count + j]) for node in names),
+                tuple(_finite(cka[node][i][j]) if enough else None for node in names),
+            )
             for j in range(len(parents))
         ]
-        for i in range(len(networks))
+        for i in range(count)
     ]
 
 
-def _observed(structure: Structure) -> dict[str, str]:
-    """The layers to observe by the node of their features, in graph order."""
-    layers = {layer.pre: layer.name for unit in structure.units for layer in unit.branch}
-    return {node.name: layers[node.name] for node in structure.module.graph.nodes if node.name in layers}
-
-
-class _FeatureSums:
-    """The sums over the chunks for one layer of all networks, the parents last."""
-
-    def __init__(self, networks: int) -> None:
-        self.networks = networks
-        self.enough = True
-        self.neurons: list[NeuronSums | None] = []
-        self.hsic = CkaSums(debiased=True)
-
-    def add(self, features: Sequence[Tensor]) -> None:
-        before = self.neurons or [None] * len(features)
-        self.neurons = [NeuronSums.of(x, onto=sums) for x, sums in zip(features, before, strict=True)]
-        self.enough = self.enough and len(features[0]) >= MIN_SAMPLES
-        if self.enough:
-            grams = [gram(x) for x in features]
-            self.hsic.add(grams[: self.networks], grams[self.networks :])
-
-    def ratios(self) -> list[list[float | None]]:
-        variances = [float(sums.variance.mean()) for sums in self.neurons if sums is not None]
-        parents = variances[self.networks :]
-        return [
-            [_finite(ours / theirs) if theirs > 0 else None for theirs in parents]
-            for ours in variances[: self.networks]
-        ]
-
-    def cka(self) -> list[list[float | None]]:
-        if not self.enough:
-            parents = len(self.neurons) - self.networks
-            return [[None] * parents] * self.networks
-        return [[_finite(value) for value in row] for row in self.hsic.cka().tolist()]
+def _ratio(value: float, other: float) -> float | None:
+    return _finite(value / other) if other > 0 else None
 
 
 def _finite(value: float) -> float | None:

@@ -12,8 +12,6 @@ from clafusion.tracking import tracked
 
 #: Observations whose products are summed in single precision before they are added to sums in float64.
 BLOCK = 4096
-#: A smaller standard deviation, relative to the root mean square, is taken for rounding.
-SMALLEST_SPREAD = 2e-6
 
 
 @dataclass(frozen=True)
@@ -94,43 +92,25 @@ def _centred(part: Tensor, centre: Tensor, buffer: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NeuronSums:
-    """Sums over observations of one set of neurons, in float64.
-
-    Attributes:
-        count: the number of observations (samples times positions).
-        total, squares: sums and sums of squares, [neurons].
-        precision: the machine epsilon of the features.
-    """
+    """Sums over observations of one set of neurons, in float64: their number, sums and sums of squares, [neurons]."""
 
     count: int
     total: Tensor
     squares: Tensor
-    precision: float
 
     @classmethod
     def of(cls, features: Tensor, onto: "NeuronSums | None" = None) -> "NeuronSums":
         """The sums of one batch of features, [samples, neurons, ...], added to those of earlier ones."""
-        x = rows(features)
-        precision, x = torch.finfo(x.dtype).eps, x.double()
+        x = rows(features).double()
         total, squares = x.sum(0), x.square().sum(0)
         if onto is None:
-            return cls(len(x), total, squares, precision)
-        return cls(onto.count + len(x), onto.total + total, onto.squares + squares, precision)
+            return cls(len(x), total, squares)
+        return cls(onto.count + len(x), onto.total + total, onto.squares + squares)
 
-    @property
-    def mean(self) -> Tensor:
+    def mean_and_variance(self) -> tuple[Tensor, Tensor]:
         """Of every neuron."""
-        return self.total / self.count
-
-    @property
-    def variance(self) -> Tensor:
-        """Of every neuron, at least 0."""
-        return (self.squares / self.count - self.mean.square()).clamp_min(0)
-
-    @property
-    def rounding(self) -> Tensor:
-        """How much of the standard deviation of every neuron may be rounding."""
-        return max(2 * self.precision, SMALLEST_SPREAD) * (self.squares / self.count).sqrt()
+        mean = self.total / self.count
+        return mean, (self.squares / self.count - mean.square()).clamp_min(0)
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def capture(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, Any]:
 
 def segments(module: fx.GraphModule) -> Iterator[Sequence[fx.Node]]:
     """Split the tensor nodes at the cut points: after the last node of each segment it alone is alive."""
-    nodes = tensor_nodes(module)
+    nodes = tensor_nodes(module.graph)
     position = {node: index for index, node in enumerate(nodes)}
     reach = [max((_position(user, position) for user in node.users), default=index) for index, node in enumerate(nodes)]
     segment: list[fx.Node] = []

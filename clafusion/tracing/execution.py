@@ -35,7 +35,7 @@ class GraphRunner(fx.Interpreter):
     Args:
         module: the captured network, or with `graph` any network that has its layers.
         graph: the graph to run it by; None: its own.
-        bypass: the nodes that are not computed, and what stands for them.
+        bypass: the nodes that are not computed, and what stands for their outputs.
         change: of the parameters and buffers that the layers use; None: none.
     """
 
@@ -50,12 +50,8 @@ class GraphRunner(fx.Interpreter):
         self.bypass, self.change = bypass or {}, change
         self.nodes: dict[str, fx.Node] = {node.name: node for node in self.graph.nodes}
         # What each node reads, in the order of the graph.
-        self.reads: dict[str, tuple[str, ...]] = {
-            name: (self.bypass[name].source,)
-            if name in self.bypass
-            else tuple(one.name for one in node.all_input_nodes)
-            for name, node in self.nodes.items()
-        }
+        self.reads = {name: [one.name for one in node.all_input_nodes] for name, node in self.nodes.items()}
+        self.reads |= {name: [bypass.source] for name, bypass in self.bypass.items()}
 
     def observe(self, batch: Tensor, names: Collection[str]) -> Iterator[tuple[str, Any]]:
         """Run a batch and yield (node, output) for the nodes in `names`, in graph order.
@@ -69,11 +65,10 @@ class GraphRunner(fx.Interpreter):
     def resume(self, known: Mapping[str, Any], names: Collection[str]) -> Iterator[tuple[str, Any]]:
         """As `observe`, from the outputs of some nodes that are known."""
         names = frozenset(names)
-        steps = self._steps(known, names)
-        reads = {name: () if name in known else self.reads[name] for name in steps}
+        reads = {name: [] if name in known else self.reads[name] for name in self._steps(known, names)}
         last_use = _last_uses(reads)
         outputs: dict[str, Any] = {}
-        for name in steps:
+        for name in reads:
             outputs[name] = value = known[name] if name in known else self._output(name, outputs)
             for used in {name, *reads[name]}:
                 if last_use[used] == name:
@@ -83,8 +78,7 @@ class GraphRunner(fx.Interpreter):
 
     def live_numbers(self) -> int:
         """Numbers of one sample that are held at once, at most, in a run of the whole network."""
-        shapes = {name: self.nodes[name].meta["shape"] for name in self.nodes if self.nodes[name].op != "output"}
-        sizes = {name: math.prod(shape[1:]) for name, shape in shapes.items() if shape is not None}
+        sizes = {node.name: math.prod(node.meta["shape"][1:]) for node in tensor_nodes(self.graph)}
         reads = {name: [used for used in self.reads[name] if used in sizes] for name in sizes}
         last_use = _last_uses(reads)
         alive = most = 0
@@ -174,9 +168,9 @@ def _last_uses(reads: Mapping[str, Collection[str]]) -> dict[str, str]:
     return {used: name for name, inputs in reads.items() for used in (name, *inputs)}
 
 
-def tensor_nodes(module: fx.GraphModule) -> list[fx.Node]:
+def tensor_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The nodes of a captured network whose output is a tensor, in graph order."""
-    return [node for node in module.graph.nodes if node.op != "output" and node.meta["shape"] is not None]
+    return [node for node in graph.nodes if node.op != "output" and node.meta["shape"] is not None]
 
 
 def working_precision(*tensors: Tensor) -> torch.dtype:

@@ -75,7 +75,9 @@ def neuron_maps(
     maps: tuple[Maps, ...] = tuple({} for _ in balanced.parents)
     costs: tuple[dict[str, float], ...] = tuple({} for _ in balanced.parents)
     if options.combine == "average":
-        _check_widths(balanced)
+        widths = [dict(structure.sizes) for structure in balanced.structures]
+        if any(width != widths[0] for width in widths):
+            raise FusionError("Expected parents of equal widths for combine=average, got different ones; use transport")
         return maps, costs
     problems, by_weights = transport_problems(balanced, options), options.features == "weights"
     if by_weights:
@@ -92,12 +94,6 @@ def neuron_maps(
         for problem, (mapping, cost) in tracked(solutions, "matching neurons", len(problems)):
             maps[problem.parent][problem.key], costs[problem.parent][problem.key] = mapping, cost
     return maps, costs
-
-
-def _check_widths(balanced: Balanced) -> None:
-    widths = [dict(structure.sizes) for structure in balanced.structures]
-    if any(width != widths[0] for width in widths):
-        raise FusionError("Expected parents of equal widths for combine=average, got different ones; use transport")
 
 
 def _activation_moments(
@@ -153,24 +149,19 @@ def _solve(balanced: Balanced, problem: TransportProblem, sides: Sides, options:
     """The map of a problem and its cost; an error says of which neurons it speaks."""
     mass = _mass(balanced, problem, options)
     try:
-        return _transport(sides, mass, options)
+        costs = [
+            torch.stack([ground_cost(part, options.cost, options.squared, options.normalize) for part in side]).mean(0)
+            for side in sides
+        ]
+        if options.solver == "gromov":
+            plan = gromov_plan(costs[0], costs[1], mass)
+            square = (costs[0].square() @ plan.sum(1)) @ plan.sum(1) + (costs[1].square() @ plan.sum(0)) @ plan.sum(0)
+            return as_map(plan), float(square - 2 * (plan * (costs[0] @ plan @ costs[1].T)).sum())
+        plan = transport_plan(costs[0], options.solver, mass, options.regularization, options.marginal_regularization)
+        return as_map(plan), float((plan * costs[0]).sum())
     except FusionError as error:
         space = problem.layers[0][0].space
         raise FusionError(f"parent {problem.parent}, neuron space {space!r}: {error}") from error
-
-
-def _transport(sides: Sides, mass: tuple[Tensor, Tensor] | None, options: FusionOptions) -> tuple[Tensor, float]:
-    """A map and its cost, from the moments of one pair, or for Gromov of each network with itself."""
-    costs = [
-        torch.stack([ground_cost(part, options.cost, options.squared, options.normalize) for part in side]).mean(0)
-        for side in sides
-    ]
-    if options.solver == "gromov":
-        plan = gromov_plan(costs[0], costs[1], mass)
-        square = (costs[0].square() @ plan.sum(1)) @ plan.sum(1) + (costs[1].square() @ plan.sum(0)) @ plan.sum(0)
-        return as_map(plan), float(square - 2 * (plan * (costs[0] @ plan @ costs[1].T)).sum())
-    plan = transport_plan(costs[0], options.solver, mass, options.regularization, options.marginal_regularization)
-    return as_map(plan), float((plan * costs[0]).sum())
 
 
 def _mass(balanced: Balanced, problem: TransportProblem, options: FusionOptions) -> tuple[Tensor, Tensor] | None:

@@ -403,7 +403,7 @@ def test_the_lead_of_the_anchor_is_against_each_of_the_others():
     parents = tuple(BalancedParent(model, trace(model, vectors(2, 6).float())) for model in models)
     owners = {unit.name: dict.fromkeys(range(4), 1.0) for unit in parents[0].structure.units}
     weights = [0.1, 0.4, 0.3, 0.2]
-    targets = Targets(Balanced(parents, owners, 1, 0), [{}] * 4, weights, "average", lead=3.0)
+    targets = Targets(Balanced(parents, owners, 1, 0), [{}] * 4, weights, FusionOptions(anchor_lead=3.0))
     (first, *_, last) = parents[0].structure.units
     found = targets.shares(first.branch[0], first)
     assert found == pytest.approx({0: 0.1 / 3.4, 1: 7 * 0.4 / 3.4, 2: 0.3 / 3.4, 3: 0.2 / 3.4})

@@ -62,7 +62,7 @@ def cursor_of(structure, batches) -> Cursor:
 
 def between(structure, start: str, stop: str | None) -> list[str]:
     """The tensors after one cut point, up to the next or to the end."""
-    names = [node.name for node in tensor_nodes(structure.module)]
+    names = [node.name for node in tensor_nodes(structure.module.graph)]
     return names[names.index(start) : None if stop is None else names.index(stop) + 1]
 
 
