@@ -11,7 +11,7 @@ from clafusion.errors import FusionError
 from clafusion.statistics.moments import Moments
 from clafusion.statistics.samples import chunks, collect
 from clafusion.tracing.execution import GraphRunner, as_input
-from clafusion.tracing.structure import Structure, Unit, check_stages, structure_of
+from clafusion.tracing.structure import Structure, Unit, check_same_stages, structure_of
 from clafusion.tracking import tracked
 from clafusion.transport.solvers import ground_cost, transport_plan
 
@@ -45,7 +45,7 @@ def layer_costs(
     """
     samples = collect(batches, num_samples)
     a, b = structure_of(deep, samples), structure_of(shallow, samples)
-    check_stages(a, b)
+    check_same_stages(a, b)
     return list(stage_costs(a, b, samples, range(len(a.stages)), measure, debiased).values())
 
 

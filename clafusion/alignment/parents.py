@@ -11,7 +11,7 @@ from clafusion.options import FusionOptions, normalized
 from clafusion.statistics.samples import all_finite, check_finite, chunks
 from clafusion.tracing.execution import as_input
 from clafusion.tracing.parameters import state_of
-from clafusion.tracing.structure import Structure, check_stages, structure_of
+from clafusion.tracing.structure import Structure, check_same_stages, structure_of
 
 
 def check_parents(models: Sequence[nn.Module], options: FusionOptions) -> None:
@@ -96,7 +96,7 @@ def template_of(structures: Sequence[Structure], options: FusionOptions) -> int:
         FusionError: if the stages cannot be matched one to one, or no parent is so in all of them.
     """
     for k, structure in enumerate(structures[1:], 1):
-        check_stages(structures[0], structure, ("parent 0", f"parent {k}"))
+        check_same_stages(structures[0], structure, ("parent 0", f"parent {k}"))
     depths = [tuple(len(stage) for stage in structure.stages) for structure in structures]
     extreme = tuple(map(max if options.balance == "insert" else min, zip(*depths, strict=True)))
     if options.anchor != "agreement" and depths[options.anchor] == extreme:

@@ -80,7 +80,7 @@ def _choose(
     fused: Cursor, layer: Layer, together: Sequence[FoldedLayer], generator: torch.Generator | None
 ) -> tuple[list[Tensor], int]:
     """The observations of every chunk to use, without a generator all, and of how many."""
-    positions = math.prod(fused.shape(layer.pre)[1:])
+    positions = math.prod(fused.runner.nodes[layer.pre].meta["shape"][2:])
     counts = [positions * samples for samples in fused.sizes]
     unknowns, available = _unknowns(together), sum(counts)
     most = max(MAX_ENTRIES / (unknowns * together[0].groups), MIN_ROWS_PER_INPUT * unknowns)

@@ -24,7 +24,7 @@ from clafusion.options import FusionOptions
 from clafusion.statistics.samples import collect
 from clafusion.tracing.capture import independent_copy
 from clafusion.tracing.parameters import load_state, state_of
-from clafusion.tracing.structure import Structure, Unit, check_stages
+from clafusion.tracing.structure import Structure, Unit, check_same_stages
 
 MappingName = Literal["optimal", "chain", "random"]
 
@@ -148,7 +148,7 @@ def _structures(source: nn.Module, target: nn.Module, samples: Tensor | None) ->
     named = {"the source": source, "the target": target}
     check_alike(list(named.values()), list(named))
     a, b = (trace_as(net, example_for(net) if samples is None else samples, name) for name, net in named.items())
-    check_stages(a, b, ("the source", "the target"))
+    check_same_stages(a, b, ("the source", "the target"))
     return a, b
 
 

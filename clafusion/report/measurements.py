@@ -133,25 +133,25 @@ def report_data(fusion: Fusion, samples: Tensor) -> dict[str, Any]:
     samples = samples[:SAMPLES]
     corrected = fusion.options.correction != "none" and made_at_once(fusion)
     before = [next(averages(fusion, [fusion.weights]))] if corrected else []
-    # Parents that were fused one after another may be less deep than the result.
+    # Networks that are fused one after another are less deep before the template is added: nothing to compare with.
     structure = fusion.balancing.structure if made_at_once(fusion) else structure_of(fusion.model, samples)
     networks = [_runner(network, structure) for network in (fusion.model, *before)]
-    parents = [_runner(parent.network, parent.structure) for parent in fusion.balancing.parents]
-    inserted = [_inserted(fusion, k) for k in range(len(parents))]
-    comparisons = diagnose(structure, networks, parents, samples)
+    parents = {k: _runner(parent.network, parent.structure) for k, parent in enumerate(fusion.balancing.parents)}
+    whole = [k for k, runner in parents.items() if runner.nodes.keys() == networks[0].nodes.keys()]
+    comparisons = diagnose(structure, networks, [parents[k] for k in whole], samples)
+    layers = comparisons[0][0].layers
+
+    def compared(network: int, k: int) -> dict[str, Any]:
+        comparison = comparisons[network][whole.index(k)] if k in whole else comparisons[network][0]
+        return comparison.without(_inserted(fusion, k) if k in whole else layers)
+
     return {
         "units": [_units(structure) for structure in fusion.structures],
         "maps": [{space: map_picture(one) for space, one in maps.items()} for maps in fusion.maps],
         "diagnosis": {
             "samples": len(samples),
-            "layers": list(comparisons[0][0].layers),
-            "parents": [
-                {
-                    "before": comparisons[1][k].without(inserted[k]) if corrected else None,
-                    "after": comparisons[0][k].without(inserted[k]),
-                }
-                for k in range(len(parents))
-            ],
+            "layers": list(layers),
+            "parents": [{"before": compared(1, k) if corrected else None, "after": compared(0, k)} for k in parents],
         },
     }
 

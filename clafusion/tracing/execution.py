@@ -151,10 +151,6 @@ class Cursor:
         for number, state in enumerate(self.states):
             self.states[number] = dict(self.runner.resume(state, names))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a node's output for one sample."""
-        return tuple(self.runner.nodes[name].meta["shape"][1:])
-
 
 def in_step(runners: Sequence[GraphRunner], names: Collection[str], batch: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Run networks with one graph side by side on one batch; yield the outputs of each node in `names`, in order."""

@@ -203,7 +203,7 @@ def _stages(units: Sequence[Unit], output: str) -> tuple[tuple[Unit, ...], ...]:
     return tuple(tuple(stage) for _, stage in groupby(units, key))
 
 
-def check_stages(a: Structure, b: Structure, names: tuple[str, str] = ("the first network", "the second")) -> None:
+def check_same_stages(a: Structure, b: Structure, names: tuple[str, str] = ("the first network", "the second")) -> None:
     """Refuse two structures whose stages cannot be matched one to one."""
     kinds = [[stage[0].kind for stage in structure.stages] for structure in (a, b)]
     if kinds[0] != kinds[1]:

@@ -201,6 +201,15 @@ def test_layers_that_a_parent_lacks_are_left_out():
     assert missing == [set(), {"layer1.1.conv1"}]
 
 
+def test_a_parent_that_was_fused_before_the_result_had_its_depth_has_nothing_to_compare():
+    models, samples = [mlp([9] * depth, depth) for depth in (1, 2, 3)], vectors(40)
+    fusion = fuse(models, [samples], plain(many="iterative"))
+    data = report_data(fusion, samples)
+    found = [parent["after"]["cka"] for parent in data["diagnosis"]["parents"]]
+    assert found[:2] == [[None] * 4] * 2 and None not in found[2]
+    read(fusion_report({**fusion.summary(), "report": data}))
+
+
 def right(model, samples, labels) -> float:
     return float((model(samples).argmax(1) == labels).double().mean())
 
