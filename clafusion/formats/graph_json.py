@@ -139,7 +139,7 @@ def _encode_node(node: fx.Node) -> dict[str, Any]:
     if target is None or node.op == "get_attr" or (node.op == "call_method" and target not in _METHODS):
         shown = getattr(node.target, "__name__", str(node.target))
         # A call has the mode of the network baked in: it would drop for ever or never again.
-        dropouts = {F.dropout: "use nn.Dropout", F.dropout2d: "use nn.Dropout2d"}
+        dropouts: dict[Any, str] = {F.dropout: "use nn.Dropout", F.dropout2d: "use nn.Dropout2d"}
         advice = dropouts.get(node.target, "replace it by a module or function of torch.nn")
         raise FusionError(
             f"Expected an operation that can be stored, got {node.op} {shown!r} at node {node.name!r}; {advice}"

@@ -80,6 +80,7 @@ def neuron_maps(
             raise FusionError("Expected parents of equal widths for combine=average, got different ones; use transport")
         return maps, costs
     problems, by_weights = transport_problems(balanced, options), options.features == "weights"
+    sides_of: Callable[[TransportProblem], Sides]
     if by_weights:
         sides_of = partial(_incoming_moments, balanced, maps, options)
     else:
@@ -107,7 +108,9 @@ def _activation_moments(
             pairs[name] = list(dict.fromkeys([*pairs.get(name, []), *_pairs(problem, options)]))
     runners = balanced.runners
     moments = paired_moments(runners, pairs, samples, batch_size(runners, options.memory_budget))
-    return lambda problem: [[moments[(name, *pair)] for name in nodes[problem]] for pair in _pairs(problem, options)]
+    return lambda problem: [
+        [moments[name, one, other] for name in nodes[problem]] for one, other in _pairs(problem, options)
+    ]
 
 
 def _pairs(problem: TransportProblem, options: FusionOptions) -> list[tuple[int, int]]:
