@@ -1,4 +1,4 @@
-"""How unlike each layer of one network is to each layer of another, stage by stage."""
+"""The dissimilarity of each layer of one network to each layer of another, stage by stage."""
 
 from collections.abc import Collection, Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which layers of the parents correspond: the map of every stage, and the costs that it was chosen by."""
+"""The map between the layers of two parents, stage by stage, and the costs that it was chosen by."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ Alignment = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class LayerAlignment:
-    """What `align_layers` returns.
+    """The result of `align_layers`.
 
     Attributes:
         template: index of the parent whose depth the fused network would have.

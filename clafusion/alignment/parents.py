@@ -111,6 +111,6 @@ def template_of(structures: Sequence[Structure], options: FusionOptions) -> int:
 
 
 def _fingerprint(structure: Structure) -> tuple[int, float]:
-    """Ranks networks by what they are and not by where they stand, so that the order of the parents does not matter."""
+    """Rank networks by what they are and not by where they stand, so that the order of the parents does not matter."""
     tensors = list(state_of(structure.module).values())
     return sum(tensor.numel() for tensor in tensors), sum(float(tensor.double().sum()) for tensor in tensors)

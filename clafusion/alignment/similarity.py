@@ -1,4 +1,4 @@
-"""How alike two representations of the same samples are: linear CKA and CCA.
+"""The similarity of two representations of the same samples: linear CKA and CCA.
 
 All functions take features [samples, features] of the same samples in the same order and compute in float64.
 """

@@ -1,4 +1,4 @@
-"""Which units and layers of two networks correspond, and the state of one under the names of the other."""
+"""Corresponding units and layers of two networks, and the state of one under the names of the other."""
 
 from torch import Tensor, nn
 

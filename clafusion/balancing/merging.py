@@ -91,7 +91,7 @@ def _check_mergeable(structure: Structure, dropped: Sequence[Unit]) -> None:
 
 
 def _gates(structure: Structure, nodes: Sequence[str], samples: Tensor, relu: str) -> dict[str, Tensor]:
-    """What stands for the ReLU of each merged layer, per neuron, in [0, 1]."""
+    """The factors in [0, 1] that stand for the ReLU of each merged layer, per neuron."""
     sums: dict[str, Tensor] = {}
     runner = GraphRunner(structure.module)
     for chunk in chunks(samples):

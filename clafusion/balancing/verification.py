@@ -1,4 +1,4 @@
-"""A parent with inserted layers is the function that it was: checked on a handful of samples."""
+"""The check that a parent with inserted layers is the function that it was, on a handful of samples."""
 
 from collections.abc import Iterator, Mapping
 
@@ -38,7 +38,7 @@ def check_inserted(network: Structure, original: Structure, alignment: Alignment
 def _inserted(
     unit: Unit, partners: Mapping[str, Unit], expected: Mapping[str, Tensor], got: Mapping[str, Tensor]
 ) -> Iterator[Observed]:
-    """What the layers of a unit should give: what its partner's give, or without one what the unit is given."""
+    """The outputs that the layers of a unit should have: those of its partner, or without one the input of the unit."""
     if unit.name in partners:
         pairs = match_layers(unit, partners[unit.name])
         yield from ((layer, expected[other.node], got[layer.node]) for layer, other in pairs)

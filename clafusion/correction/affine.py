@@ -73,7 +73,7 @@ class FoldedLayer:
             state = state_of(self.norm)
             state["running_mean"].copy_(moments[0])
             state["running_var"].copy_(moments[1].clamp_min(0))
-            # What the stored mean and variance take away, weight and bias give back, rounding included.
+            # Weight and bias undo the stored mean and variance, their rounding included.
             state["weight"].copy_((state["running_var"].double() + self.norm.eps).sqrt())
             state["bias"].copy_(state["running_mean"].double() + bias)
 

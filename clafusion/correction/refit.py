@@ -122,8 +122,8 @@ def _design(fused: Cursor, together: Sequence[FoldedLayer], observations: Sequen
 def _offset(fused: Cursor, layer: Layer, branch: FoldedLayer, observations: Sequence[Tensor]) -> Tensor:
     r"""The offset of the layer that closes a branch: what the shortcut adds to it, [observations, neurons].
 
-    Of an input z of the layer the unit makes :math:`y = s + W z + b` before its activation. What y should be is known,
-    so that the layer is fitted to that less s, which is y where the branch gives nothing.
+    The unit gives :math:`y = s + W z + b` before its activation, z being the input of the layer. The target is one for
+    y, so that W and b are fitted to the target minus s. To get s, run the unit with a branch that gives zero.
     """
     nothing = {branch.output: branch.module.weight.new_zeros(())}
     runs = fused.look_ahead([layer.pre], given=nothing)

@@ -52,7 +52,7 @@ class RidgeSystem:
 
     @classmethod
     def of(cls, x: Tensor, ridge: float, intercept: bool) -> "RidgeSystem":
-        """Factorises the system of a design.
+        """Factorise the system of a design.
 
         Args:
             x: [observations, groups, inputs].
@@ -102,14 +102,14 @@ class RidgeSystem:
         return torch.cat([step, constant], 1) if self.intercept else step
 
     def outputs(self, coefficients: Tensor) -> Tensor:
-        """What coefficients add to the outputs, [groups, observations, outputs]."""
+        """The change of the outputs by coefficients, [groups, observations, outputs]."""
         if self.kernel is None:
             return self.x.transpose(0, 1) @ coefficients.to(self.x.dtype)
         size = len(self.x)
         return self.kernel @ coefficients[:, :size] + coefficients[:, size:].sum(1, keepdim=True)
 
     def apply(self, weight: Tensor, span: slice = slice(None)) -> Tensor:
-        """What weights on some of the inputs give: [groups, outputs, inputs] to [groups, observations, outputs]."""
+        """The outputs of weights on some inputs: [groups, outputs, inputs] to [groups, observations, outputs]."""
         return torch.cat([x[:, :, span].double() @ weight.transpose(1, 2) for x in _blocks(self.x)], 1)
 
     def weights(self, prior: Tensor, coefficients: Tensor) -> Tensor:

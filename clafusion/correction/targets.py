@@ -1,4 +1,4 @@
-"""What a corrected network should compute: the weighted mean of its parents, carried onto its neurons."""
+"""The aim of a correction: the weighted mean of the parents' features, carried onto the fused network's neurons."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from clafusion.transport.balanced import Balanced, Maps
 
 @dataclass(frozen=True)
 class Targets:
-    """What the fused network should compute: the mean of its parents.
+    """The features that the fused network should have: the mean of its parents'.
 
     Attributes:
         balanced: the parents.

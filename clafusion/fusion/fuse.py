@@ -37,7 +37,7 @@ from clafusion.transport.neuron_maps import neuron_maps
 
 @dataclass(frozen=True)
 class Fusion:
-    """What `fuse` returns.
+    """The result of `fuse`.
 
     Attributes:
         model: the fused network, in eval mode.
@@ -77,7 +77,7 @@ class Fusion:
         return self.balancing.template
 
     def summary(self) -> dict[str, Any]:
-        """What happened, as plain containers that `json.dumps` accepts."""
+        """The record of the fusion, as plain containers that `json.dumps` accepts."""
         return {
             "options": self.options.to_dict(),
             "num_samples": self.num_samples,
@@ -185,7 +185,7 @@ def _fuse_one_by_one(
         except FusionError as error:
             raise FusionError(f"adding parent {k} (parent 1 here) to the result so far (parent 0): {error}") from error
         current, weight, shares = steps[k].model, total, steps[k].balancing.unit_shares(pair)
-    # Of each parent what the step tells in which it was added; of the anchor what the first one does.
+    # Each parent is described by the step that added it, the anchor by the first step.
     told = [(steps[others[0]], 0) if k == anchor else (steps[k], 1) for k in range(len(models))]
     by_parent = {
         name: tuple(getattr(step, name)[i] for step, i in told)

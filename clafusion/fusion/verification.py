@@ -1,8 +1,7 @@
-"""What every fusion is checked for while it runs, on a handful of samples, so that none returns a wrong network.
+"""Checks of every fusion while it runs, on a handful of samples, so that none returns a wrong network.
 
-A parent with inserted layers is the function that it was. So is a parent whose neurons are permuted, which holds the
-trace and the maps to their word. Maps are maps, and everything is finite. What is violated is named, with its neuron
-space and its parameter.
+Maps are maps, and everything is finite. A parent whose neurons are permuted is the function that it was, which proves
+the trace and the maps. An error names the neuron space and the parameter.
 """
 
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from clafusion.tracing.structure import Axis, Structure, trace
 from clafusion.transport.balanced import Balanced, Maps
 from clafusion.transport.neuron_maps import moved
 
-#: How far the shares in a column of a map may be from summing to one.
+#: The sum of the shares in a column of a map may be so far from one.
 SHARE_TOLERANCE = 1e-6
 
 
@@ -42,8 +41,8 @@ def check_moved(balanced: Balanced, maps: Sequence[Maps], samples: Tensor, optio
     """Refuse a parent that is another function once its neurons are permuted.
 
     They are permuted as its maps say where these are permutations. Where no parent's maps move the neurons of all of
-    its spaces, those of the smallest parent are permuted at random as well. One is enough: all share one graph, and
-    what is asked is whether that was read aright.
+    its spaces, those of the smallest parent are permuted at random as well. One is enough: all share one graph, and the
+    check is about how that was read.
 
     Args:
         balanced: the parents.

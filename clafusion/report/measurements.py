@@ -1,4 +1,4 @@
-"""What a report shows beyond the summary of a fusion: units, small pictures of the maps, and how features fared."""
+"""Measurements for a report beyond the summary of a fusion: units, small pictures of the maps, and features."""
 
 import base64
 import math
@@ -29,7 +29,7 @@ SAMPLES = 512
 
 @dataclass(frozen=True)
 class FeatureComparison:
-    """How the features of a network compare with those of another, layer by layer.
+    """The features of a network against those of another, layer by layer.
 
     Attributes:
         layers: names of the layers with weights, in forward order, without projection shortcuts.
@@ -119,7 +119,7 @@ def _finite(value: float) -> float | None:
 
 
 def report_data(fusion: Fusion, samples: Tensor) -> dict[str, Any]:
-    """What the report draws beyond `Fusion.summary`, small enough to be kept with it.
+    """The content of a report beyond `Fusion.summary`, small enough to be kept with it.
 
     Args:
         fusion: what `fuse` returned.
@@ -157,7 +157,7 @@ def report_data(fusion: Fusion, samples: Tensor) -> dict[str, Any]:
 
 
 def _runner(network: nn.Module, structure: Structure) -> GraphRunner:
-    """Runs a network that is built as the one whose structure is known."""
+    """The runner of a network that is built as the one whose structure is given."""
     return GraphRunner(shell(network), structure.module.graph)
 
 

@@ -1,4 +1,4 @@
-"""What is measured on unlabelled samples: sums over batches, so that memory does not grow with their number."""
+"""Sums over the features of samples, batch by batch, so that memory does not grow with their number."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class Moments:
             a, b = (_centred(*one) for one in zip(parts, centres, buffers, strict=True))
             norms = [torch.linalg.vector_norm(one, dim=1) for one in (a, b)]
             blocks.append((a.sum(1), b.sum(1), *norms))
-            # What an inserted block computes is often nothing; asking an accelerator would cost more than the product.
+            # An inserted block often gives zeros; to ask an accelerator would cost more than the product.
             if x.device.type != "cpu" or all(norm.any() for norm in norms):
                 products += a @ b.T
         sums = [torch.stack(parts).double() for parts in zip(*blocks, strict=True)]
@@ -108,7 +108,7 @@ class NeuronSums:
         return cls(onto.count + len(x), onto.total + total, onto.squares + squares)
 
     def mean_and_variance(self) -> tuple[Tensor, Tensor]:
-        """Of every neuron."""
+        """The mean and the variance of every neuron."""
         mean = self.total / self.count
         return mean, (self.squares / self.count - mean.square()).clamp_min(0)
 

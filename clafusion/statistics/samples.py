@@ -79,7 +79,7 @@ def check_features(*sums: Tensor) -> None:
 
 
 def batch_size(runners: Sequence[GraphRunner], memory_budget: int) -> int:
-    """How many samples to run through networks side by side.
+    """The number of samples to run through networks side by side.
 
     Args:
         runners: of the networks.

@@ -1,4 +1,4 @@
-"""Runs two networks on the same few samples, and names the first layer at which they differ."""
+"""The comparison of two networks on the same few samples, up to the first layer at which they differ."""
 
 from collections.abc import Collection, Iterable
 
@@ -10,7 +10,7 @@ from clafusion.tracing.structure import Layer, Structure
 
 #: Images and vectors that a check runs; an image has many positions.
 IMAGES, VECTORS = 1, 8
-#: How far logits may be from what they should be, relative to the largest of them.
+#: Logits may be so far from what they should be, relative to the largest of them.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 #: A layer, what it should give, and what it gives.
@@ -23,7 +23,7 @@ def few_of(samples: Tensor) -> Tensor:
 
 
 def logits_of(structure: Structure, few: Tensor, change: Change | None = None) -> Tensor:
-    """What a network gives in the precision of the checks, with its parameters changed if wanted."""
+    """The logits in the precision of the checks, with changed parameters if wanted."""
     end = next(node.name for node in structure.module.graph.nodes if node.op == "output")
     return _exact_outputs(structure, few, [end], change)[end]
 
@@ -31,7 +31,7 @@ def logits_of(structure: Structure, few: Tensor, change: Change | None = None) -
 def outputs_of(
     structure: Structure, few: Tensor, more: Collection[str] = (), change: Change | None = None
 ) -> dict[str, Tensor]:
-    """What every layer gives, and nodes that are named besides, by node; otherwise as `logits_of`."""
+    """The outputs of every layer, and of nodes that are named besides, by node; otherwise as `logits_of`."""
     return _exact_outputs(structure, few, {*(layer.node for layer in structure.layers), *more}, change)
 
 

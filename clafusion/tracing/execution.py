@@ -1,4 +1,4 @@
-"""Runs captured networks node by node, and holds no output longer than it is needed."""
+"""The runner of captured networks, which holds no output longer than it is needed."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-#: What is made of a parameter or buffer, by its name, before a layer uses it.
+#: From the name of a parameter or buffer and its tensor to the tensor that a layer uses in its place.
 Change = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Bypass:
-    """What stands for the output of a node that is not computed.
+    """A substitute for the output of a node that is not computed.
 
     Attributes:
         source: an earlier node, whose output is repeated.
@@ -49,7 +49,7 @@ class GraphRunner(fx.Interpreter):
         super().__init__(module, garbage_collect_values=False, graph=graph)
         self.bypass, self.change = bypass or {}, change
         self.nodes: dict[str, fx.Node] = {node.name: node for node in self.graph.nodes}
-        # What each node reads, in the order of the graph.
+        # The nodes that each node reads, in the order of the graph.
         self.reads = {name: [one.name for one in node.all_input_nodes] for name, node in self.nodes.items()}
         self.reads |= {name: [bypass.source] for name, bypass in self.bypass.items()}
 

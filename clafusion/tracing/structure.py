@@ -67,7 +67,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Unit:
-    """What lies between two cut points: one weighted layer with its norm, or one residual block.
+    """A part between two cut points: one weighted layer with its norm, or one residual block.
 
     Attributes:
         name: the name of its first weighted layer.
@@ -101,7 +101,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Structure:
-    """What `trace` finds.
+    """The result of `trace`.
 
     Attributes:
         axes: for every parameter and buffer, by name, one `Axis` per dimension (None: not indexed by neurons).

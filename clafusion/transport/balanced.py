@@ -76,7 +76,7 @@ class Balanced:
         return {k: weights[k] * share for k, share in sorted(self.owners[unit.name].items())}
 
     def unit_shares(self, weights: Sequence[float]) -> dict[str, float]:
-        """How much of each unit an average of the parents has: the weight of those that really have it."""
+        """The share that an average of the parents has of each unit: the weight of those that really have it."""
         return {unit.name: sum(self.inner_weights(unit, weights).values()) for unit in self.structure.units}
 
     def reference(self, owners: frozenset[int]) -> int:
