@@ -88,11 +88,11 @@ def align_layers(
 
     def measure() -> LayerAlignment:
         structures = trace_all(models, samples)
-        chosen = with_anchor(structures, samples, options)
-        template = template_of(structures, chosen)
-        pairs = [deep_and_shallow(structures[template], structure, chosen) for structure in structures]
-        costs = tuple(measure_stages(*pair, samples, chosen, forced=True) for pair in pairs)
-        alignments = tuple(align_stages(*pair, each, chosen) for pair, each in zip(pairs, costs, strict=True))
+        anchored = with_anchor(structures, samples, options)
+        template = template_of(structures, anchored)
+        pairs = [deep_and_shallow(structures[template], structure, anchored) for structure in structures]
+        costs = tuple(measure_stages(*pair, samples, anchored, forced=True) for pair in pairs)
+        alignments = tuple(align_stages(*pair, each, anchored) for pair, each in zip(pairs, costs, strict=True))
         units = tuple(tuple(tuple(unit.name for unit in stage) for stage in one.stages) for one in structures)
         return LayerAlignment(template, units, alignments, costs, len(samples))
 

@@ -62,14 +62,14 @@ class GraphRunner(fx.Interpreter):
         self.args_iter = iter([batch])
         yield from self.resume({}, names)
 
-    def resume(self, known: Mapping[str, Any], names: Collection[str]) -> Iterator[tuple[str, Any]]:
-        """As `observe`, from the outputs of some nodes that are known."""
+    def resume(self, held: Mapping[str, Any], names: Collection[str]) -> Iterator[tuple[str, Any]]:
+        """As `observe`, from the outputs of some nodes, which are held."""
         names = frozenset(names)
-        reads = {name: [] if name in known else self.reads[name] for name in self._steps(known, names)}
+        reads = {name: [] if name in held else self.reads[name] for name in self._steps(held, names)}
         last_use = _last_uses(reads)
         outputs: dict[str, Any] = {}
         for name in reads:
-            outputs[name] = value = known[name] if name in known else self._output(name, outputs)
+            outputs[name] = value = held[name] if name in held else self._output(name, outputs)
             for used in {name, *reads[name]}:
                 if last_use[used] == name:
                     del outputs[used]
@@ -97,16 +97,16 @@ class GraphRunner(fx.Interpreter):
         state = {key: self.change(f"{target}.{key}", tensor) for key, tensor in tensors}
         return functional_call(module, state, args, kwargs)
 
-    def _steps(self, known: Collection[str], names: Collection[str]) -> list[str]:
-        """The nodes that it takes to get from what is known to what is wanted, in graph order."""
-        found: set[str] = set()
+    def _steps(self, held: Collection[str], names: Collection[str]) -> list[str]:
+        """The nodes that it takes to get from what is held to the nodes in `names`, in graph order."""
+        needed: set[str] = set()
         missing = list(names)
         while missing:
             name = missing.pop()
-            if name not in found:
-                found.add(name)
-                missing += () if name in known else self.reads[name]
-        return [name for name in self.nodes if name in found]
+            if name not in needed:
+                needed.add(name)
+                missing += () if name in held else self.reads[name]
+        return [name for name in self.nodes if name in needed]
 
     def _output(self, name: str, outputs: Mapping[str, Any]) -> Any:
         node = self.nodes[name]
