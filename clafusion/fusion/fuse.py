@@ -139,14 +139,17 @@ def _fuse_at_once(
     first_shares: Mapping[str, float] | None = None,
 ) -> Fusion:
     """Carry every parent onto the anchor and average once; `first_shares`: see `balance`."""
+    # Equal depth: which layers correspond; identities stand in for those that a parent lacks, or layers are merged.
     template = template_of(structures, options)
     pairs = [deep_and_shallow(structures[template], structure, options) for structure in structures]
     layer_costs = tuple(measure_stages(*pair, samples, options) for pair in pairs)
     alignments = tuple(align_stages(*pair, each, options) for pair, each in zip(pairs, layer_costs, strict=True))
     balanced = balance(models, structures, template, alignments, samples, options, first_shares)
+    # Which neurons correspond.
     maps, costs = neuron_maps(balanced, samples, options)
     check_maps(balanced, maps)
     check_moved(balanced, maps, samples, options)
+    # One network, and its features given back what averaging took.
     model = moved_average(balanced, maps, weights, options)
     correct(model, Targets(balanced, maps, weights, options), samples)
     check_outputs(model, samples)
