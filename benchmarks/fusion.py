@@ -31,11 +31,11 @@ from common import (
 from torch import Tensor
 
 from clafusion import FusionOptions, fuse, networks
+from clafusion.balancing import balance
 from clafusion.fusion import fuse as fusion
 from clafusion.statistics.moments import Moments
 from clafusion.statistics.samples import rows
-from clafusion.tracing.execution import observe
-from clafusion.tracing.structure import Structure
+from clafusion.tracing.execution import GraphRunner
 from clafusion.transport import neuron_maps as maps
 
 PAIRS = {"ResNet34 + ResNet18": ["resnet34", "resnet18"], "VGG13_doub + VGG11_half": ["vgg13_doub", "vgg11_half"]}
@@ -46,10 +46,10 @@ BATCHES = {"cpu": (32, 64), "cuda": (256,)}
 #: What the phases of `fuse` are called where its modules look them up.
 PHASES = {
     "trace": (fusion, "trace_all"),
-    "balance": (fusion, "_balance"),
+    "balance": (fusion, "balance"),
     "statistics": (maps, "paired_moments"),
     "solve": (maps, "_solve"),
-    "average": (fusion, "combine"),
+    "average": (fusion, "moved_average"),
     "correct": (fusion, "correct"),
 }
 
@@ -128,14 +128,14 @@ def timed_phases(device: str) -> Iterator[dict[str, float]]:
 
 
 def one_at_a_time(
-    structures: Sequence[Structure], pairs: Mapping[str, Sequence[tuple[int, int]]], samples: Tensor, size: int
+    runners: Sequence[GraphRunner], pairs: Mapping[str, Sequence[tuple[int, int]]], samples: Tensor, size: int
 ) -> dict[tuple[str, int, int], Moments]:
     """`paired_moments`, the straightforward way, whatever the size of a batch."""
     names = frozenset(name for name, wanted in pairs.items() if wanted)
-    stacks: list[dict[str, list[Tensor]]] = [{name: [] for name in names} for _ in structures]
-    for structure, stack in zip(structures, stacks, strict=True):
+    stacks: list[dict[str, list[Tensor]]] = [{name: [] for name in names} for _ in runners]
+    for runner, stack in zip(runners, stacks, strict=True):
         for sample in samples:
-            for name, value in observe(structure.module, sample[None], names):
+            for name, value in runner.observe(sample[None], names):
                 stack[name].append(rows(value))
     stacked = [{name: torch.cat(values).double() for name, values in stack.items()} for stack in stacks]
     return {
@@ -147,10 +147,10 @@ def one_at_a_time(
 
 def with_straightforward(run: Callable[[], object], taken: dict[str, float]) -> None:
     """Runs a fusion whose statistics are collected the straightforward way."""
-    kept = maps.paired_moments, fusion.pass_on
-    maps.paired_moments, fusion.pass_on = one_at_a_time, lambda *_: None
+    kept = maps.paired_moments, balance.bypass_of
+    maps.paired_moments, balance.bypass_of = one_at_a_time, lambda *_: {}
     taken["fuse"] = seconds(run)
-    maps.paired_moments, fusion.pass_on = kept
+    maps.paired_moments, balance.bypass_of = kept
 
 
 def difference(one: fusion.Fusion, other: fusion.Fusion) -> float:

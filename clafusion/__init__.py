@@ -1,8 +1,8 @@
 """CLAFusion: fuse trained networks of different depth and width into one.
 
-The main path: `fuse(models, batches)` -> `Fusion.model`. The modules, in the order of that path:
-`structure` (what a network is made of), `layer_costs` and `alignment` (which layers correspond), `balance` and
-`merging` (equal depth), `maps` and `transport` (which neurons correspond), `combination` (the average), `correction`
+The main path: `fuse(models, batches)` -> `Fusion.model`; `fusion/fuse.py` tells it. The packages, in the order of that
+path: `tracing` (what a network is made of), `statistics` (what is measured on samples), `alignment` (which layers
+correspond), `balancing` (equal depth), `transport` (which neurons correspond), `fusion` (the average), and `correction`
 (what averaging took away is given back).
 """
 

@@ -37,7 +37,7 @@ class Ensemble(nn.Module):
         self.weights = normalized(weights, len(self.models))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Log-probabilities, or mean logits, [samples, classes]."""
+        """Return log-probabilities, or mean logits, [samples, classes]."""
         outputs = torch.stack([model(x) for model in self.models])
         weights = torch.tensor(self.weights, dtype=outputs.dtype, device=outputs.device)[:, None, None]
         if self.space == "logits":

@@ -101,13 +101,9 @@ class FusionOptions:
                 f"Expected correction none with streams per_layer, got {self.correction}; share the streams"
             )
         if self.weights is not None:
-            self._check_weights(self.weights)
+            if not _are_weights(self.weights):
+                raise FusionError(f"Expected weights of at least 0 with a positive sum, got {list(self.weights)}")
             object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
-
-    @staticmethod
-    def _check_weights(weights: Sequence[float]) -> None:
-        if not all(0 <= weight < float("inf") for weight in weights) or sum(weights) <= 0:
-            raise FusionError(f"Expected weights of at least 0 with a positive sum, got {list(weights)}")
 
     @property
     def anchor_index(self) -> int:
@@ -163,7 +159,11 @@ def normalized(weights: Sequence[float] | None, count: int) -> list[float]:
     Raises:
         FusionError: if there is not one weight per network.
     """
-    chosen = [1.0] * count if weights is None else [float(weight) for weight in weights]
-    if len(chosen) != count or not all(0 <= weight < math.inf for weight in chosen) or sum(chosen) <= 0:
+    shares = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if len(shares) != count or not _are_weights(shares):
         raise FusionError(f"Expected {count} weights of at least 0 with a positive sum, got {list(weights or [])}")
-    return [weight / sum(chosen) for weight in chosen]
+    return [share / sum(shares) for share in shares]
+
+
+def _are_weights(values: Sequence[float]) -> bool:
+    return all(0 <= value < math.inf for value in values) and sum(values) > 0

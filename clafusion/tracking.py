@@ -1,4 +1,4 @@
-"""How far a long computation is, for whoever wants to know: nobody by default."""
+"""Progress of long computations, for whoever wants to know: nobody by default."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,10 +9,10 @@ T = TypeVar("T")
 
 
 class Tracker(Protocol):
-    """Passes items on and shows how many of them have been taken."""
+    """A function that passes items on and shows how many of them have been taken."""
 
     def __call__(self, items: Iterable[Any], words: str, total: int) -> Iterable[Any]:
-        """The items, unchanged and in order.
+        """Return the items, unchanged and in order.
 
         Args:
             items: what is worked on, one by one.
@@ -27,7 +27,7 @@ _tracker: ContextVar[Tracker | None] = ContextVar("tracker", default=None)
 
 @contextmanager
 def tracking(tracker: Tracker) -> Iterator[None]:
-    """Has a tracker told of all that is done inside.
+    """Report progress of the enclosed work to `tracker`.
 
     Args:
         tracker: called for every loop over layers, sets of neurons or batches, such as one around a progress bar.

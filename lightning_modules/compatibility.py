@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from clafusion.errors import FusionError
 from clafusion.lightning import Trainer
 from clafusion.lightning_modules.checkpoints.reading import load_parent
-from clafusion.tracing.execution import observe
+from clafusion.tracing.execution import GraphRunner
 
 #: Numbers that a layer of a network from a file may give: at most, and at most for every number of the image.
 _LARGEST, _MOST_OF_ONE = 2**28, 2**15
@@ -77,7 +77,8 @@ def run(network: nn.Module, samples: Tensor) -> Any:
             return network(samples)
         most = min(_LARGEST, _MOST_OF_ONE * samples.numel())
         blank = copy.deepcopy(network).to("meta")
-        for name, value in observe(blank, samples.to("meta"), {node.name for node in network.graph.nodes}):
+        runner = GraphRunner(blank)
+        for name, value in runner.observe(samples.to("meta"), runner.nodes):
             if isinstance(value, Tensor) and value.numel() > most:
                 raise FusionError(
                     f"Expected at most {most:,} numbers from each layer for {len(samples)} images, got "

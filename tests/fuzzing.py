@@ -124,7 +124,7 @@ def seeds(folder: Path) -> dict[str, tuple[bytes, list[Callable[[Path], Any]]]]:
         "peak_memory_bytes": 1,
         "seeds": {"fusion": 0, "global": 0},
         "versions": {"torch": "2"},
-        "report": report_data(fusion, pair, samples),
+        "report": report_data(fusion, samples),
     }
     (folder / "fusion.json").write_text(json.dumps(record))
     readers: dict[str, list[Callable[[Path], Any]]] = {

@@ -76,8 +76,8 @@ def chain(rows: int, columns: int) -> tuple[int, ...]:
 
 def random_map(rows: int, columns: int, pin_first: int = 0, seed: int = 0) -> tuple[int, ...]:
     """A uniformly random strictly increasing map, with the first `pin_first` columns matched by force."""
-    chosen = random.Random(seed).sample(range(pin_first, rows), columns - pin_first)
-    return (*range(pin_first), *sorted(chosen))
+    free = random.Random(seed).sample(range(pin_first, rows), columns - pin_first)
+    return (*range(pin_first), *sorted(free))
 
 
 def clamp_pins(columns: int, pin_first: int, pin_last: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""How unlike each layer of one network is to each layer of another, stage by stage."""
+"""The dissimilarity of each layer of one network to each layer of another, stage by stage."""
 
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clafusion.alignment.similarity import MIN_SAMPLES, cca, cka_from_hsic, gram, hsic
+from clafusion.alignment.similarity import MIN_SAMPLES, cca, cka_from_hsic, gram, hsic_sums
 from clafusion.errors import FusionError
 from clafusion.statistics.moments import Moments
 from clafusion.statistics.samples import chunks, collect
-from clafusion.tracing.execution import as_input, observe
-from clafusion.tracing.structure import Structure, Unit, check_stages, structure_of
+from clafusion.tracing.execution import GraphRunner, as_input
+from clafusion.tracing.structure import Structure, Unit, check_same_stages, structure_of
 from clafusion.tracking import tracked
 from clafusion.transport.solvers import ground_cost, transport_plan
 
@@ -45,7 +45,7 @@ def layer_costs(
     """
     samples = collect(batches, num_samples)
     a, b = structure_of(deep, samples), structure_of(shallow, samples)
-    check_stages(a, b)
+    check_same_stages(a, b)
     return list(stage_costs(a, b, samples, range(len(a.stages)), measure, debiased).values())
 
 
@@ -90,14 +90,8 @@ def _cka_costs(
         of_deep = {name: gram(value) for name, value in _features(deep, chunk, pairs, 0)}
         of_shallow = {name: gram(value) for name, value in _features(shallow, chunk, pairs, 1)}
         for number, (ours, theirs) in pairs.items():
-            rows_ = [of_deep[unit.output.pre] for unit in ours]
-            columns = [of_shallow[unit.output.pre] for unit in theirs]
-            parts = [
-                torch.stack([torch.stack([hsic(one, other, debiased) for other in columns]) for one in rows_]),
-                torch.stack([hsic(one, one, debiased) for one in rows_])[:, None],
-                torch.stack([hsic(other, other, debiased) for other in columns])[None, :],
-            ]
-            sums[number] = [a + b for a, b in zip(sums[number], parts, strict=True)] if number in sums else parts
+            grams = [of_deep[unit.output.pre] for unit in ours], [of_shallow[unit.output.pre] for unit in theirs]
+            sums[number] = hsic_sums(*grams, debiased, onto=sums.get(number))
     return {number: 1 - cka_from_hsic(*parts) for number, parts in sums.items()}
 
 
@@ -135,4 +129,4 @@ def _wasserstein_costs(deep: Structure, shallow: Structure, samples: Tensor, pai
 
 def _features(structure: Structure, chunk: Tensor, pairs: StagePairs, side: int) -> Iterable[tuple[str, Tensor]]:
     names = {unit.output.pre for pair in pairs.values() for unit in pair[side]}
-    return observe(structure.module, as_input(chunk, structure.module), names)
+    return GraphRunner(structure.module).observe(as_input(chunk, structure.module), names)

@@ -1,4 +1,4 @@
-"""Which layers of the parents correspond: the map of every stage, and the costs that it was chosen by."""
+"""The map between the layers of two parents, stage by stage, and the costs that it was chosen by."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,15 @@ from clafusion.statistics.memory import within_memory
 from clafusion.statistics.samples import collect
 from clafusion.tracing.structure import Structure
 
-Alignment = tuple[tuple[int, ...], ...]
+#: Per stage a matrix of layer dissimilarities [deep, shallow]; None: not measured, since the map is forced.
+StageCosts = tuple[Tensor | None, ...]
+#: Per stage (the head last), for every unit of the shallow network the unit of the deep one that it stands for.
+Alignment = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class LayerMaps:
-    """What `align_layers` returns.
+class LayerAlignment:
+    """The result of `align_layers`.
 
     Attributes:
         template: index of the parent whose depth the fused network would have.
@@ -35,7 +38,7 @@ class LayerMaps:
     template: int
     units: tuple[tuple[tuple[str, ...], ...], ...]
     alignments: tuple[Alignment, ...]
-    costs: tuple[tuple[Tensor, ...], ...]
+    costs: tuple[StageCosts, ...]
     num_samples: int
 
     def summary(self) -> dict[str, Any]:
@@ -45,14 +48,14 @@ class LayerMaps:
             "template": self.template,
             "units": [[list(stage) for stage in stages] for stages in self.units],
             "alignments": [[list(stage) for stage in alignment] for alignment in self.alignments],
-            "layer_costs": [[cost.tolist() for cost in costs] for costs in self.costs],
+            "layer_costs": [as_lists(costs) for costs in self.costs],
         }
 
 
 @torch.no_grad()
 def align_layers(
     models: Sequence[nn.Module], batches: Iterable[Any], options: FusionOptions | None = None
-) -> LayerMaps:
+) -> LayerAlignment:
     """Align the layers of networks as `fuse` does, without fusing, and measure every stage: forced maps, too.
 
     Args:
@@ -82,61 +85,51 @@ def align_layers(
             "fused before; fuse, or choose many_to_one"
         )
     samples = collect(batches, options.num_samples)
-    return within_memory(lambda: _align(models, samples, with_anchor(models, samples, options)))
+
+    def measure() -> LayerAlignment:
+        structures = trace_all(models, samples)
+        anchored = with_anchor(structures, samples, options)
+        template = template_of(structures, anchored)
+        pairs = [deep_and_shallow(structures[template], structure, anchored) for structure in structures]
+        costs = tuple(measure_stages(*pair, samples, anchored, forced=True) for pair in pairs)
+        alignments = tuple(align_stages(*pair, each, anchored) for pair, each in zip(pairs, costs, strict=True))
+        units = tuple(tuple(tuple(unit.name for unit in stage) for stage in one.stages) for one in structures)
+        return LayerAlignment(template, units, alignments, costs, len(samples))
+
+    return within_memory(measure)
 
 
-def _align(models: Sequence[nn.Module], samples: Tensor, options: FusionOptions) -> LayerMaps:
-    structures = trace_all(models, samples)
-    template = template_of(structures, options)
-    sides = [deep_and_shallow(structures, template, k, options) for k in range(len(models))]
-    costs = [
-        stage_costs(deep, shallow, samples, range(len(deep.stages)), options.layer_measure, options.debiased)
-        for deep, shallow in sides
-    ]
-    return LayerMaps(
-        template,
-        tuple(tuple(tuple(unit.name for unit in stage) for stage in one.stages) for one in structures),
-        tuple(map_stages(*side, list(cost.values()), options) for side, cost in zip(sides, costs, strict=True)),
-        tuple(tuple(cost.values()) for cost in costs),
-        len(samples),
-    )
+def as_lists(costs: StageCosts) -> list[list[list[float]] | None]:
+    """Layer costs as plain containers."""
+    return [None if cost is None else cost.tolist() for cost in costs]
 
 
-def deep_and_shallow(
-    structures: Sequence[Structure], template: int, k: int, options: FusionOptions
-) -> tuple[Structure, Structure]:
-    """The deep and the shallow structure of a parent and the template."""
-    pair = structures[template], structures[k]
-    return pair if options.balance == "insert" else (pair[1], pair[0])
+def deep_and_shallow(template: Structure, parent: Structure, options: FusionOptions) -> tuple[Structure, Structure]:
+    """The deep and the shallow one of a parent and the template."""
+    return (template, parent) if options.balance == "insert" else (parent, template)
 
 
-def open_costs(
-    deep: Structure, shallow: Structure, samples: Tensor, options: FusionOptions
-) -> tuple[Tensor | None, ...]:
-    """The cost matrix of every stage whose map is not forced."""
-    depths = [(len(a), len(b)) for a, b in zip(deep.stages, shallow.stages, strict=True)]
-    open_stages = [
-        number
-        for number, depth in enumerate(depths)
-        if options.mapping == "optimal" and not is_forced(*depth, *_pins(deep, shallow, number, options))
-    ]
-    measured: dict[int, Tensor] = {}
-    if open_stages:
-        measured = stage_costs(deep, shallow, samples, open_stages, options.layer_measure, options.debiased)
-    return tuple(measured.get(number) for number in range(len(depths)))
+def measure_stages(
+    deep: Structure, shallow: Structure, samples: Tensor, options: FusionOptions, forced: bool = False
+) -> StageCosts:
+    """The layer costs of every stage whose map depends on them, or of the `forced` ones, too."""
+
+    def is_open(stage: int) -> bool:
+        depths = len(deep.stages[stage]), len(shallow.stages[stage])
+        return options.mapping == "optimal" and not is_forced(*depths, *_pins(deep, shallow, stage, options))
+
+    stages = [number for number in range(len(deep.stages)) if forced or is_open(number)]
+    costs = stage_costs(deep, shallow, samples, stages, options.layer_measure, options.debiased) if stages else {}
+    return tuple(costs.get(number) for number in range(len(deep.stages)))
 
 
-def map_stages(
-    deep: Structure, shallow: Structure, costs: Sequence[Tensor | None], options: FusionOptions
-) -> Alignment:
+def align_stages(deep: Structure, shallow: Structure, costs: StageCosts, options: FusionOptions) -> Alignment:
     """For every stage the units of the deep network that those of the shallow one stand for."""
-    found = []
+    alignment = []
     for number, (ours, theirs) in enumerate(zip(deep.stages, shallow.stages, strict=True)):
-        pins = _pins(deep, shallow, number, options)
-        found.append(
-            map_stage(len(ours), len(theirs), costs[number], pins, options.mapping, seed=options.seed + number)
-        )
-    return tuple(found)
+        pins, seed = _pins(deep, shallow, number, options), options.seed + number
+        alignment.append(map_stage(len(ours), len(theirs), costs[number], pins, options.mapping, seed))
+    return tuple(alignment)
 
 
 def map_stage(

@@ -11,7 +11,7 @@ from clafusion.options import FusionOptions, normalized
 from clafusion.statistics.samples import all_finite, check_finite, chunks
 from clafusion.tracing.execution import as_input
 from clafusion.tracing.parameters import state_of
-from clafusion.tracing.structure import Structure, check_stages, structure_of
+from clafusion.tracing.structure import Structure, check_same_stages, structure_of
 
 
 def check_parents(models: Sequence[nn.Module], options: FusionOptions) -> None:
@@ -49,13 +49,13 @@ def check_alike(models: Sequence[nn.Module], names: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def with_anchor(models: Sequence[nn.Module], samples: Tensor, options: FusionOptions) -> FusionOptions:
+def with_anchor(structures: Sequence[Structure], samples: Tensor, options: FusionOptions) -> FusionOptions:
     """The options with an index as anchor: the smallest of those that agree most often with the parents' ensemble."""
     if options.anchor != "agreement":
         return options
-    networks = [structure.module for structure in trace_all(models, samples)]
-    weights = normalized(options.weights, len(models))
-    agreements = torch.zeros(len(models), dtype=torch.int64)
+    networks = [structure.module for structure in structures]
+    weights = normalized(options.weights, len(networks))
+    agreements = torch.zeros(len(networks), dtype=torch.int64)
     for chunk in chunks(samples):
         answers = [network(as_input(chunk, network)).softmax(1) for network in networks]
         together = sum(weight * answer for weight, answer in zip(weights, answers, strict=True)).argmax(1)
@@ -96,7 +96,7 @@ def template_of(structures: Sequence[Structure], options: FusionOptions) -> int:
         FusionError: if the stages cannot be matched one to one, or no parent is so in all of them.
     """
     for k, structure in enumerate(structures[1:], 1):
-        check_stages(structures[0], structure, ("parent 0", f"parent {k}"))
+        check_same_stages(structures[0], structure, ("parent 0", f"parent {k}"))
     depths = [tuple(len(stage) for stage in structure.stages) for structure in structures]
     extreme = tuple(map(max if options.balance == "insert" else min, zip(*depths, strict=True)))
     if options.anchor != "agreement" and depths[options.anchor] == extreme:
@@ -111,6 +111,6 @@ def template_of(structures: Sequence[Structure], options: FusionOptions) -> int:
 
 
 def _fingerprint(structure: Structure) -> tuple[int, float]:
-    """Ranks networks by what they are and not by where they stand, so that the order of the parents does not matter."""
+    """Rank networks by what they are and not by where they stand, so that the order of the parents does not matter."""
     tensors = list(state_of(structure.module).values())
     return sum(tensor.numel() for tensor in tensors), sum(float(tensor.double().sum()) for tensor in tensors)

@@ -1,7 +1,9 @@
-"""How alike two representations of the same samples are: linear CKA and CCA.
+"""The similarity of two representations of the same samples: linear CKA and CCA.
 
 All functions take features [samples, features] of the same samples in the same order and compute in float64.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -93,6 +95,19 @@ def cka_from_hsic(kl: Tensor, kk: Tensor, ll: Tensor) -> Tensor:
     check_features(kl, kk, ll)
     scale = (kk.clamp_min(0) * ll.clamp_min(0)).sqrt()
     return torch.where(scale > 0, kl / scale, torch.zeros_like(kl))
+
+
+def hsic_sums(
+    x: Sequence[Tensor], y: Sequence[Tensor], debiased: bool, onto: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """HSIC of each Gram matrix in x with each in y [n, m], of each in x with itself [n, 1], and of each in y [1, m].
+
+    They are added to those of earlier mini-batches, `onto`; `cka_from_hsic` takes the sums.
+    """
+    own = [torch.stack([hsic(one, one, debiased) for one in grams]) for grams in (x, y)]
+    crossed = torch.stack([torch.stack([hsic(one, other, debiased) for other in y]) for one in x])
+    sums = [crossed, own[0][:, None], own[1][None, :]]
+    return sums if onto is None else [before + batch for before, batch in zip(onto, sums, strict=True)]
 
 
 def _basis(x: Tensor) -> Tensor:

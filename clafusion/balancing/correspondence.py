@@ -1,14 +1,11 @@
-"""Which units and layers of two networks correspond, and the state of one under the names of the other."""
-
-from collections.abc import Sequence
+"""Corresponding units and layers of two networks, and the state of one under the names of the other."""
 
 from torch import Tensor, nn
 
+from clafusion.alignment.layer_maps import Alignment
 from clafusion.errors import FusionError
 from clafusion.tracing.parameters import State, state_of
-from clafusion.tracing.structure import Layer, Structure, Unit, check_stages
-
-Alignment = Sequence[Sequence[int]]
+from clafusion.tracing.structure import Layer, Structure, Unit, check_same_stages
 
 
 def matched_units(deep: Structure, shallow: Structure, alignment: Alignment) -> dict[str, Unit]:
@@ -17,7 +14,7 @@ def matched_units(deep: Structure, shallow: Structure, alignment: Alignment) -> 
     Raises:
         FusionError: if the alignment is not a strictly increasing map per stage, or matched units have other layers.
     """
-    check_stages(deep, shallow)
+    check_same_stages(deep, shallow)
     if len(alignment) != len(deep.stages):
         raise FusionError(f"Expected an alignment of {len(deep.stages)} stages, got {len(alignment)}")
     partners: dict[str, Unit] = {}

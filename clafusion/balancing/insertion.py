@@ -4,15 +4,16 @@ An alignment names, for every stage (the head included), the unit of the deep ne
 stands for.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from clafusion.balancing.correspondence import Alignment, check_shapes, copied_state, match_layers, matched_units
+from clafusion.alignment.layer_maps import Alignment
+from clafusion.balancing.correspondence import check_shapes, copied_state, match_layers, matched_units
 from clafusion.balancing.verification import check_inserted
 from clafusion.errors import FusionError
+from clafusion.tracing.execution import Bypass
 from clafusion.tracing.parameters import load_state, resized, state_of
 from clafusion.tracing.structure import Layer, Structure, Unit, structure_of
 
@@ -125,44 +126,28 @@ def _identity_value(module: nn.Module, layer: Layer, key: str, value: Tensor, si
     return fresh
 
 
-def pass_on(structure: Structure, inserted_units: Collection[str], zero_branches: bool) -> None:
-    """Let the graph of a network take what its inserted units give for granted instead of computing it.
-
-    The graph of the structure is changed; the modules are not, nor the names of the nodes. Valid where
-    `check_inserted` has found nothing.
+def bypass_of(structure: Structure, inserted_units: Collection[str], zero_branches: bool) -> dict[str, Bypass]:
+    """The nodes of inserted units that need not be computed. Valid where `check_inserted` has found nothing.
 
     Args:
         structure: of a network that `inserted` has made.
         inserted_units: the names of the units that are identities.
         zero_branches: as it was inserted with.
     """
-    nodes = {node.name: node for node in structure.module.graph.nodes}
-    layers = {node.target: node for node in nodes.values() if node.op == "call_module"}
+    inputs = {node.name: node.all_input_nodes for node in structure.module.graph.nodes}
+    bypass: dict[str, Bypass] = {}
     for unit in structure.units:
         if unit.name not in inserted_units:
             continue
         for layer in (layer for layer in unit.layers if layer.weighted):
-            node = layers[layer.name]
             if _is_silent(unit, layer, zero_branches):
-                _give(node, _nothing, (nodes[unit.input], tuple(node.meta["shape"][1:])))
+                bypass[layer.node] = Bypass(unit.input, silent=True)
             elif unit.kind == "plain":
-                _give(node, _same, (node.all_input_nodes[0],))
+                bypass[layer.node] = Bypass(inputs[layer.node][0].name)
         if unit.kind == "residual":
-            _give(nodes[unit.output.pre], _same, (nodes[unit.input],))
-            if unit.output.post != unit.output.pre:
-                _give(nodes[unit.output.post], _same, (nodes[unit.output.pre],))
-
-
-def _give(node: fx.Node, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> None:
-    node.op, node.target, node.args, node.kwargs = "call_function", function, arguments, {}
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
-def _nothing(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return x.new_zeros(()).expand(len(x), *shape)
+            bypass[unit.output.post] = Bypass(unit.output.pre)
+            bypass[unit.output.pre] = Bypass(unit.input)  # the same node where no activation follows
+    return bypass
 
 
 def example_for(model: nn.Module) -> Tensor:

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clafusion.balancing.correspondence import Alignment, check_shapes, copied_state, match_layers, matched_units
+from clafusion.alignment.layer_maps import Alignment
+from clafusion.balancing.correspondence import check_shapes, copied_state, match_layers, matched_units
 from clafusion.errors import FusionError
 from clafusion.statistics.samples import check_features, chunks, collect
-from clafusion.tracing.execution import as_input, observe
+from clafusion.tracing.execution import GraphRunner, as_input
 from clafusion.tracing.parameters import State, load_state, resized, state_of
 from clafusion.tracing.structure import Structure, Unit, structure_of
 
@@ -90,10 +91,11 @@ def _check_mergeable(structure: Structure, dropped: Sequence[Unit]) -> None:
 
 
 def _gates(structure: Structure, nodes: Sequence[str], samples: Tensor, relu: str) -> dict[str, Tensor]:
-    """What stands for the ReLU of each merged layer, per neuron, in [0, 1]."""
+    """The factors in [0, 1] that stand for the ReLU of each merged layer, per neuron."""
     sums: dict[str, Tensor] = {}
+    runner = GraphRunner(structure.module)
     for chunk in chunks(samples):
-        for name, value in observe(structure.module, as_input(chunk, structure.module), frozenset(nodes)):
+        for name, value in runner.observe(as_input(chunk, structure.module), nodes):
             part = torch.stack([value.double().sum(0), (value > 0).double().sum(0)])
             sums[name] = sums[name] + part if name in sums else part
     check_features(*sums.values())

@@ -1,1 +1,1 @@
-"""Gives back what averaging takes from the features: rescale, repair, refit."""
+"""Corrections of the features that averaging has shrunken: rescale, repair, refit."""

@@ -1,11 +1,11 @@
-"""A weighted layer and the norm behind it, read and written as the one affine map that they are in eval mode."""
+"""A weighted layer with the norm behind it folded in: in eval mode one affine map, to be read and written."""
 
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from clafusion.tracing.operations import is_norm
 from clafusion.tracing.parameters import state_of
@@ -13,7 +13,7 @@ from clafusion.tracing.structure import Layer, Structure
 
 
 @dataclass(frozen=True)
-class AffineLayer:
+class FoldedLayer:
     """`y = W x + b`, computed by a Linear or Conv2d and perhaps a BatchNorm behind it.
 
     Attributes:
@@ -73,41 +73,36 @@ class AffineLayer:
             state = state_of(self.norm)
             state["running_mean"].copy_(moments[0])
             state["running_var"].copy_(moments[1].clamp_min(0))
-            # What the stored mean and variance take away, weight and bias give back, rounding included.
+            # Weight and bias undo the stored mean and variance, their rounding included.
             state["weight"].copy_((state["running_var"].double() + self.norm.eps).sqrt())
             state["bias"].copy_(state["running_mean"].double() + bias)
 
 
-def affine_layer(structure: Structure, layer: Layer) -> AffineLayer:
+def folded_layer(structure: Structure, layer: Layer) -> FoldedLayer:
     """A layer of a structure with the norm that follows it directly; writing to it changes the network."""
     modules = dict(structure.module.named_modules())
-    node = _node_of(structure, layer)
+    node = next(node for node in structure.module.graph.nodes if node.name == layer.node)
     user = next(iter(node.users))
     followed = len(node.users) == 1 and is_norm(user, modules)
     norm = cast(nn.BatchNorm2d, modules[str(user.target)]) if followed else None
-    return AffineLayer(
+    return FoldedLayer(
         cast(nn.Conv2d, modules[layer.name]), norm, node.all_input_nodes[0].name, user.name if followed else node.name
     )
 
 
-def _node_of(structure: Structure, layer: Layer) -> fx.Node:
-    nodes = structure.module.graph.nodes
-    return next(node for node in nodes if node.op == "call_module" and node.target == layer.name)
-
-
-def design_rows(module: nn.Linear | nn.Conv2d, inputs: Tensor, chosen: Tensor) -> Tensor:
-    """The inputs of the neurons of a layer at chosen observations: what each output is a linear function of.
+def design_rows(module: nn.Linear | nn.Conv2d, inputs: Tensor, observations: Tensor) -> Tensor:
+    """The inputs of the neurons of a layer at some observations: what each output is a linear function of.
 
     Args:
         module: a Linear, or a Conv2d of any kernel, stride, padding, dilation and grouping.
         inputs: a batch of its inputs.
-        chosen: indices of observations; they are counted sample by sample, then by output row and column.
+        observations: their indices; they are counted sample by sample, then by output row and column.
 
     Returns:
-        [chosen, groups, fan-in].
+        [observations, groups, fan-in].
     """
     if isinstance(module, nn.Linear):
-        return inputs[chosen, None, :]
+        return inputs[observations, None, :]
     left, right, top, bottom = _padding(module)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     padded = F.pad(inputs, (left, right, top, bottom), mode=mode)
@@ -117,15 +112,15 @@ def design_rows(module: nn.Linear | nn.Conv2d, inputs: Tensor, chosen: Tensor) -
             padded.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True
         )
     )
-    sample, y, x = chosen // (height * width), chosen // width % height, chosen % width
+    sample, y, x = observations // (height * width), observations // width % height, observations % width
     offsets = [
         torch.arange(kernel, device=inputs.device) * dilation
         for kernel, dilation in zip(module.kernel_size, module.dilation, strict=True)
     ]
     rows = (y * module.stride[0])[:, None, None] + offsets[0][None, :, None]
     columns = (x * module.stride[1])[:, None, None] + offsets[1][None, None, :]
-    patches = padded.movedim(1, -1)[sample[:, None, None], rows, columns]  # [chosen, kernel, kernel, channels]
-    return patches.movedim(-1, 1).reshape(len(chosen), module.groups, -1)
+    patches = padded.movedim(1, -1)[sample[:, None, None], rows, columns]  # [observations, kernel, kernel, channels]
+    return patches.movedim(-1, 1).reshape(len(observations), module.groups, -1)
 
 
 def _padding(module: nn.Conv2d) -> tuple[int, int, int, int]:

@@ -17,39 +17,43 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from clafusion.correction.affine import affine_layer
+from clafusion.correction.affine import folded_layer
 from clafusion.correction.refit import refit_unit
 from clafusion.correction.rescaling import add_missing_biases, match_moments
-from clafusion.correction.targets import Parents
+from clafusion.correction.targets import Targets
 from clafusion.errors import FusionError
-from clafusion.options import FusionOptions
-from clafusion.statistics.samples import batch_size, chunks
-from clafusion.tracing.runs import Cursor
+from clafusion.statistics.samples import batch_size, check_finite, chunks
+from clafusion.tracing.execution import Cursor, GraphRunner
 from clafusion.tracing.structure import Structure, structure_of
 from clafusion.tracking import tracked
 
 _WORDS = {"rescale": "rescaling layers", "repair": "repairing layers", "refit": "refitting layers"}
 
 
-def correct(model: nn.Module, parents: Parents, samples: Tensor, options: FusionOptions) -> None:
-    """Correct a fused network in place, as `options.correction` says.
+def correct(model: nn.Module, targets: Targets, samples: Tensor) -> None:
+    """Correct a fused network in place, as `correction` of the options says.
 
     Args:
         model: the fused network.
-        parents: what it was fused from.
+        targets: made of its parents; of the options `correction`, `ridge`, `memory_budget` and `seed` are read.
         samples: unlabelled inputs. Of every network one activation per sample is held at a time.
-        options: `correction` (which is not `none`), `ridge`, `memory_budget` and `seed` are read.
+
+    Raises:
+        FusionError: if activations or the corrected parameters are not finite.
 
     Warns:
         UserWarning: if a layer is refit from fewer observations than it has unknowns, or if a norm is left as it is.
     """
+    options = targets.options
+    if options.correction == "none":
+        return
     if options.correction == "repair":
         add_missing_biases(model)
     structure = structure_of(model, samples)
     count = sum(layer.weighted for layer in structure.layers)
     if options.correction == "refit":  # projection shortcuts together with the branch that they are added to
         count = sum(len(unit.branch) for unit in structure.units)
-    layers = tracked(_layer_by_layer(structure, parents, samples, options), _WORDS[options.correction], count)
+    layers = tracked(_layer_by_layer(structure, targets, samples), _WORDS[options.correction], count)
     scarce = [line for line in layers if line]
     _warn(
         scarce,
@@ -61,24 +65,24 @@ def correct(model: nn.Module, parents: Parents, samples: Tensor, options: Fusion
         "Expected every norm directly behind a Linear or Conv2d, got {} elsewhere; it stays averaged, everything else "
         "is corrected",
     )
+    check_finite(model, f"the fused network after {options.correction}", structure)
 
 
-def _layer_by_layer(
-    structure: Structure, parents: Parents, samples: Tensor, options: FusionOptions
-) -> Iterator[str | None]:
+def _layer_by_layer(structure: Structure, targets: Targets, samples: Tensor) -> Iterator[str | None]:
     """Correct layer after layer, and yield after each what there is to say about it."""
-    parts = chunks(samples, batch_size([structure, *parents.balanced.structures], options.memory_budget))
-    fused = Cursor(structure, parts)
-    cursors = [Cursor(parent, parts) for parent in parents.balanced.structures]
+    options = targets.options
+    runners = [GraphRunner(structure.module), *targets.balanced.runners]
+    parts = chunks(samples, batch_size(runners, options.memory_budget))
+    fused, *cursors = (Cursor(runner, parts) for runner in runners)
     generator = torch.Generator().manual_seed(options.seed)
     for unit in structure.units:
         for cursor in (fused, *cursors):
             cursor.advance([unit.input])
         try:
             if options.correction == "refit":
-                yield from refit_unit(structure, unit, fused, cursors, parents, generator, options.ridge)
+                yield from refit_unit(structure, unit, fused, cursors, targets, generator, options.ridge)
             else:
-                yield from match_moments(structure, unit, fused, cursors, parents, shift=options.correction == "repair")
+                yield from match_moments(structure, unit, fused, cursors, targets, shift=options.correction == "repair")
         except FusionError as error:
             raise FusionError(f"{options.correction} of {unit.name!r}: {error}") from error
 
@@ -86,13 +90,13 @@ def _layer_by_layer(
 def _lone_norms(structure: Structure) -> list[str]:
     """The norms that no layer takes along when it is corrected."""
     modules = dict(structure.module.named_modules())
-    taken = [affine_layer(structure, layer).norm for layer in structure.layers if layer.weighted]
+    taken = [folded_layer(structure, layer).norm for layer in structure.layers if layer.weighted]
     norms = [layer.name for layer in structure.layers if layer.kind == "norm"]
     return [repr(name) for name in norms if not any(modules[name] is norm for norm in taken)]
 
 
-def _warn(found: Sequence[str], message: str) -> None:
-    """One warning that names the first of what was found and counts the others."""
-    if found:
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        warnings.warn(message.format(found[0] + more), UserWarning, stacklevel=3)
+def _warn(names: Sequence[str], message: str) -> None:
+    """Give one warning that names the first and counts the others."""
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warnings.warn(message.format(names[0] + more), UserWarning, stacklevel=3)

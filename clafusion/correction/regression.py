@@ -1,4 +1,4 @@
-"""Ridge regression of a layer's weights on its input, factorised once to be solved many times."""
+"""Regressions of a layer's weights on its input: ridge, rectified and softmax, all on one factorised system."""
 
 import math
 from collections.abc import Iterator
@@ -15,6 +15,9 @@ MIN_RIDGE = 1e-10
 BLOCK = 2**22
 #: Columns of a Gram matrix that are computed at once, from the diagonal downwards.
 STRIP = 256
+#: Iterations of the regressions that have no closed form; each solves one factorised system.
+RECTIFIED_STEPS = 3
+SOFT_LABEL_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,14 @@ class RidgeSystem:
     r"""Ridge regressions on one design, of which the matrix is factorised once.
 
     Per group, with X the inputs centred by their mean if there is a constant one (which is not penalised and takes what
-    is left), weights :math:`W_0 + \Delta` solve :math:`(X^\top X + \lambda I) \Delta = X^\top (T - X W_0)`. All of
-    :math:`\Delta` is in the span of the observations. Its *coefficients* are its entries, or with less than half as
-    many observations as inputs A in :math:`\Delta = X^\top A`, where :math:`(X X^\top + \lambda I) A = T - X W_0` is
-    cheaper to solve. The coefficients of the constant input are the last row of either.
+    is left), the weights :math:`W_0 + \Delta` leave the residual :math:`R = T - X W_0` to
+
+    .. math:: \Delta = (X^\top X + \lambda I)^{-1} X^\top R = X^\top (X X^\top + \lambda I)^{-1} R
+
+    The first is the primal form, a system as large as there are inputs. The second is the dual form, as large as there
+    are observations; both are equal since :math:`X^\top (X X^\top + \lambda I) = (X^\top X + \lambda I) X^\top`. The
+    *coefficients* are :math:`\Delta` itself, or with less than half as many observations as inputs A in the cheaper
+    :math:`\Delta = X^\top A, (X X^\top + \lambda I) A = R`. Those of the constant input are the last row of either.
 
     Attributes:
         x: the design, [observations, groups, inputs].
@@ -45,7 +52,7 @@ class RidgeSystem:
 
     @classmethod
     def of(cls, x: Tensor, ridge: float, intercept: bool) -> "RidgeSystem":
-        """Factorises the system of a design.
+        """Factorise the system of a design.
 
         Args:
             x: [observations, groups, inputs].
@@ -95,14 +102,14 @@ class RidgeSystem:
         return torch.cat([step, constant], 1) if self.intercept else step
 
     def outputs(self, coefficients: Tensor) -> Tensor:
-        """What coefficients add to the outputs, [groups, observations, outputs]."""
+        """The change of the outputs by coefficients, [groups, observations, outputs]."""
         if self.kernel is None:
             return self.x.transpose(0, 1) @ coefficients.to(self.x.dtype)
         size = len(self.x)
         return self.kernel @ coefficients[:, :size] + coefficients[:, size:].sum(1, keepdim=True)
 
     def apply(self, weight: Tensor, span: slice = slice(None)) -> Tensor:
-        """What weights on some of the inputs give: [groups, outputs, inputs] to [groups, observations, outputs]."""
+        """The outputs of weights on some inputs: [groups, outputs, inputs] to [groups, observations, outputs]."""
         return torch.cat([x[:, :, span].double() @ weight.transpose(1, 2) for x in _blocks(self.x)], 1)
 
     def weights(self, prior: Tensor, coefficients: Tensor) -> Tensor:
@@ -144,6 +151,63 @@ class RidgeSystem:
         blocks = zip(_blocks(self.x), values.split(_block_rows(self.x), dim=1), strict=True)
         parts = ((x.transpose(1, 2).to(value.dtype) @ value).double() for x, value in blocks)
         return sum(parts, torch.zeros((), dtype=torch.float64, device=values.device))
+
+
+def rectified_regression(system: RidgeSystem, target: Tensor, offset: Tensor, prior: Tensor) -> Tensor:
+    r"""Ridge regression of what a ReLU lets through: a negative target asks for no more than a negative output.
+
+    Minimises :math:`\sum r^2 + \lambda \lVert W - W_0 \rVert^2`, where with :math:`y = x W^\top + \text{offset}` the
+    error r is :math:`t - y` where the target is positive and :math:`\max(y, 0)` elsewhere. The objective is convex and
+    its curvature is at most that of plain regression, so that each step solves the same factorised system. It begins
+    with the weights of plain regression; the steps are accelerated (Nesterov 1983, as in Beck and Teboulle 2009).
+
+    Args:
+        system: of the inputs.
+        target: pre-activations to reach, [groups, observations, outputs].
+        offset: what is added to the layer's output before the ReLU, broadcast to the target.
+        prior: weights to be pulled towards, [groups, outputs, inputs].
+
+    Returns:
+        [groups, outputs, inputs], float64.
+    """
+    prior = prior.double()
+    base = system.apply(prior) + offset
+    coefficients = system.step(target - base, system.nothing(prior))
+    active, target, base = target > 0, target.to(system.x.dtype), base.to(system.x.dtype)
+    previous, momentum = coefficients, 1.0
+    for _ in range(RECTIFIED_STEPS):
+        following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+        ahead = coefficients + (momentum - 1) / following * (coefficients - previous)
+        output = base + system.outputs(ahead)
+        residual = torch.where(active, target - output, -output.clamp_min(0))
+        previous, coefficients, momentum = coefficients, ahead + system.step(residual, ahead), following
+    return system.weights(prior, coefficients)
+
+
+def soft_label_regression(x: Tensor, probabilities: Tensor, prior: Tensor, ridge: float, intercept: bool) -> Tensor:
+    r"""Softmax regression on soft labels, by majorisation with a fixed curvature (Boehning 1992).
+
+    Minimises the cross entropy of `softmax(x W^T)` to the given probabilities plus the ridge. The Hessian is bounded by
+    half the Gram matrix, so that each step solves the same factorised system, and none increases the objective.
+
+    Args:
+        x: inputs, [observations, inputs].
+        probabilities: [observations, classes], rows sum to one.
+        prior: weights to start from and to be pulled towards, [classes, inputs].
+        ridge: as in `RidgeSystem.of`.
+        intercept: whether the last input is the constant one.
+
+    Returns:
+        [classes, inputs], float64.
+    """
+    # Half the Gram matrix plus the penalty is half of this system.
+    system = RidgeSystem.of(x.double()[:, None, :], 2 * ridge, intercept)
+    prior = prior.double()[None]
+    base, coefficients = system.apply(prior), system.nothing(prior)
+    for _ in range(SOFT_LABEL_STEPS):
+        error = probabilities - (base + system.outputs(coefficients)).softmax(-1)
+        coefficients = coefficients + system.step(2 * error, coefficients)
+    return system.weights(prior, coefficients)[0]
 
 
 def _blocks(x: Tensor) -> Iterator[Tensor]:
@@ -196,65 +260,3 @@ def _cholesky(gram: Tensor, penalty: Tensor) -> Tensor | None:
     gram.diagonal(dim1=1, dim2=2).add_(penalty[:, None])
     factor, failed = torch.linalg.cholesky_ex(gram)
     return None if failed.any() else factor
-
-
-#: Iterations of the regressions that have no closed form; each solves one factorised system.
-RECTIFIED_STEPS = 3
-SOFT_LABEL_STEPS = 100
-
-
-def rectified_regression(system: RidgeSystem, target: Tensor, offset: Tensor, prior: Tensor) -> Tensor:
-    r"""Ridge regression of what a ReLU lets through: a negative target asks for no more than a negative output.
-
-    Minimises :math:`\sum r^2 + \lambda \lVert W - W_0 \rVert^2`, where with :math:`y = x W^\top + \text{offset}` the
-    error r is :math:`t - y` where the target is positive and :math:`\max(y, 0)` elsewhere. The objective is convex and
-    its curvature is at most that of plain regression, so that each step solves the same factorised system. It begins
-    with the weights of plain regression; the steps are accelerated (Nesterov 1983, as in Beck and Teboulle 2009).
-
-    Args:
-        system: of the inputs.
-        target: pre-activations to reach, [groups, observations, outputs].
-        offset: what is added to the layer's output before the ReLU, broadcast to the target.
-        prior: weights to be pulled towards, [groups, outputs, inputs].
-
-    Returns:
-        [groups, outputs, inputs], float64.
-    """
-    prior = prior.double()
-    base = system.apply(prior) + offset
-    found = system.step(target - base, system.nothing(prior))
-    active, target, base = target > 0, target.to(system.x.dtype), base.to(system.x.dtype)
-    previous, momentum = found, 1.0
-    for _ in range(RECTIFIED_STEPS):
-        following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-        ahead = found + (momentum - 1) / following * (found - previous)
-        output = base + system.outputs(ahead)
-        residual = torch.where(active, target - output, -output.clamp_min(0))
-        previous, found, momentum = found, ahead + system.step(residual, ahead), following
-    return system.weights(prior, found)
-
-
-def soft_label_regression(x: Tensor, probabilities: Tensor, prior: Tensor, ridge: float, intercept: bool) -> Tensor:
-    r"""Softmax regression on soft labels, by majorisation with a fixed curvature (Boehning 1992).
-
-    Minimises the cross entropy of `softmax(x W^T)` to the given probabilities plus the ridge. The Hessian is bounded by
-    half the Gram matrix, so that each step solves the same factorised system, and none increases the objective.
-
-    Args:
-        x: inputs, [observations, inputs].
-        probabilities: [observations, classes], rows sum to one.
-        prior: weights to start from and to be pulled towards, [classes, inputs].
-        ridge: as in `RidgeSystem.of`.
-        intercept: whether the last input is the constant one.
-
-    Returns:
-        [classes, inputs], float64.
-    """
-    # Half the Gram matrix plus the penalty is half of this system.
-    system = RidgeSystem.of(x.double()[:, None, :], 2 * ridge, intercept)
-    prior = prior.double()[None]
-    base, found = system.apply(prior), system.nothing(prior)
-    for _ in range(SOFT_LABEL_STEPS):
-        error = probabilities - (base + system.outputs(found)).softmax(-1)
-        found = found + system.step(2 * error, found)
-    return system.weights(prior, found)[0]

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from clafusion.correction.affine import affine_layer
-from clafusion.correction.targets import Parents
-from clafusion.statistics.samples import check_features, rows
-from clafusion.tracing.runs import Cursor
+from clafusion.correction.affine import folded_layer
+from clafusion.correction.targets import Targets
+from clafusion.statistics.moments import NeuronSums
+from clafusion.statistics.samples import check_features
+from clafusion.tracing.execution import Cursor
 from clafusion.tracing.structure import Structure, Unit
 
 #: A smaller standard deviation, relative to the root mean square, is taken for rounding.
@@ -16,7 +17,7 @@ SMALLEST_SPREAD = 2e-6
 
 
 def match_moments(
-    structure: Structure, unit: Unit, fused: Cursor, cursors: Sequence[Cursor], parents: Parents, shift: bool
+    structure: Structure, unit: Unit, fused: Cursor, cursors: Sequence[Cursor], targets: Targets, shift: bool
 ) -> Iterator[None]:
     """Scale (and shift) the neurons of one unit, layer by layer, in place.
 
@@ -25,44 +26,39 @@ def match_moments(
         unit: one of its units.
         fused: the fused network, halted before the unit.
         cursors: the balanced parents, halted there too.
-        parents: how their moments make targets.
+        targets: made of the parents' moments.
         shift: also match the means, in layers that can hold a bias.
 
     Yields:
         After every layer.
     """
     for layer in (layer for layer in unit.layers if layer.weighted):
-        part = affine_layer(structure, layer)
-        mean, deviation, rounding = _moments(fused, part.output)
+        part = folded_layer(structure, layer)
+        mean, deviation, size = _measured(fused, part.output)
         wanted_mean, wanted_deviation = torch.zeros_like(mean), torch.zeros_like(mean)
-        for k, share in parents.shares(layer, unit).items():
-            its_mean, its_deviation, _ = _moments(cursors[k], part.output)
-            wanted_mean += share * parents.moved(k, layer, its_mean[None])[0]
-            wanted_deviation += share * parents.moved(k, layer, its_deviation[None])[0]
-        # A neuron that does not vary has no scale that could be given back.
-        scale = torch.where(deviation > rounding, wanted_deviation / deviation, 1.0)
+        for k, share in targets.shares(layer, unit).items():
+            its_mean, its_deviation, _ = _measured(cursors[k], part.output)
+            wanted_mean += share * targets.moved(k, layer, its_mean[None])[0]
+            wanted_deviation += share * targets.moved(k, layer, its_deviation[None])[0]
         weight, bias = part.read()
+        # A neuron that does not vary has no scale that could be given back.
+        rounding = max(2 * torch.finfo(part.module.weight.dtype).eps, SMALLEST_SPREAD) * size
+        scale = torch.where(deviation > rounding, wanted_deviation / deviation, 1.0)
         centre = scale * (mean - bias)
         new_bias = wanted_mean - centre if shift and part.has_bias else scale * bias
         part.write(scale[:, None] * weight, new_bias, (centre, (scale * deviation).square()))
         yield
 
 
-def _moments(cursor: Cursor, node: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every neuron at a node the mean, the standard deviation, and how much of that may be rounding; float64."""
-    count, total, squares, precision = 0, None, None, 0.0
+def _measured(cursor: Cursor, node: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean, the standard deviation and the root mean square of every neuron at a node, over all samples."""
+    sums: NeuronSums | None = None
     for outputs in cursor.look_ahead([node]):
-        x = rows(outputs[node])
-        precision = torch.finfo(x.dtype).eps
-        x = x.double()
-        count += len(x)
-        total = x.sum(0) if total is None else total + x.sum(0)
-        squares = x.square().sum(0) if squares is None else squares + x.square().sum(0)
-    assert total is not None and squares is not None
-    check_features(total, squares)
-    mean, square = total / count, squares / count
-    rounding = max(2 * precision, SMALLEST_SPREAD) * square.sqrt()
-    return mean, (square - mean.square()).clamp_min(0).sqrt(), rounding
+        sums = NeuronSums.of(outputs[node], onto=sums)
+    assert sums is not None
+    check_features(sums.total, sums.squares)
+    mean, variance = sums.mean_and_variance()
+    return mean, variance.sqrt(), (sums.squares / sums.count).sqrt()
 
 
 def add_missing_biases(model: nn.Module) -> nn.Module:

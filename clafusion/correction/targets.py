@@ -1,41 +1,40 @@
-"""What a corrected network should compute: the weighted mean of its parents, carried onto its neurons."""
+"""The aim of a correction: the weighted mean of the parents' features, carried onto the fused network's neurons."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from clafusion.options import FusionOptions
 from clafusion.tracing.structure import Layer, Unit
 from clafusion.transport.balanced import Balanced, Maps
 
 
 @dataclass(frozen=True)
-class Parents:
-    """Where the fused network's targets come from.
+class Targets:
+    """The features that the fused network should have: the mean of its parents'.
 
     Attributes:
-        balanced: the balanced parents' structures.
+        balanced: the parents.
         maps: per parent the maps of its neurons onto the fused network's, by space.
         weights: per parent, summing to one.
-        head: the head rule of the options.
-        lead: how many times its weight the anchor counts in hidden layers against one other parent; against several as
-            much more for each of them, so that its share stays about the same.
+        options: `head` is read, and for `refit` `anchor_lead`: how many times its weight the anchor counts in hidden
+            layers against one other parent; against several as much more for each, so that its share stays the same.
     """
 
     balanced: Balanced
     maps: Sequence[Maps]
     weights: Sequence[float]
-    head: str
-    lead: float = 1.0
+    options: FusionOptions
 
     def shares(self, layer: Layer, unit: Unit) -> dict[int, float]:
         """The share of each parent in the target of a layer, summing to one; a parent without the layer has none."""
         anchor, is_head = self.balanced.anchor, layer.space == self.balanced.structure.output
-        if self.head == "anchor" and is_head:
+        if self.options.head == "anchor" and is_head:
             return {anchor: 1.0}
         owned = self.balanced.target_weights(layer, unit, self.weights)
-        if not is_head:
-            lead = 1 + (self.lead - 1) * (len(owned) - 1)
+        if not is_head and self.options.correction == "refit":
+            lead = 1 + (self.options.anchor_lead - 1) * (len(owned) - 1)
             owned = {k: weight * (lead if k == anchor else 1.0) for k, weight in owned.items()}
         total = sum(owned.values())
         return {k: weight / total if total else 1 / len(owned) for k, weight in owned.items()}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clafusion.alignment.dynamic_programming import clamp_pins, is_forced
 from clafusion.alignment.layer_costs import stage_costs
-from clafusion.alignment.layer_maps import map_stage
+from clafusion.alignment.layer_maps import as_lists, map_stage
 from clafusion.alignment.parents import check_alike, trace_as
 from clafusion.balancing.correspondence import match_layers
 from clafusion.balancing.insertion import example_for
@@ -24,7 +24,7 @@ from clafusion.options import FusionOptions
 from clafusion.statistics.samples import collect
 from clafusion.tracing.capture import independent_copy
 from clafusion.tracing.parameters import load_state, state_of
-from clafusion.tracing.structure import Structure, Unit, check_stages
+from clafusion.tracing.structure import Structure, Unit, check_same_stages
 
 MappingName = Literal["optimal", "chain", "random"]
 
@@ -46,7 +46,7 @@ class UnitMap:
         """The map and the costs, as plain containers that `json.dumps` accepts."""
         return {
             "pairs": [[list(pair) for pair in stage] for stage in self.pairs],
-            "layer_costs": [None if cost is None else cost.tolist() for cost in self.costs],
+            "layer_costs": as_lists(self.costs),
         }
 
 
@@ -148,7 +148,7 @@ def _structures(source: nn.Module, target: nn.Module, samples: Tensor | None) ->
     named = {"the source": source, "the target": target}
     check_alike(list(named.values()), list(named))
     a, b = (trace_as(net, example_for(net) if samples is None else samples, name) for name, net in named.items())
-    check_stages(a, b, ("the source", "the target"))
+    check_same_stages(a, b, ("the source", "the target"))
     return a, b
 
 

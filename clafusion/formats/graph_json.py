@@ -138,7 +138,9 @@ def _encode_node(node: fx.Node) -> dict[str, Any]:
     entry: dict[str, Any] = {"op": node.op, "name": node.name, "target": target}
     if target is None or node.op == "get_attr" or (node.op == "call_method" and target not in _METHODS):
         shown = getattr(node.target, "__name__", str(node.target))
-        advice = "use nn.Dropout" if node.target is F.dropout else "replace it by a module or function of torch.nn"
+        # A call has the mode of the network baked in: it would drop for ever or never again.
+        dropouts: dict[Any, str] = {F.dropout: "use nn.Dropout", F.dropout2d: "use nn.Dropout2d"}
+        advice = dropouts.get(node.target, "replace it by a module or function of torch.nn")
         raise FusionError(
             f"Expected an operation that can be stored, got {node.op} {shown!r} at node {node.name!r}; {advice}"
         )

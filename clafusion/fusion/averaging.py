@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from clafusion.errors import FusionError
 from clafusion.options import FusionOptions, normalized
+from clafusion.statistics.samples import check_finite
 from clafusion.tracing.capture import independent_copy
 from clafusion.tracing.parameters import add_moved, load_state, resized, state_of
 from clafusion.tracing.structure import Layer, Unit
@@ -14,28 +15,31 @@ from clafusion.transport.balanced import Balanced, Maps
 from clafusion.transport.neuron_maps import axis_maps
 
 
-def combine(
-    anchor: nn.Module, balanced: Balanced, maps: Sequence[Maps], weights: Sequence[float], options: FusionOptions
+def moved_average(
+    balanced: Balanced, maps: Sequence[Maps], weights: Sequence[float], options: FusionOptions
 ) -> nn.Module:
     """Average the moved parents into a network with the anchor's widths and the balanced depth.
 
     Args:
-        anchor: the balanced anchor; left as it is.
-        balanced: the structures of all balanced parents.
+        balanced: the parents; left as they are.
         maps: per parent the maps of its neurons.
         weights: per parent, summing to one.
         options: `streams` and `head` are read.
+
+    Raises:
+        FusionError: if a parameter of the result is not finite.
     """
     structure = balanced.structure
-    network = resized(anchor, structure, _sizes(balanced, options))
+    network = resized(balanced.parents[balanced.anchor].network, structure, _sizes(balanced, options))
     fused = state_of(network)
-    states = [state_of(parent.module) for parent in balanced.structures]
+    states = [state_of(parent.network) for parent in balanced.parents]
     for unit in structure.units:
         for layer in unit.layers:
             for name in (key for key in structure.axes if key.rpartition(".")[0] == layer.name):
                 shares = _shares(balanced, unit, layer, name, weights, options)
                 tensors = [state[name] for state in states]
                 _add_up(fused[name], balanced, name, tensors, maps, shares, options)
+    check_finite(network, "the fused network", structure)
     return network
 
 
@@ -75,12 +79,18 @@ def _sizes(balanced: Balanced, options: FusionOptions) -> dict[str, int]:
 def _shares(
     balanced: Balanced, unit: Unit, layer: Layer, name: str, weights: Sequence[float], options: FusionOptions
 ) -> list[float]:
-    """The share of every parent in one parameter.
+    r"""The share of every parent in one parameter.
 
-    A residual unit that only some parents have keeps its inner layers whole, and what closes its branch is scaled by
-    those parents' weights: averaging both with zeros would leave the square of the weight.
+    Most parameters are plainly averaged: parent k has the share :math:`w_k`. But let the parents have the shares
+    :math:`s_k` of a residual unit :math:`x + V \phi(U x)`: 1 or 0, where it is an inserted identity with :math:`V = 0`,
+    or something between in an average of networks of which some had it. Then
+
+    .. math:: U = \sum_k \frac{w_k s_k}{\sum_j w_j s_j} U_k, \qquad V = \sum_k w_k V_k
+
+    so that the branch gives about :math:`\sum_k w_k V_k \phi(U_k x)`, the mean of the parents' branches. Were the
+    identities averaged into U as well, the branch would shrink by the square of its owners' weight.
     """
-    everybody = range(len(balanced.structures))
+    everybody = range(len(balanced.parents))
     inside = balanced.inner_weights(unit, weights)
     if options.head == "anchor" and layer.space == balanced.structure.output:
         return [float(k == balanced.anchor) for k in everybody]

@@ -1,27 +1,26 @@
-"""What every fusion is checked for while it runs, on a handful of samples, so that none returns a wrong network.
+"""Checks of every fusion while it runs, on a handful of samples, so that none returns a wrong network.
 
-A parent with inserted layers is the function that it was. So is a parent whose neurons are permuted, which holds the
-trace and the maps to their word. Maps are maps, and everything is finite. What is violated is named, with its neuron
-space and its parameter.
+Maps are maps, and everything is finite. A parent whose neurons are permuted is the function that it was, which proves
+the trace and the maps. An error names the neuron space and the parameter.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from clafusion.errors import FusionError
 from clafusion.options import FusionOptions
 from clafusion.statistics.samples import all_finite
-from clafusion.tracing.comparison import TOLERANCE, _Checked, _difference, _few, _first, _named, _nodes
-from clafusion.tracing.execution import as_input, observe
+from clafusion.tracing.comparison import TOLERANCE, difference, few_of, first_wrong, in_words, logits_of, outputs_of
+from clafusion.tracing.execution import GraphRunner, as_input
 from clafusion.tracing.parameters import copied_rows, move
 from clafusion.tracing.structure import Axis, Structure, trace
 from clafusion.transport.balanced import Balanced, Maps
 from clafusion.transport.neuron_maps import moved
 
-#: How far the shares in a column of a map may be from summing to one.
+#: The sum of the shares in a column of a map may be so far from one.
 SHARE_TOLERANCE = 1e-6
 
 
@@ -34,7 +33,7 @@ def check_maps(balanced: Balanced, maps: Sequence[Maps]) -> None:
                 layer = next(layer for layer in structure.layers if key in (layer.name, layer.space))
                 raise FusionError(
                     f"Expected maps of neurons with shares that sum to one, got one that is {error:.1e} off, of parent "
-                    f"{k} behind {_named(layer)}; report it"
+                    f"{k} behind {in_words(layer)}; report it"
                 )
 
 
@@ -42,8 +41,8 @@ def check_moved(balanced: Balanced, maps: Sequence[Maps], samples: Tensor, optio
     """Refuse a parent that is another function once its neurons are permuted.
 
     They are permuted as its maps say where these are permutations. Where no parent's maps move the neurons of all of
-    its spaces, those of the smallest parent are permuted at random as well. One is enough: all share one graph, and
-    what is asked is whether that was read aright.
+    its spaces, those of the smallest parent are permuted at random as well. One is enough: all share one graph, and the
+    check is about how that was read.
 
     Args:
         balanced: the parents.
@@ -51,38 +50,38 @@ def check_moved(balanced: Balanced, maps: Sequence[Maps], samples: Tensor, optio
         samples: inputs; the first few are run.
         options: `streams` is read.
     """
-    # The graph of the template has every layer; those of the others may pass over what was inserted.
-    graph, few = balanced.structures[balanced.template].module.graph, _few(samples)
-    thorough = False
+    few, thorough = few_of(samples), False
     for k, (structure, its_maps) in enumerate(zip(balanced.structures, maps, strict=True)):
         if orders := _orders(structure, its_maps, options):
-            _check_permuted(f"parent {k}", structure, graph, orders, its_maps, few, options)
+            _check_permuted(f"parent {k}", structure, orders, its_maps, few, options)
             thorough = thorough or not any(order.diagonal().all() for order in orders.values())
     if thorough:
         return
     k, smallest = min(enumerate(balanced.structures), key=lambda pair: sum(pair[1].sizes.values()))
     orders, shared = _shuffled(smallest), replace(options, streams="shared")
-    _check_permuted(f"parent {k}", smallest, graph, orders, orders, few, shared)
+    _check_permuted(f"parent {k}", smallest, orders, orders, few, shared)
 
 
 def _check_permuted(
-    called: str, structure: Structure, graph: fx.Graph, orders: Maps, maps: Maps, few: Tensor, options: FusionOptions
+    called: str, structure: Structure, orders: Maps, maps: Maps, few: Tensor, options: FusionOptions
 ) -> None:
     """Compare a network with itself in another order: `orders` by space, and as the fusion has it in `maps`."""
 
     def permuted(output: Tensor, space: str) -> Tensor:
         return move(output, (None, Axis(space)), (None, orders.get(space)))
 
-    before = _Checked(structure, graph)
-    after = _Checked(structure, graph, lambda name, tensor: moved(structure, name, tensor, maps, options))
-    error = _difference(permuted(before.logits(few), structure.output), logits := after.logits(few))
+    def change(name: str, tensor: Tensor) -> Tensor:
+        return moved(structure, name, tensor, maps, options)
+
+    logits = logits_of(structure, few, change)
+    error = difference(permuted(logits_of(structure, few), structure.output), logits)
     if error <= TOLERANCE[logits.dtype]:
         return
-    expected, got = before.outputs(few), after.outputs(few)
-    pairs = ((layer, permuted(expected[layer], layer.space), got[layer]) for layer in structure.layers)
+    expected, got = outputs_of(structure, few), outputs_of(structure, few, change=change)
+    pairs = ((one, permuted(expected[one.node], one.space), got[one.node]) for one in structure.layers)
     raise FusionError(
         f"Expected {called} to be the same function with its neurons permuted, got logits that differ by {error:.1e} "
-        f"(relative), first behind {_first(pairs, structure)}; it cannot be fused safely, report it"
+        f"(relative), first behind {first_wrong(pairs, structure)}; it cannot be fused safely, report it"
     )
 
 
@@ -112,14 +111,13 @@ def check_outputs(model: nn.Module, samples: Tensor) -> None:
         model: the fused network, in eval mode.
         samples: inputs.
     """
-    few = as_input(_few(samples), model)
+    few = as_input(few_of(samples), model)
     if all_finite(model(few)):
         return
     structure = trace(model, few)
-    nodes = _nodes(structure.layers, structure.module.graph)
-    outputs = dict(observe(structure.module, few, nodes.values()))
-    layer = next((layer for layer in structure.layers if not all_finite(outputs[nodes[layer]])), None)
+    outputs = dict(GraphRunner(structure.module).observe(few, [layer.node for layer in structure.layers]))
+    layer = next((layer for layer in structure.layers if not all_finite(outputs[layer.node])), structure.layers[-1])
     raise FusionError(
         "Expected finite outputs of the fused network, got NaN or infinity, first behind "
-        f"{_named(layer or structure.layers[-1])}; fuse in a wider dtype"
+        f"{in_words(layer)}; fuse in a wider dtype"
     )

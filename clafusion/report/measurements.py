@@ -1,4 +1,4 @@
-"""What a report shows beyond the summary of a fusion: units, small pictures of the maps, and how features fared."""
+"""Measurements for a report beyond the summary of a fusion: units, small pictures of the maps, and features."""
 
 import base64
 import math
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from clafusion.alignment.similarity import MIN_SAMPLES, cka_from_hsic, gram, hsic
-from clafusion.fusion.averaging import combine
-from clafusion.fusion.fuse import Fusion, owners_by_unit
-from clafusion.statistics.samples import chunks, rows
-from clafusion.tracing.execution import as_input
-from clafusion.tracing.runs import in_step
+from clafusion.alignment.similarity import MIN_SAMPLES, cka_from_hsic, gram, hsic_sums
+from clafusion.fusion.averaging import moved_average
+from clafusion.fusion.fuse import Fusion
+from clafusion.statistics.moments import NeuronSums
+from clafusion.statistics.samples import chunks
+from clafusion.tracing.capture import shell
+from clafusion.tracing.execution import GraphRunner, as_input, in_step
 from clafusion.tracing.structure import Structure, structure_of
 from clafusion.tracking import tracked
-from clafusion.transport.balanced import Balanced
 
 #: Height and width of the picture of a map, at most.
 PIXELS = 64
@@ -28,8 +28,8 @@ SAMPLES = 512
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """How the features of a network compare with those of another, layer by layer.
+class FeatureComparison:
+    """The features of a network against those of another, layer by layer.
 
     Attributes:
         layers: names of the layers with weights, in forward order, without projection shortcuts.
@@ -53,7 +53,9 @@ class Agreement:
 
 
 @torch.no_grad()
-def diagnose(networks: Sequence[nn.Module], parents: Sequence[nn.Module], samples: Tensor) -> list[list[Agreement]]:
+def diagnose(
+    structure: Structure, networks: Sequence[GraphRunner], parents: Sequence[GraphRunner], samples: Tensor
+) -> list[list[FeatureComparison]]:
     r"""Compare the features of networks with those of others, before every activation.
 
     .. math:: \text{ratio} = \frac{\mathrm{mean}_i \mathrm{Var}[x_i]}{\mathrm{mean}_j \mathrm{Var}[y_j]}, \quad
@@ -61,95 +63,66 @@ def diagnose(networks: Sequence[nn.Module], parents: Sequence[nn.Module], sample
               {\sqrt{\sum_b \mathrm{HSIC}_1(K_b, K_b) \sum_b \mathrm{HSIC}_1(L_b, L_b)}}
 
     Args:
+        structure: of any of the networks.
         networks: one or more, such as a fused network before and after its correction.
         parents: networks of the same graph, such as `Fusion.balanced`; widths may differ.
         samples: inputs, [samples, ...]; run in chunks, whose features are dropped at once.
 
     Returns:
-        For each network its agreement with each parent.
+        For each network its comparison with each parent.
 
     Example:
+        >>> from clafusion import trace
         >>> from clafusion.networks import MLP
-        >>> one = MLP(8, [6, 4], num_classes=3).eval()
-        >>> [[agreement]] = diagnose([one], [one], torch.randn(16, 8))
-        >>> [round(value, 6) for value in (*agreement.variance_ratio, *agreement.cka)]
+        >>> samples = torch.randn(16, 8)
+        >>> structure = trace(MLP(8, [6, 4], num_classes=3), samples)
+        >>> runner = GraphRunner(structure.module)
+        >>> [[comparison]] = diagnose(structure, [runner], [runner], samples)
+        >>> [round(value, 6) for value in (*comparison.variance_ratio, *comparison.cka)]
         [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
-    structures = [structure_of(model, samples) for model in (*networks, *parents)]
-    layers = _observed(structures[0])
-    sums = {name: _Sums(len(networks), len(parents)) for name in layers.values()}
-    parts = chunks(samples)
+    # By the node of their features, in graph order.
+    names = {layer.pre: layer.name for unit in structure.units for layer in unit.branch}
+    names = {node: names[node] for node in networks[0].nodes if node in names}
+    count, parts = len(networks), chunks(samples)
+    enough = all(len(chunk) >= MIN_SAMPLES for chunk in parts)
+    neurons: dict[tuple[str, int], NeuronSums] = {}
+    kernels: dict[str, list[Tensor]] = {}
     for chunk in tracked(parts, "comparing features", len(parts)):
-        outputs = in_step(structures, [list(layers)] * len(structures), chunk)
-        for name, features in zip(layers.values(), outputs, strict=True):
-            sums[name].add(features)
-    names = tuple(layers.values())
+        for node, features in zip(names, in_step([*networks, *parents], names, chunk), strict=True):
+            for k, x in enumerate(features):
+                neurons[node, k] = NeuronSums.of(x, onto=neurons.get((node, k)))
+            if enough:
+                grams = [gram(x) for x in features]
+                kernels[node] = hsic_sums(grams[:count], grams[count:], True, onto=kernels.get(node))
+    spread = {key: float(sums.mean_and_variance()[1].mean()) for key, sums in neurons.items()}
+    cka = {node: cka_from_hsic(*sums).tolist() for node, sums in kernels.items()}
     return [
         [
-            Agreement(names, tuple(sums[n].ratio(i, j) for n in names), tuple(sums[n].cka(i, j) for n in names))
+            FeatureComparison(
+                tuple(names.values()),
+                tuple(_ratio(spread[node, i], spread[node, count + j]) for node in names),
+                tuple(_finite(cka[node][i][j]) if enough else None for node in names),
+            )
             for j in range(len(parents))
         ]
-        for i in range(len(networks))
+        for i in range(count)
     ]
 
 
-def _observed(structure: Structure) -> dict[str, str]:
-    """The layers to observe by the node of their features, in graph order."""
-    chosen = {layer.pre: layer.name for unit in structure.units for layer in unit.branch}
-    return {node.name: chosen[node.name] for node in structure.module.graph.nodes if node.name in chosen}
-
-
-class _Sums:
-    """What is summed up over the chunks for one layer of all networks, the parents last."""
-
-    def __init__(self, networks: int, parents: int) -> None:
-        self.networks = networks
-        self.count = 0
-        self.enough = True
-        self.totals: list[Any] = [0.0] * (networks + parents)
-        self.squares: list[Any] = [0.0] * (networks + parents)
-        self.own: list[Any] = [0.0] * (networks + parents)
-        self.cross: list[list[Any]] = [[0.0] * parents for _ in range(networks)]
-
-    def add(self, features: Sequence[Tensor]) -> None:
-        for k, x in enumerate(rows(x).double() for x in features):
-            self.totals[k] = self.totals[k] + x.sum(0)
-            self.squares[k] = self.squares[k] + x.square().sum(0)
-        self.count += len(rows(features[0]))
-        if len(features[0]) < MIN_SAMPLES:
-            self.enough = False
-            return
-        grams = [gram(x) for x in features]
-        for k, one in enumerate(grams):
-            self.own[k] = self.own[k] + hsic(one, one, debiased=True)
-        for i, row in enumerate(self.cross):
-            for j, other in enumerate(grams[self.networks :]):
-                row[j] = row[j] + hsic(grams[i], other, debiased=True)
-
-    def variance(self, k: int) -> float:
-        mean = self.totals[k] / self.count
-        return float((self.squares[k] / self.count - mean.square()).clamp_min(0).mean())
-
-    def ratio(self, i: int, j: int) -> float | None:
-        theirs = self.variance(self.networks + j)
-        return _finite(self.variance(i) / theirs) if theirs > 0 else None
-
-    def cka(self, i: int, j: int) -> float | None:
-        if not self.enough:
-            return None
-        return _finite(float(cka_from_hsic(self.cross[i][j], self.own[i], self.own[self.networks + j])))
+def _ratio(value: float, other: float) -> float | None:
+    return _finite(value / other) if other > 0 else None
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def report_data(fusion: Fusion, models: Sequence[nn.Module], samples: Tensor) -> dict[str, Any]:
-    """What the report draws beyond `Fusion.summary`, small enough to be kept with it.
+def report_data(fusion: Fusion, samples: Tensor) -> dict[str, Any]:
+    """The content of a report beyond `Fusion.summary`, small enough to be kept with it.
 
     Args:
         fusion: what `fuse` returned.
-        models: what it was given.
         samples: inputs that it measured on; the first `SAMPLES` of them are used.
 
     Returns:
@@ -159,34 +132,42 @@ def report_data(fusion: Fusion, models: Sequence[nn.Module], samples: Tensor) ->
     """
     samples = samples[:SAMPLES]
     corrected = fusion.options.correction != "none" and made_at_once(fusion)
-    before = next(averages(fusion, samples, [fusion.weights])) if corrected else None
-    template = structure_of(fusion.balanced[fusion.template], samples)
-    inserted = [_inserted(fusion, k, template) for k in range(len(models))]
-    found = diagnose([fusion.model, *([before] if before is not None else [])], fusion.balanced, samples)
+    before = [next(averages(fusion, [fusion.weights]))] if corrected else []
+    # Networks that are fused one after another are less deep before the template is added: nothing to compare with.
+    structure = fusion.balancing.structure if made_at_once(fusion) else structure_of(fusion.model, samples)
+    networks = [_runner(network, structure) for network in (fusion.model, *before)]
+    parents = {k: _runner(parent.network, parent.structure) for k, parent in enumerate(fusion.balancing.parents)}
+    whole = [k for k, runner in parents.items() if runner.nodes.keys() == networks[0].nodes.keys()]
+    comparisons = diagnose(structure, networks, [parents[k] for k in whole], samples)
+    layers = comparisons[0][0].layers
+
+    def compared(network: int, k: int) -> dict[str, Any]:
+        comparison = comparisons[network][whole.index(k)] if k in whole else comparisons[network][0]
+        return comparison.without(_inserted(fusion, k) if k in whole else layers)
+
     return {
-        "units": [_units(structure_of(model, samples)) for model in models],
+        "units": [_units(structure) for structure in fusion.structures],
         "maps": [{space: map_picture(one) for space, one in maps.items()} for maps in fusion.maps],
         "diagnosis": {
             "samples": len(samples),
-            "layers": list(found[0][0].layers),
-            "parents": [
-                {
-                    "before": None if before is None else found[1][k].without(inserted[k]),
-                    "after": after.without(inserted[k]),
-                }
-                for k, after in enumerate(found[0])
-            ],
+            "layers": list(layers),
+            "parents": [{"before": compared(1, k) if corrected else None, "after": compared(0, k)} for k in parents],
         },
     }
 
 
-def _inserted(fusion: Fusion, k: int, template: Structure) -> frozenset[str]:
+def _runner(network: nn.Module, structure: Structure) -> GraphRunner:
+    """The runner of a network that is built as the one whose structure is given."""
+    return GraphRunner(shell(network), structure.module.graph)
+
+
+def _inserted(fusion: Fusion, k: int) -> frozenset[str]:
     """The layers inside the residual units that a parent only has as inserted identities: nothing to compare with."""
     if fusion.options.balance == "merge":
         return frozenset()
     return frozenset(
         layer.name
-        for stage, units in enumerate(template.stages)
+        for stage, units in enumerate(fusion.structures[fusion.template].stages)
         for place, unit in enumerate(units)
         for layer in unit.branch
         if place not in fusion.alignments[k][stage] and layer != unit.output
@@ -237,20 +218,15 @@ def made_at_once(fusion: Fusion) -> bool:
     return fusion.options.many != "iterative" or len(fusion.balanced) == 2
 
 
-def averages(fusion: Fusion, samples: Tensor, weights: Iterable[Sequence[float]]) -> Iterator[nn.Module]:
+def averages(fusion: Fusion, weights: Iterable[Sequence[float]]) -> Iterator[nn.Module]:
     """The averages of the moved parents, without their correction.
 
     Args:
         fusion: made in one step.
-        samples: two or more inputs.
         weights: for each average its weight per parent, summing to one.
     """
-    options = fusion.options
-    structures = tuple(structure_of(parent, samples) for parent in fusion.balanced)
-    owners = owners_by_unit(structures[fusion.template], fusion.template, fusion.alignments, None, options)
-    balanced = Balanced(structures, owners, options.anchor_index, fusion.template)
     for shares in weights:
-        yield combine(fusion.balanced[options.anchor_index], balanced, fusion.maps, shares, options)
+        yield moved_average(fusion.balancing, fusion.maps, shares, fusion.options)
 
 
 @torch.no_grad()
@@ -271,13 +247,13 @@ def line_accuracies(fusion: Fusion, images: Tensor, labels: Tensor) -> dict[str,
     if not made_at_once(fusion):
         return None
     anchor, count = fusion.options.anchor_index, len(fusion.balanced)
-    found = {}
+    accuracies = {}
     for k in range(count):
         if k != anchor:
             lines = [[(1 - s) * (i == anchor) + s * (i == k) for i in range(count)] for s in SHARES]
-            found[str(k)] = [_accuracy(model, images, labels) for model in averages(fusion, images, lines)]
+            accuracies[str(k)] = [_accuracy(model, images, labels) for model in averages(fusion, lines)]
     fused = _accuracy(fusion.model, images, labels)
-    return {"samples": len(labels), "shares": list(SHARES), "fused": fused, "accuracies": found}
+    return {"samples": len(labels), "shares": list(SHARES), "fused": fused, "accuracies": accuracies}
 
 
 def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:

@@ -22,7 +22,7 @@ def fusion_report(record: dict[str, Any]) -> str:
     """The report on one fusion.
 
     Args:
-        record: `{**fusion.summary(), "report": report_data(fusion, models, samples)}`, or the content of `fusion.json`.
+        record: `{**fusion.summary(), "report": report_data(fusion, samples)}`, or the content of `fusion.json`.
 
     Returns:
         An HTML document.
@@ -36,7 +36,7 @@ def fusion_report(record: dict[str, Any]) -> str:
         >>> from clafusion.networks import MLP
         >>> models, samples = [MLP(8, [6, 5, 4], 3), MLP(8, [6, 4], 3)], torch.randn(64, 8)
         >>> fusion = fuse(models, [samples])
-        >>> text = fusion_report({**fusion.summary(), "report": report_data(fusion, models, samples)})
+        >>> text = fusion_report({**fusion.summary(), "report": report_data(fusion, samples)})
         >>> text.count("<svg") > 4, "http" in text
         (True, False)
     """

@@ -13,25 +13,25 @@ from clafusion.errors import FusionError
 T = TypeVar("T")
 #: Samples that are run at once where no memory budget says how many.
 CHUNK = 32
-#: Which shares of the samples that are run at once usually are tried. With fewer than a fourth of CHUNK, a chunk of
+#: Divisors of the number of samples run at once, tried in turn. With fewer than a fourth of CHUNK, a chunk of
 #: near-equal parts could be too small for an unbiased estimate, which takes four.
 DIVISORS = (1, 2, 4)
 _divisor: ContextVar[int] = ContextVar("divisor of the samples that are run at once", default=1)
 
 
 def samples_at_once(most: int = CHUNK) -> int:
-    """How many samples to run at once: the given number while memory suffices, at least one."""
+    """The number of samples to run at once: the given one while memory suffices, at least one."""
     return max(1, most // _divisor.get())
 
 
 def within_memory(compute: Callable[[], T]) -> T:
-    """Calls a function; where it runs out of memory once more, with half as many samples at once, and so on.
+    """Call a function; if it runs out of memory, call it again with half as many samples at once, then with a fourth.
 
     Args:
-        compute: What to call; it changes nothing before it has succeeded.
+        compute: the function; it changes nothing before it has succeeded.
 
     Raises:
-        FusionError: There is not enough memory even for the smallest number of samples.
+        FusionError: if there is not enough memory even for the smallest number of samples.
     """
     for divisor in DIVISORS:
         if divisor > 1:

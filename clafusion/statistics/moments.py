@@ -1,4 +1,4 @@
-"""What is measured on unlabelled samples: sums over batches, so that memory does not grow with their number."""
+"""Sums over the features of samples, batch by batch, so that memory does not grow with their number."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,10 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clafusion.statistics.samples import CPU_CHUNK, chunks
-from clafusion.tracing.execution import working_precision
-from clafusion.tracing.runs import in_step
-from clafusion.tracing.structure import Structure
+from clafusion.statistics.samples import CPU_CHUNK, chunks, rows
+from clafusion.tracing.execution import GraphRunner, in_step, working_precision
 from clafusion.tracking import tracked
 
 #: Observations whose products are summed in single precision before they are added to sums in float64.
@@ -38,8 +36,8 @@ class Moments:
     def of(cls, x: Tensor, y: Tensor, onto: "Moments | None" = None) -> "Moments":
         """The sums of one batch, x [samples, n, ...] and y [samples, m, ...], every position an observation.
 
-        What is in single precision is multiplied in it, in blocks of a few thousand observations around a mean, and
-        summed in float64: the rounding is relative to what varies, not to the mean, and does not pile up.
+        Single-precision inputs are multiplied in single precision, in centred blocks of a few thousand observations,
+        and accumulated in float64: the rounding is relative to what varies, not to the mean, and does not add up.
 
         Args:
             x: features of one network.
@@ -54,23 +52,23 @@ class Moments:
         positions = x.shape[2]
         step = len(x) if dtype == torch.float64 else max(1, BLOCK // positions)
         # The same memory for all blocks: a new one would take longer than what is computed in it.
-        rooms = [one.new_empty(one.shape[1], min(step, len(one)) * positions, dtype=dtype) for one in (x, y)]
+        buffers = [one.new_empty(one.shape[1], min(step, len(one)) * positions, dtype=dtype) for one in (x, y)]
         blocks: list[tuple[Tensor, ...]] = []
         for parts in zip(x.split(step), y.split(step), strict=True):
-            a, b = (_centred(part, centre, room) for part, centre, room in zip(parts, centres, rooms, strict=True))
+            a, b = (_centred(*one) for one in zip(parts, centres, buffers, strict=True))
             norms = [torch.linalg.vector_norm(one, dim=1) for one in (a, b)]
             blocks.append((a.sum(1), b.sum(1), *norms))
-            # What an inserted block computes is often nothing; asking an accelerator would cost more than the product.
+            # An inserted block often gives zeros; to ask an accelerator would cost more than the product.
             if x.device.type != "cpu" or all(norm.any() for norm in norms):
                 products += a @ b.T
         sums = [torch.stack(parts).double() for parts in zip(*blocks, strict=True)]
         x_sum, y_sum, xx, yy = sums[0].sum(0), sums[1].sum(0), sums[2].square().sum(0), sums[3].square().sum(0)
         around = cls(len(x) * positions, x_sum, y_sum, xx, yy, products)
-        found = around._shifted(*(centre.double() for centre in centres))
+        batch = around._shifted(*(centre.double() for centre in centres))
         if onto is None:
-            return found
-        count, x_sum, y_sum = onto.count + found.count, onto.x + found.x, onto.y + found.y
-        return cls(count, x_sum, y_sum, onto.xx + found.xx, onto.yy + found.yy, products)
+            return batch
+        count, x_sum, y_sum = onto.count + batch.count, onto.x + batch.x, onto.y + batch.y
+        return cls(count, x_sum, y_sum, onto.xx + batch.xx, onto.yy + batch.yy, products)
 
     def _shifted(self, x: Tensor, y: Tensor) -> "Moments":
         """The moments of the neurons plus constants, [n] and [m]; the products are changed in place."""
@@ -85,16 +83,39 @@ class Moments:
         )
 
 
-def _centred(part: Tensor, centre: Tensor, room: Tensor) -> Tensor:
-    """[samples, neurons, positions] minus a constant for each neuron, as [neurons, observations] in the given room."""
-    result = room[:, : len(part) * part.shape[2]]
+def _centred(part: Tensor, centre: Tensor, buffer: Tensor) -> Tensor:
+    """[samples, neurons, positions] minus a constant for each neuron, as [neurons, observations] in the buffer."""
+    result = buffer[:, : len(part) * part.shape[2]]
     torch.sub(part.movedim(1, 0), centre[:, None, None], out=result.unflatten(1, (len(part), part.shape[2])))
     return result
 
 
+@dataclass(frozen=True)
+class NeuronSums:
+    """Sums over observations of one set of neurons, in float64: their number, sums and sums of squares, [neurons]."""
+
+    count: int
+    total: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, onto: "NeuronSums | None" = None) -> "NeuronSums":
+        """The sums of one batch of features, [samples, neurons, ...], added to those of earlier ones."""
+        x = rows(features).double()
+        total, squares = x.sum(0), x.square().sum(0)
+        if onto is None:
+            return cls(len(x), total, squares)
+        return cls(onto.count + len(x), onto.total + total, onto.squares + squares)
+
+    def mean_and_variance(self) -> tuple[Tensor, Tensor]:
+        """The mean and the variance of every neuron."""
+        mean = self.total / self.count
+        return mean, (self.squares / self.count - mean.square()).clamp_min(0)
+
+
 @torch.no_grad()
 def paired_moments(
-    structures: Sequence[Structure],
+    runners: Sequence[GraphRunner],
     pairs: Mapping[str, Sequence[tuple[int, int]]],
     samples: Tensor,
     size: int = CPU_CHUNK,
@@ -102,7 +123,7 @@ def paired_moments(
     """The joint moments of the features of pairs of networks that share one graph.
 
     Args:
-        structures: networks with equal node names.
+        runners: of networks with equal node names.
         pairs: for every node to observe, the pairs of networks to relate there.
         samples: inputs.
         size: how many of them to run at once.
@@ -110,11 +131,11 @@ def paired_moments(
     Returns:
         For every (node, network, other network) the moments of the features of the two.
     """
-    order = [node.name for node in structures[0].module.graph.nodes if pairs.get(node.name)]
+    order = [name for name in runners[0].nodes if pairs.get(name)]
     sums: dict[tuple[str, int, int], Moments] = {}
     parts = chunks(samples, size)
     for chunk in tracked(parts, "measuring neurons", len(parts)):
-        for name, outputs in zip(order, in_step(structures, [order] * len(structures), chunk), strict=True):
+        for name, outputs in zip(order, in_step(runners, order, chunk), strict=True):
             for one, other in pairs[name]:
                 key = name, one, other
                 sums[key] = Moments.of(outputs[one], outputs[other], onto=sums.get(key))

@@ -8,25 +8,9 @@ from torch import Tensor, nn
 
 from clafusion.errors import FusionError
 from clafusion.statistics.memory import samples_at_once
-from clafusion.tracing.execution import live_numbers
+from clafusion.tracing.execution import GraphRunner
 from clafusion.tracing.parameters import state_of
 from clafusion.tracing.structure import Structure
-
-
-def check_finite(model: nn.Module, called: str, structure: Structure | None = None) -> None:
-    """Refuse a network with a parameter or buffer that is not finite.
-
-    Args:
-        model: the network.
-        called: what the message calls it.
-        structure: tells the neuron spaces.
-    """
-    for name, tensor in state_of(model).items():
-        if not all_finite(tensor):
-            axes = structure.axes.get(name, ()) if structure is not None else ()
-            space = next((f" (neuron space {axis.space!r})" for axis in axes if axis is not None), "")
-            raise FusionError(f"Expected finite weights, got NaN or infinity in {name!r}{space} of {called}")
-
 
 #: Samples run at once, at most: more gain nothing.
 CPU_CHUNK, ACCELERATOR_CHUNK = 64, 1024
@@ -70,6 +54,21 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite() or tensor.isfinite().all())
 
 
+def check_finite(model: nn.Module, called: str, structure: Structure | None = None) -> None:
+    """Refuse a network with a parameter or buffer that is not finite.
+
+    Args:
+        model: the network.
+        called: what the message calls it.
+        structure: tells the neuron spaces.
+    """
+    for name, tensor in state_of(model).items():
+        if not all_finite(tensor):
+            axes = structure.axes.get(name, ()) if structure is not None else ()
+            space = next((f" (neuron space {axis.space!r})" for axis in axes if axis is not None), "")
+            raise FusionError(f"Expected finite weights, got NaN or infinity in {name!r}{space} of {called}")
+
+
 def check_features(*sums: Tensor) -> None:
     """Refuse what was summed over features that are not finite, or too large for their dtype."""
     if not all(all_finite(one) for one in sums):
@@ -79,16 +78,16 @@ def check_features(*sums: Tensor) -> None:
         )
 
 
-def batch_size(structures: Sequence[Structure], memory_budget: int) -> int:
-    """How many samples to run through networks side by side.
+def batch_size(runners: Sequence[GraphRunner], memory_budget: int) -> int:
+    """The number of samples to run through networks side by side.
 
     Args:
-        structures: the networks.
-        memory_budget: MiB for the activations that are alive at once, as `live_numbers` counts them.
+        runners: of the networks.
+        memory_budget: MiB for the activations that are alive at once, as `GraphRunner.live_numbers` counts them.
     """
-    tensors = [next(structure.module.parameters()) for structure in structures]
-    each = [live_numbers(structure.module) * t.element_size() for structure, t in zip(structures, tensors, strict=True)]
-    most = CPU_CHUNK if tensors[0].device.type == "cpu" else ACCELERATOR_CHUNK
+    parameters = [next(runner.module.parameters()) for runner in runners]
+    each = [runner.live_numbers() * p.element_size() for runner, p in zip(runners, parameters, strict=True)]
+    most = CPU_CHUNK if parameters[0].device.type == "cpu" else ACCELERATOR_CHUNK
     return samples_at_once(min(most, memory_budget * 2**20 // max(1, sum(each))))
 
 

@@ -1,4 +1,4 @@
-"""Networks as `torch.fx` graphs: captured without touching the model, cut into segments, run with observers."""
+"""Networks as `torch.fx` graphs: captured without touching the model, and cut into segments."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from clafusion.errors import FusionError
-from clafusion.tracing.execution import observe, tensor_nodes
+from clafusion.tracing.execution import GraphRunner, tensor_nodes
 from clafusion.tracing.operations import OUT_OF_PLACE
 
 
@@ -70,7 +70,7 @@ def capture(model: nn.Module, example: Tensor) -> tuple[fx.GraphModule, Any]:
 
 def segments(module: fx.GraphModule) -> Iterator[Sequence[fx.Node]]:
     """Split the tensor nodes at the cut points: after the last node of each segment it alone is alive."""
-    nodes = tensor_nodes(module)
+    nodes = tensor_nodes(module.graph)
     position = {node: index for index, node in enumerate(nodes)}
     reach = [max((_position(user, position) for user in node.users), default=index) for index, node in enumerate(nodes)]
     segment: list[fx.Node] = []
@@ -108,7 +108,7 @@ def _record_shapes(module: fx.GraphModule, example: Tensor, name: str) -> Any:
     value: Any = None
     try:
         with torch.no_grad():
-            for node_name, value in observe(module, example, by_name):
+            for node_name, value in GraphRunner(module).observe(example, by_name):
                 is_tensor = isinstance(value, Tensor) and by_name[node_name].op != "output"
                 by_name[node_name].meta["shape"] = tuple(value.shape) if is_tensor else None
     except (RuntimeError, ValueError, TypeError, IndexError) as error:

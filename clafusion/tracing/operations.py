@@ -45,6 +45,7 @@ ACTIVATION_CALLS: dict[Any, str] = {
     functional.silu: "SiLU",
     functional.elu: "ELU",
     functional.hardswish: "Hardswish",
+    functional.hardtanh: "Hardtanh",
     torch.tanh: "Tanh",
     "tanh": "Tanh",
     torch.sigmoid: "Sigmoid",
@@ -52,6 +53,7 @@ ACTIVATION_CALLS: dict[Any, str] = {
 }
 CHANNELWISE_CALLS = {
     functional.dropout,
+    functional.dropout2d,
     functional.max_pool2d,
     torch.max_pool2d,
     functional.avg_pool2d,

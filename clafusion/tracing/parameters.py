@@ -50,10 +50,10 @@ def move(tensor: Tensor, axes: Sequence[Axis | None], maps: Sequence[Tensor | No
 def add_moved(
     total: Tensor, share: float, tensor: Tensor, axes: Sequence[Axis | None], maps: Sequence[Tensor | None]
 ) -> None:
-    """Adds a share of the moved parameter, see `move`, to a tensor that is floating and in at least single precision.
+    """Add a share of the moved parameter, see `move`, to a tensor that is floating and in at least single precision.
 
-    Where the rows of the result are copies of others, they are gathered few at a time: all at once would take new
-    memory of the size of the parameter, and longer.
+    If the rows of the result are copies of others, they are gathered few at a time: all at once would take new memory
+    of the size of the parameter, and longer.
     """
     tensor = move(tensor.to(total.dtype), axes, [None, *maps[1:]])
     axis, mapping = axes[0], maps[0]

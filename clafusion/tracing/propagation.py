@@ -29,8 +29,8 @@ class Signal:
 
 
 @dataclass
-class Walk:
-    """What the pass has found so far; `trace` turns it into frozen values."""
+class Propagation:
+    """What the pass knows so far; `trace` turns it into frozen values."""
 
     module: fx.GraphModule
     modules: dict[str, nn.Module]
@@ -81,23 +81,23 @@ class Walk:
         return pre, post, activation
 
 
-def walk(module: fx.GraphModule) -> Walk:
-    """Walk a captured graph.
+def propagate(module: fx.GraphModule) -> Propagation:
+    """Follow the neurons through a captured graph.
 
     Raises:
         FusionError: for the first operation or parameter that is not understood, by name.
     """
-    found = Walk(module, dict(module.named_modules()))
+    found = Propagation(module, dict(module.named_modules()))
     entry = next(node for node in module.graph.nodes if node.op == "placeholder")
     found.open_space("input", entry.meta["shape"][1] if len(entry.meta["shape"]) > 1 else 1)
     for segment in segments(module):
-        _walk_segment(found, segment)
+        _pass_segment(found, segment)
     _finish(found)
     return found
 
 
-def _walk_segment(found: Walk, segment: Sequence[fx.Node]) -> None:
-    """Walk the nodes between two cut points and decide whether they open a unit or continue the last one."""
+def _pass_segment(found: Propagation, segment: Sequence[fx.Node]) -> None:
+    """Pass the nodes between two cut points and decide whether they open a unit or continue the last one."""
     before = len(found.nodes)
     source = segment[0].all_input_nodes[0] if segment[0].all_input_nodes else None
     if source in found.signals:
@@ -123,7 +123,7 @@ def _walk_segment(found: Walk, segment: Sequence[fx.Node]) -> None:
 
 
 def _can_be_identity(
-    found: Walk, source: fx.Node, segment: Sequence[fx.Node], names: list[str], additions: int
+    found: Propagation, source: fx.Node, segment: Sequence[fx.Node], names: list[str], additions: int
 ) -> bool:
     signal = found.signals[source]
     keeps_resolution = source.meta["shape"][2:] == segment[-1].meta["shape"][2:]
@@ -131,7 +131,7 @@ def _can_be_identity(
     return signal.space != "input" and signal.repeat == 1 and keeps_resolution and not projected and additions <= 1
 
 
-def _signal(found: Walk, node: fx.Node) -> Signal:
+def _signal(found: Propagation, node: fx.Node) -> Signal:
     """What the channels of a node's output index, given those of its inputs."""
     if node.op == "placeholder":
         return Signal("input")
@@ -152,7 +152,7 @@ def _signal(found: Walk, node: fx.Node) -> Signal:
     )
 
 
-def _is_channelwise(found: Walk, node: fx.Node) -> bool:
+def _is_channelwise(found: Propagation, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = found.modules[str(node.target)]
         return isinstance(module, (*ops.ACTIVATIONS, *ops.CHANNELWISE))
@@ -164,13 +164,13 @@ def _is_channelwise(found: Walk, node: fx.Node) -> bool:
     return False
 
 
-def _is_flatten(found: Walk, node: fx.Node) -> bool:
+def _is_flatten(found: Propagation, node: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(found.modules[str(node.target)], nn.Flatten)
     return node.target in ops.FLATTEN_CALLS
 
 
-def _flatten(found: Walk, node: fx.Node, source: Signal) -> Signal:
+def _flatten(found: Propagation, node: fx.Node, source: Signal) -> Signal:
     """[samples, channels, ...] becomes [samples, channels x ...]: every neuron is repeated."""
     before, after = node.all_input_nodes[0].meta["shape"], node.meta["shape"]
     if before == after:
@@ -183,7 +183,7 @@ def _flatten(found: Walk, node: fx.Node, source: Signal) -> Signal:
     return replace(source, repeat=source.repeat * math.prod(before[2:]))
 
 
-def _add(found: Walk, node: fx.Node, operands: list[Signal]) -> Signal:
+def _add(found: Propagation, node: fx.Node, operands: list[Signal]) -> Signal:
     """An addition ties its operands; the operand that passed fewer layers is the shortcut."""
     shapes = [source.meta["shape"] for source in node.all_input_nodes]
     if (
@@ -207,7 +207,7 @@ def _add(found: Walk, node: fx.Node, operands: list[Signal]) -> Signal:
     return replace(branch, layers=layers, path=shortcut.path + branch.path)
 
 
-def _register(found: Walk, node: fx.Node, kind: str, axes: dict[str, tuple[Signal | None, ...]]) -> None:
+def _register(found: Propagation, node: fx.Node, kind: str, axes: dict[str, tuple[Signal | None, ...]]) -> None:
     """Note a layer and the axes of its parameters and buffers."""
     name = str(node.target)
     if name in found.nodes:
@@ -226,7 +226,7 @@ def _register(found: Walk, node: fx.Node, kind: str, axes: dict[str, tuple[Signa
         found.axes[f"{name}.{key}"] = axes[key]
 
 
-def _weighted(found: Walk, node: fx.Node, source: Signal) -> Signal:
+def _weighted(found: Propagation, node: fx.Node, source: Signal) -> Signal:
     name = str(node.target)
     module = found.modules[name]
     if isinstance(module, nn.Conv2d) and module.groups > 1:
@@ -245,7 +245,7 @@ def _weighted(found: Walk, node: fx.Node, source: Signal) -> Signal:
     return out
 
 
-def _depthwise(found: Walk, node: fx.Node, module: nn.Conv2d, source: Signal) -> Signal:
+def _depthwise(found: Propagation, node: fx.Node, module: nn.Conv2d, source: Signal) -> Signal:
     """A depth-wise convolution has one filter per channel of its input, and so shares its input's space."""
     name = str(node.target)
     if not module.groups == module.in_channels == module.out_channels:
@@ -258,7 +258,7 @@ def _depthwise(found: Walk, node: fx.Node, module: nn.Conv2d, source: Signal) ->
     return replace(source, path=(*source.path, name))
 
 
-def _norm(found: Walk, node: fx.Node, source: Signal) -> Signal:
+def _norm(found: Propagation, node: fx.Node, source: Signal) -> Signal:
     name = str(node.target)
     module = found.modules[name]
     if not (module.affine and module.track_running_stats):
@@ -269,7 +269,7 @@ def _norm(found: Walk, node: fx.Node, source: Signal) -> Signal:
     return replace(source, path=(*source.path, name))
 
 
-def _finish(found: Walk) -> None:
+def _finish(found: Propagation) -> None:
     """Check what can only be seen at the end: the output."""
     output = next(node for node in found.module.graph.nodes if node.op == "output")
     result = output.args[0]

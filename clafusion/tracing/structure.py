@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from clafusion.errors import FusionError
 from clafusion.tracing.capture import capture
 from clafusion.tracing.execution import as_input
-from clafusion.tracing.propagation import Signal, Walk, walk
+from clafusion.tracing.propagation import Propagation, Signal, propagate
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Layer:
         kind: `linear`, `conv`, `depthwise` or `norm`.
         space: the neuron space that it writes (for `depthwise` and `norm`: that it keeps).
         shortcut: whether it lies on the projection shortcut of a residual unit.
+        node: the graph node that runs it.
         pre: the graph node of its features before the activation (after its norm; for the last layer of a residual
             branch: after the addition).
         post: the node of its features after the activation; `pre` where none follows.
@@ -53,6 +54,7 @@ class Layer:
     kind: str
     space: str
     shortcut: bool
+    node: str
     pre: str
     post: str
     activation: str | None
@@ -65,7 +67,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Unit:
-    """What lies between two cut points: one weighted layer with its norm, or one residual block.
+    """A part between two cut points: one weighted layer with its norm, or one residual block.
 
     Attributes:
         name: the name of its first weighted layer.
@@ -99,7 +101,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Structure:
-    """What `trace` finds.
+    """The result of `trace`.
 
     Attributes:
         axes: for every parameter and buffer, by name, one `Axis` per dimension (None: not indexed by neurons).
@@ -156,7 +158,7 @@ def trace(model: nn.Module, example: Tensor) -> Structure:
         ('fc1', 'fc2')
     """
     module, logits = capture(model, example)
-    found = walk(module)
+    found = propagate(module)
     axes = {name: tuple(_axis(signal, found) for signal in signals) for name, signals in found.axes.items()}
     sizes: dict[str, int] = {}
     for name, size in found.sizes.items():
@@ -166,11 +168,11 @@ def trace(model: nn.Module, example: Tensor) -> Structure:
     return Structure(axes, sizes, found.root("input"), output, _stages(units, output), module, logits)
 
 
-def _axis(signal: Signal | None, found: Walk) -> Axis | None:
+def _axis(signal: Signal | None, found: Propagation) -> Axis | None:
     return None if signal is None else Axis(found.root(signal.space), signal.repeat, signal.layers)
 
 
-def _unit(draft: Sequence[str], found: Walk) -> Unit:
+def _unit(draft: Sequence[str], found: Propagation) -> Unit:
     """Freeze one unit: `draft` holds the names of its layers."""
     residual = found.closing.get(draft[0])
     ordered = tuple(sorted((_layer(name, found) for name in draft), key=lambda layer: layer.shortcut))
@@ -187,10 +189,11 @@ def _unit(draft: Sequence[str], found: Walk) -> Unit:
     )
 
 
-def _layer(name: str, found: Walk) -> Layer:
+def _layer(name: str, found: Propagation) -> Layer:
     shortcut = name in found.shortcuts
     pre, post, activation = found.observation_nodes(name, shortcut)
-    return Layer(name, found.kinds[name], found.root(found.spaces[name]), shortcut, pre.name, post.name, activation)
+    space, node = found.root(found.spaces[name]), found.nodes[name]
+    return Layer(name, found.kinds[name], space, shortcut, node.name, pre.name, post.name, activation)
 
 
 def _stages(units: Sequence[Unit], output: str) -> tuple[tuple[Unit, ...], ...]:
@@ -200,7 +203,7 @@ def _stages(units: Sequence[Unit], output: str) -> tuple[tuple[Unit, ...], ...]:
     return tuple(tuple(stage) for _, stage in groupby(units, key))
 
 
-def check_stages(a: Structure, b: Structure, names: tuple[str, str] = ("the first network", "the second")) -> None:
+def check_same_stages(a: Structure, b: Structure, names: tuple[str, str] = ("the first network", "the second")) -> None:
     """Refuse two structures whose stages cannot be matched one to one."""
     kinds = [[stage[0].kind for stage in structure.stages] for structure in (a, b)]
     if kinds[0] != kinds[1]:

@@ -5,6 +5,8 @@ neuron j of the anchor, a *plan* couples their masses, and a *map* is a plan div
 each of its columns (an anchor neuron as a mixture of the other's neurons) sums to one.
 """
 
+import warnings
+
 import numpy as np
 import ot
 import torch
@@ -17,6 +19,8 @@ from clafusion.statistics.samples import check_features
 
 #: Entries of a cost matrix from which Sinkhorn's iterations are faster on an accelerator than on the CPU.
 ACCELERATED = 2**16
+#: Iterations of Sinkhorn's, at most.
+MOST_ITERATIONS = 10_000
 
 _NORMALIZERS = {
     "none": lambda cost: cost,
@@ -95,6 +99,9 @@ def transport_plan(
 
     Raises:
         FusionError: if the cost is not finite, or the solver is unknown.
+
+    Warns:
+        UserWarning: if the iterations of `sinkhorn` or `unbalanced` have not converged.
     """
     _check(cost)
     if solver == "exact":
@@ -124,12 +131,20 @@ def _scaled(cost: Tensor, p: Tensor, q: Tensor, regularization: float, power: fl
     log_kernel = -cost / regularization
     log_p, log_q = p.log(), q.log()
     log_u, log_v = torch.zeros_like(p), torch.zeros_like(q)
-    for _ in range(10_000):
+    for _ in range(MOST_ITERATIONS):
         before = log_v
         log_u = -power * (log_kernel + (log_q + log_v)).logsumexp(1)
         log_v = -power * (log_kernel + (log_p + log_u)[:, None]).logsumexp(0)
-        if (log_v - before).abs().max() <= 1e-9:
+        change = float((log_v - before).abs().max())
+        if change <= 1e-9:
             break
+    else:
+        warnings.warn(
+            f"Expected Sinkhorn's iterations to converge, got masses that still change by a share of {change:.1e} in "
+            f"the last of {MOST_ITERATIONS:,}; raise regularization above {regularization}",
+            UserWarning,
+            stacklevel=2,
+        )
     return (log_kernel + (log_p + log_u)[:, None] + (log_q + log_v)).exp()
 
 

@@ -97,7 +97,7 @@ def drawn(fused: Fused, data: ImageData) -> dict[str, Any]:
         fused: What `fuse_checkpoints` returned; its samples are used again.
         data: The images; where it has validation images, their accuracy along the line between the parents is shown.
     """
-    found = report_data(fused.fusion, fused.parents, collect(fused.batches, SAMPLES))
+    found = report_data(fused.fusion, collect(fused.batches, SAMPLES))
     labelled = list(_labelled(data, fused.batches[0].device))
     if sum(len(labels) for _, labels in labelled) > 1:
         images, labels = (torch.cat(parts) for parts in zip(*labelled, strict=True))

@@ -11,7 +11,7 @@ from torch import nn
 from clafusion import FusionOptions, fuse, insert_identities, trace
 from clafusion.statistics.moments import Moments, paired_moments
 from clafusion.statistics.samples import rows
-from clafusion.tracing.execution import observe
+from clafusion.tracing.execution import GraphRunner
 from tests.architectures import CLASSES, architectures, flags, pairs
 from tests.helpers import CORRECTIONS, permuted, relative_error
 
@@ -43,7 +43,7 @@ def test_permuting_every_free_space_leaves_the_function_as_it_is(drawn, seed):
 def told_apart(model: nn.Module, samples: torch.Tensor, features: str, cost: str) -> bool:
     """Whether no two neurons are alike in what they are compared by, and the network gives anything at all."""
     structure = trace(model, samples[:2])
-    values = dict(observe(structure.module, samples, {layer.pre for layer in structure.layers}))
+    values = dict(GraphRunner(structure.module).observe(samples, {layer.pre for layer in structure.layers}))
     for layer in (layer for layer in structure.layers if layer.weighted):
         x = rows(values[layer.pre]).T if features == "preactivations" else structure.module.get_submodule(layer.name)
         if isinstance(x, nn.Module):
@@ -185,7 +185,8 @@ def test_streamed_statistics_are_stacked_ones(parts, n, m, extent, precision, of
 def test_statistics_do_not_depend_on_how_the_samples_are_cut(drawn, size):
     structures, samples = [trace(drawn.build(seed), drawn.samples(2)) for seed in range(2)], drawn.samples(31)
     nodes = {layer.post: [(0, 1)] for layer in structures[0].layers}
-    whole, cut = (paired_moments(structures, nodes, samples, batch) for batch in (31, size))
+    runners = [GraphRunner(structure.module) for structure in structures]
+    whole, cut = (paired_moments(runners, nodes, samples, batch) for batch in (31, size))
     assert whole.keys() == cut.keys()
     for key, moments in whole.items():
         for name in ("x", "y", "xx", "yy", "xy"):

@@ -5,7 +5,7 @@ import torch
 
 from clafusion import FusionError, cca, layer_costs, linear_cka, trace
 from clafusion.statistics.samples import chunks
-from clafusion.tracing.execution import observe
+from clafusion.tracing.execution import GraphRunner
 from clafusion.transport.solvers import transport_plan
 from tests.helpers import images, mlp, resnet, vectors, vgg
 
@@ -22,7 +22,7 @@ def features(model, samples):
     structure = trace(model, samples[:2])
     names = [unit.output.pre for unit in structure.stages[0]]
     with torch.no_grad():
-        values = dict(observe(structure.module, samples, names))
+        values = dict(GraphRunner(structure.module).observe(samples, names))
     return [values[name] for name in names]
 
 

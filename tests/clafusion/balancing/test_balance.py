@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from clafusion import FusionError, insert_identities, networks, trace
-from clafusion.balancing.insertion import pass_on
-from clafusion.tracing.execution import observe
+from clafusion.balancing.insertion import bypass_of
+from clafusion.tracing.execution import GraphRunner
 from tests import helpers
 from tests.helpers import foreign, images, mlp, relative_error, resnet, vectors, vgg
 
@@ -172,7 +172,7 @@ def test_networks_are_left_as_they_are():
 @pytest.mark.parametrize("zero_branches", [False, True])
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 @pytest.mark.parametrize("case", ["mlp", "vgg13 vgg11", "resnet34 resnet18"])
-def test_what_inserted_units_give_is_taken_for_granted(case, flags, zero_branches, monkeypatch):
+def test_what_inserted_units_give_is_taken_for_granted(case, flags, zero_branches):
     make, example = CASES[case]
     deep, shallow = make(flags)
     alignment = last_places(deep, shallow, example)
@@ -180,18 +180,19 @@ def test_what_inserted_units_give_is_taken_for_granted(case, flags, zero_branche
     places = zip(trace(deep, example).stages, alignment, strict=True)
     new = {unit.name for stage, kept in places for place, unit in enumerate(stage) if place not in kept}
     whole, passing = trace(network, example), trace(network, example)
-    pass_on(passing, new, zero_branches)
+    graph = str(passing.module.graph)
+    runner = GraphRunner(passing.module, bypass=bypass_of(passing, new, zero_branches))
     names = {node for unit in whole.units for layer in unit.layers for node in (layer.pre, layer.post)}
-    expected = dict(observe(whole.module, example, names))
-    found = dict(observe(passing.module, example, names))
+    expected = dict(GraphRunner(whole.module).observe(example, names))
+    found = dict(runner.observe(example, names))
     assert new and found.keys() == expected.keys()
     assert all(torch.allclose(found[name], expected[name], atol=1e-12) for name in names)
     weighted = [layer.name for unit in whole.units if unit.name in new for layer in unit.layers if layer.weighted]
     run = []
     for name in weighted:
         passing.module.get_submodule(name).register_forward_hook(lambda *_, name=name: run.append(name))
-    dict(observe(passing.module, example, {whole.units[-1].output.pre}))
-    assert not run
+    dict(runner.observe(example, {whole.units[-1].output.pre}))
+    assert not run and str(passing.module.graph) == graph
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

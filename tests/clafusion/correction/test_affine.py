@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from clafusion import trace
-from clafusion.correction.affine import affine_layer, design_rows
+from clafusion.correction.affine import design_rows, folded_layer
 from clafusion.statistics.samples import rows
-from clafusion.tracing.runs import Cursor
+from clafusion.tracing.execution import Cursor, GraphRunner
 from tests.helpers import images, mlp, randomised, resnet, vectors, vgg
 
 
@@ -36,9 +36,9 @@ NETWORKS = {
 def parts_of(model, samples):
     """Every layer with its input and its output, observations first."""
     structure = trace(model, samples[:2])
-    cursor = Cursor(structure, [samples])
+    cursor = Cursor(GraphRunner(structure.module), [samples])
     for layer in (layer for layer in structure.layers if layer.weighted):
-        part = affine_layer(structure, layer)
+        part = folded_layer(structure, layer)
         [outputs] = cursor.look_ahead([part.input, part.output])
         output = rows(outputs[part.output])
         yield part, design_rows(part.module, outputs[part.input], torch.arange(len(output))), output
@@ -110,7 +110,7 @@ def test_float32_rounds_once():
     """Mean and bias are stored in float32; together they still give the bias that was written."""
     model = mlp([7], **NORMED).float()
     structure = trace(model, vectors(2).float())
-    part = affine_layer(structure, structure.units[0].layers[0])
+    part = folded_layer(structure, structure.units[0].layers[0])
     weight, _ = part.read()
     bias = torch.linspace(-1, 1, 7).double()
     part.write(weight, bias, (torch.full((7,), 1000 / 3).double(), torch.full((7,), 1e-3).double()))
@@ -140,5 +140,5 @@ def test_a_norm_elsewhere_is_no_part_of_the_layer():
     """After a ReLU, or behind a layer that something else reads, too."""
     model = nn.Sequential(nn.Linear(12, 5), nn.ReLU(), nn.BatchNorm1d(5), nn.Linear(5, 3))
     structure = trace(randomised(model), vectors(2))
-    part = affine_layer(structure, structure.units[0].layers[0])
+    part = folded_layer(structure, structure.units[0].layers[0])
     assert part.norm is None and part.output != structure.units[1].input

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from clafusion import Ensemble, FusionError, FusionOptions, fuse, insert_identities, networks, trace
 from clafusion.correction import refit
-from clafusion.correction.targets import Parents
+from clafusion.correction.targets import Targets
 from clafusion.networks import MLP
 from clafusion.statistics.samples import rows
 from clafusion.tracing.parameters import resized
-from clafusion.transport.balanced import Balanced
+from clafusion.transport.balanced import Balanced, BalancedParent
 from tests.helpers import images, largest_difference, mlp, permuted, randomised, relative_error, resnet, vectors, vgg
 
 CORRECTIONS = ["rescale", "repair", "refit"]
@@ -399,14 +399,15 @@ def test_the_lead_of_the_anchor_is_about_its_features_and_not_about_what_is_pred
 
 
 def test_the_lead_of_the_anchor_is_against_each_of_the_others():
-    structures = [trace(MLP(6, [5, 4], 3).eval(), vectors(2, 6).float()) for _ in range(4)]
-    owners = {unit.name: dict.fromkeys(range(4), 1.0) for unit in structures[0].units}
+    models = [MLP(6, [5, 4], 3).eval() for _ in range(4)]
+    parents = tuple(BalancedParent(model, trace(model, vectors(2, 6).float())) for model in models)
+    owners = {unit.name: dict.fromkeys(range(4), 1.0) for unit in parents[0].structure.units}
     weights = [0.1, 0.4, 0.3, 0.2]
-    parents = Parents(Balanced(tuple(structures), owners, 1, 0), [{}] * 4, weights, "average", lead=3.0)
-    (first, *_, last) = structures[0].units
-    found = parents.shares(first.branch[0], first)
+    targets = Targets(Balanced(parents, owners, 1, 0), [{}] * 4, weights, FusionOptions(anchor_lead=3.0))
+    (first, *_, last) = parents[0].structure.units
+    found = targets.shares(first.branch[0], first)
     assert found == pytest.approx({0: 0.1 / 3.4, 1: 7 * 0.4 / 3.4, 2: 0.3 / 3.4, 3: 0.2 / 3.4})
-    assert parents.shares(last.branch[0], last) == pytest.approx(dict(enumerate(weights)))
+    assert targets.shares(last.branch[0], last) == pytest.approx(dict(enumerate(weights)))
 
 
 # --- what it says ----------------------------------------------------------------------------------------------------

@@ -194,6 +194,7 @@ class Scaled(nn.Module):
     [
         (Controlled(), "torch.fx can trace, got Controlled"),
         (Calls(lambda x: F.dropout(x)), "'dropout' at node 'dropout'; use nn.Dropout"),
+        (Calls(lambda x: F.dropout2d(x)), "'dropout2d' at node 'dropout2d'; use nn.Dropout2d"),
         (Calls(lambda x: torch.cat([x, x])), "call_function 'cat' at node 'cat'"),
         (Calls(lambda x: x.permute(1, 0)), "call_method 'permute' at node 'permute'"),
         (Calls(lambda x: x.view(torch.int32)), "plain numbers and flags as arguments, got torch.int32"),

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from clafusion import FusionError, FusionOptions, fuse, networks
-from clafusion.fusion.fuse import _held, owners_by_unit
+from clafusion.balancing.balance import owners_by_unit
 from clafusion.tracing.structure import trace
-from clafusion.transport.balanced import Balanced
 from tests.helpers import images, largest_difference, mlp, permuted, plain, relative_error, resnet, vectors
 
 NORMED = {"bias": True, "batch_norm": True}
@@ -155,15 +154,16 @@ def test_an_error_names_the_parent_as_it_was_given():
 def test_what_an_average_holds_of_a_unit_is_the_share_of_those_that_have_it():
     parents, samples = [resnet([2, 1], 0), resnet([1, 1], 1), resnet([2, 1], 2)], images(8, 8)
     first = fuse(parents[:2], [samples], plain(weights=[1, 3]))
-    held = _held(first, None)
-    assert held == ((1.0,), (1.0, 0.25), (1.0,), (1.0,))
+    held = first.balancing.unit_shares(first.weights)
     structure = trace(first.model, samples[:2])
+    assert [[held[unit.name] for unit in stage] for stage in structure.stages] == [[1.0], [1.0, 0.25], [1.0], [1.0]]
     second = fuse([first.model, parents[2]], [samples], plain(weights=[4, 2]))
-    owners = owners_by_unit(structure, 0, second.alignments, held, plain())
+    owners = owners_by_unit([structure, second.structures[1]], 0, second.alignments, held, plain())
     unit = structure.stages[1][1]
     assert owners[unit.name] == {0: 0.25, 1: 1.0}
-    balanced = Balanced((structure, structure), owners, 0, 0)
+    balanced = replace(second.balancing, owners=owners)
     inner, outer = unit.branch
     assert balanced.target_weights(inner, unit, [2 / 3, 1 / 3]) == pytest.approx({0: 1 / 6, 1: 1 / 3})
     assert balanced.target_weights(outer, unit, [2 / 3, 1 / 3]) == pytest.approx({0: 2 / 3, 1: 1 / 3})
-    assert _held(second, held)[1] == pytest.approx((1.0, 0.5))
+    shares = balanced.unit_shares(second.weights)
+    assert [shares[unit.name] for unit in structure.stages[1]] == pytest.approx([1.0, 0.5])

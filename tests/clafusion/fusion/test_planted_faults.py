@@ -14,11 +14,10 @@ from clafusion import FusionError, FusionOptions, fuse, insert_identities, trace
 from clafusion.alignment import similarity
 from clafusion.balancing import insertion as balance
 from clafusion.correction import affine
-from clafusion.fusion import averaging as combination
+from clafusion.fusion import averaging, verification
 from clafusion.fusion import fuse as fusion
-from clafusion.fusion import verification as checks
 from clafusion.statistics.moments import Moments
-from clafusion.tracing import propagation as walk  # fmt: skip
+from clafusion.tracing import propagation
 from clafusion.tracing.parameters import move
 from clafusion.transport import neuron_maps as maps
 from clafusion.transport import solvers as transport
@@ -147,7 +146,7 @@ def test_an_axis_that_is_not_moved_is_named(name, dim, monkeypatch):
             axes[dim] = None
         return move(tensor, axes, [maps.axis_map(axis, its_maps, options) for axis in axes])
 
-    monkeypatch.setattr(checks, "moved", forgetful)
+    monkeypatch.setattr(verification, "moved", forgetful)
     for other in (permuted(MODEL, SAMPLES[:2])[0], resnet([1, 1], 1, width=3, **NORMED)):
         with pytest.raises(FusionError, match="to be the same function with its neurons permuted") as caught:
             fuse([MODEL, other], [SAMPLES], plain())
@@ -162,7 +161,7 @@ def beside(found, node, source):
     """Norms of neurons that are nobody's."""
     name = str(node.target)
     found.open_space(name, node.meta["shape"][1])
-    norm(found, node, walk.Signal(name))
+    norm(found, node, propagation.Signal(name))
     return source
 
 
@@ -170,14 +169,14 @@ def transposed(found, node, source):
     """A flatten that is taken for one with the channels last."""
     flat = flatten(found, node, source)
     found.open_space("pixels", flat.repeat)
-    return walk.Signal("pixels", flat.repeat, path=flat.path)
+    return propagation.Signal("pixels", flat.repeat, path=flat.path)
 
 
-norm, flatten = walk._norm, walk._flatten
+norm, flatten = propagation._norm, propagation._flatten
 TRACES = {
-    "ties": (walk.Walk, "tie", untied, lambda: resnet([1], 0)),
-    "norms": (walk, "_norm", beside, lambda: vgg([[4], [5]], 0, **NORMED)),
-    "flatten": (walk, "_flatten", transposed, lambda: Flat()),
+    "ties": (propagation.Propagation, "tie", untied, lambda: resnet([1], 0)),
+    "norms": (propagation, "_norm", beside, lambda: vgg([[4], [5]], 0, **NORMED)),
+    "flatten": (propagation, "_flatten", transposed, lambda: Flat()),
 }
 
 
@@ -217,25 +216,25 @@ def test_a_parent_that_is_not_finite_is_named(name, value):
 
 @pytest.mark.parametrize("name", ["fc2.weight", "bn1.running_mean"])
 def test_a_fused_parameter_that_is_not_finite_is_named(name, monkeypatch):
-    add_up = combination._add_up
+    add_up = averaging._add_up
 
     def spoiled(fused, balanced, parameter, *others):
         add_up(fused, balanced, parameter, *others)
         fused.mul_(float("nan") if parameter == name else 1)
 
-    monkeypatch.setattr(combination, "_add_up", spoiled)
+    monkeypatch.setattr(averaging, "_add_up", spoiled)
     said = refused("mlp", f"Expected finite weights, got NaN or infinity in '{name}'")
     assert said.endswith(f"(neuron space 'fc{name[2]}') of the fused network")
 
 
 @pytest.mark.parametrize("correction", ["rescale", "repair", "refit"])
 def test_a_correction_that_spoils_a_layer_is_named(correction, monkeypatch):
-    write = affine.AffineLayer.write
+    write = affine.FoldedLayer.write
 
     def spoiled(self, weight, bias, moments):
         write(self, weight * float("inf") if self.module.out_features == 5 else weight, bias, moments)
 
-    monkeypatch.setattr(affine.AffineLayer, "write", spoiled)
+    monkeypatch.setattr(affine.FoldedLayer, "write", spoiled)
     refused(
         "mlp",
         f"in 'fc2.weight' .neuron space 'fc2'. of the fused network after {correction}|{correction} of 'fc3'",

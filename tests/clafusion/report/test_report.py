@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from clafusion import FusionError, FusionOptions, align_layers, fuse, linear_cka
+from clafusion import FusionError, FusionOptions, align_layers, fuse, linear_cka, trace
 from clafusion.callbacks import FusionCallback
 from clafusion.datamodules import DigitsDataModule
 from clafusion.lightning_modules import FusionTrainer, ImageClassifier
@@ -26,6 +26,7 @@ from clafusion.lightning_modules.commandline import cli
 from clafusion.lightning_modules.commands.figures import Pictures
 from clafusion.report.measurements import PIXELS, averages, diagnose, map_picture
 from clafusion.report.pages import experiment_report, figures, fusion_report, line_accuracies, rasterised, report_data
+from clafusion.tracing.execution import GraphRunner
 from tests.helpers import images, mlp, needs_font, plain, resnet, vectors
 
 HOSTILE = "<script>alert('x')</script>\" onload=\"x\x00&amp;"
@@ -53,7 +54,7 @@ def record(pair):
         "peak_memory_bytes": 3 * 2**20,
         "seeds": {"fusion": 3, "global": 11},
         "versions": {"torch": "2.x"},
-        "report": report_data(fusion, models, samples),
+        "report": report_data(fusion, samples),
     }
     return json.loads(json.dumps({**fusion.summary(), **more}, allow_nan=False))
 
@@ -138,9 +139,16 @@ def features(model, samples) -> list[torch.Tensor]:
     return found
 
 
+def compared(networks, parents, samples):
+    """What `diagnose` says of networks that are traced for it."""
+    structures = [[trace(model, samples[:1]) for model in models] for models in (networks, parents)]
+    runners = [[GraphRunner(structure.module) for structure in side] for side in structures]
+    return diagnose(structures[0][0], *runners, samples)
+
+
 def test_diagnosis_is_variance_and_cka_of_the_features():
     one, other, samples = mlp([9, 8, 7], 0), mlp([6, 5, 4], 1), vectors(30)
-    [[found]] = diagnose([one], [other], samples)
+    [[found]] = compared([one], [other], samples)
     pairs = list(zip(features(one, samples), features(other, samples), strict=True))
     ratios = [float(x.var(0).mean() / y.var(0).mean()) for x, y in pairs]
     assert found.variance_ratio == pytest.approx(ratios)
@@ -150,7 +158,7 @@ def test_diagnosis_is_variance_and_cka_of_the_features():
 
 def test_diagnosis_is_streamed():
     one, other, samples = mlp([9, 8], 0), mlp([6, 5], 1), vectors(100)
-    [[found]] = diagnose([one], [other], samples)
+    [[found]] = compared([one], [other], samples)
     pairs = list(zip(features(one, samples), features(other, samples), strict=True))
     assert found.variance_ratio == pytest.approx([float(x.var(0).mean() / y.var(0).mean()) for x, y in pairs])
     whole = [float(linear_cka(x, y)) for x, y in pairs]
@@ -159,31 +167,31 @@ def test_diagnosis_is_streamed():
 
 def test_diagnosis_says_when_it_cannot_tell():
     one, samples = mlp([9, 8], 0), vectors(3)
-    [[found]] = diagnose([one], [one], samples)
+    [[found]] = compared([one], [one], samples)
     assert found.cka == (None, None, None) and found.variance_ratio == pytest.approx([1, 1, 1])
     with torch.no_grad():
         for parameter in one.parameters():
             parameter.zero_()
-    [[found]] = diagnose([one], [one], vectors(8))
+    [[found]] = compared([one], [one], vectors(8))
     assert found.variance_ratio == (None, None, None)
 
 
 def test_before_the_correction_is_the_fusion_without_one(pair, record):
     models, samples, fusion = pair
     bare = fuse(models, [samples], plain(seed=3))
-    expected = diagnose([bare.model, fusion.model], fusion.balanced, samples)
+    expected = compared([bare.model, fusion.model], fusion.balanced, samples)
     for k, found in enumerate(record["report"]["diagnosis"]["parents"]):
         for name, agreement in (("before", expected[0][k]), ("after", expected[1][k])):
             assert found[name]["variance_ratio"] == pytest.approx(agreement.variance_ratio)
             assert found[name]["cka"] == pytest.approx(agreement.cka)
-    assert report_data(bare, models, samples)["diagnosis"]["parents"][0]["before"] is None
+    assert report_data(bare, samples)["diagnosis"]["parents"][0]["before"] is None
 
 
 def test_layers_that_a_parent_lacks_are_left_out():
     models, samples = [resnet([2, 1], 0), resnet([1, 1], 1)], images(6, 8)
     fusion = fuse(models, [samples], FusionOptions(correction="rescale"))
-    found = report_data(fusion, models, samples)["diagnosis"]
-    bare = report_data(fuse(models, [samples], plain()), models, samples)["diagnosis"]
+    found = report_data(fusion, samples)["diagnosis"]
+    bare = report_data(fuse(models, [samples], plain()), samples)["diagnosis"]
     for ours, theirs in zip(found["parents"], bare["parents"], strict=True):
         assert ours["before"]["variance_ratio"] == pytest.approx(theirs["after"]["variance_ratio"])
     missing = [
@@ -191,6 +199,15 @@ def test_layers_that_a_parent_lacks_are_left_out():
         for parent in found["parents"]
     ]
     assert missing == [set(), {"layer1.1.conv1"}]
+
+
+def test_a_parent_that_was_fused_before_the_result_had_its_depth_has_nothing_to_compare():
+    models, samples = [mlp([9] * depth, depth) for depth in (1, 2, 3)], vectors(40)
+    fusion = fuse(models, [samples], plain(many="iterative"))
+    data = report_data(fusion, samples)
+    found = [parent["after"]["cka"] for parent in data["diagnosis"]["parents"]]
+    assert found[:2] == [[None] * 4] * 2 and None not in found[2]
+    read(fusion_report({**fusion.summary(), "report": data}))
 
 
 def right(model, samples, labels) -> float:
@@ -227,7 +244,7 @@ def test_there_is_no_line_where_networks_were_fused_one_after_another():
     fusion = fuse(models, [samples], plain(anchor=2))
     found = line_accuracies(fusion, samples, labels)["accuracies"]
     assert list(found) == ["0", "1"] and found["0"][0] == found["1"][0] == right(models[2], samples, labels)
-    assert found["1"][10] == right(next(averages(fusion, samples, [[0, 1, 0]])), samples, labels)
+    assert found["1"][10] == right(next(averages(fusion, [[0, 1, 0]])), samples, labels)
 
 
 def test_a_map_that_permutes_has_a_clean_diagonal():
@@ -289,7 +306,7 @@ def test_other_fusions_are_drawn_too(options):
     shallow = [9, 9] if options.combine == "transport" else [9, 9, 9]
     models, samples = [mlp([9, 9, 9], 0), mlp(shallow, 1)], vectors(40)
     fusion = fuse(models, [samples], options)
-    document = read(fusion_report({**fusion.summary(), "report": report_data(fusion, models, samples)}))
+    document = read(fusion_report({**fusion.summary(), "report": report_data(fusion, samples)}))
     assert ("+ merged" in document.text) == (options.balance == "merge")
     assert ("Where neurons go" in document.words) == (options.combine == "transport")
     read(fusion_report(json.loads(json.dumps(fusion.summary()))))  # what older files hold
@@ -299,7 +316,7 @@ def test_other_fusions_are_drawn_too(options):
 def test_several_parents_are_drawn(many):
     models, samples = [mlp([9, 8, 7], 0), mlp([9, 6], 1), mlp([7, 6], 2)], vectors(40)
     fusion = fuse(models, [samples], FusionOptions(many=many, correction="rescale"))
-    data = report_data(fusion, models, samples)
+    data = report_data(fusion, samples)
     assert (data["diagnosis"]["parents"][0]["before"] is None) == (many == "iterative")
     document = read(fusion_report({**fusion.summary(), "report": data}))
     assert sum("correspond" in a.get("aria-label", "") for tag, a in document.seen if tag == "svg") == 2

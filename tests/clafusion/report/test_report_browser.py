@@ -39,7 +39,7 @@ def record():
     models, samples = [mlp([9, 8, 7, 6, 5], 0), mlp([9, 7, 5], 1)], vectors(40)
     fusion = fuse(models, [samples], FusionOptions(correction="rescale"))
     labels = models[0](samples).argmax(1)
-    found = {**report_data(fusion, models, samples), "line": line_accuracies(fusion, samples, labels)}
+    found = {**report_data(fusion, samples), "line": line_accuracies(fusion, samples, labels)}
     names = ("parent 1", "parent 2", "balanced 2", "fused")
     networks = [{"name": name, "parameters": 10_000_000, "test_acc": 0.9} for name in names]
     more = {"networks": networks, "seconds": 1.25, "peak_memory_bytes": 2**20, "versions": {"torch": "2.x"}}

@@ -9,9 +9,13 @@ from clafusion.statistics import moments as statistics
 from clafusion.statistics.memory import CHUNK
 from clafusion.statistics.moments import Moments, paired_moments
 from clafusion.statistics.samples import CPU_CHUNK, batch_size, chunks, collect, rows
-from clafusion.tracing.execution import live_numbers
+from clafusion.tracing.execution import GraphRunner
 from clafusion.transport.solvers import ground_cost
 from tests.helpers import images, mlp, resnet, vectors
+
+
+def runners_of(models, samples):
+    return [GraphRunner(trace(model, samples[:2]).module) for model in models]
 
 
 def test_moments_are_the_sums_they_name():
@@ -71,11 +75,11 @@ def test_what_is_zero_stays_zero():
 def test_streamed_sums_equal_those_of_all_samples_at_once(make, monkeypatch):
     models = [make(seed) for seed in range(3)]
     samples = images(150, 8) if hasattr(models[0], "conv1") else vectors(150)
-    structures = [trace(model, samples[:2]) for model in models]
-    pairs = {layer.pre: [(0, 1), (2, 1)] for layer in structures[0].layers}
-    streamed = paired_moments(structures, pairs, samples)
+    runners = runners_of(models, samples)
+    pairs = {layer.pre: [(0, 1), (2, 1)] for layer in trace(models[0], samples[:2]).layers}
+    streamed = paired_moments(runners, pairs, samples)
     monkeypatch.setattr(statistics, "chunks", lambda samples, size: (samples,))
-    at_once = paired_moments(structures, pairs, samples)
+    at_once = paired_moments(runners, pairs, samples)
     assert len(chunks(samples)) == 5 and list(streamed) == list(at_once) and len(streamed) == 2 * len(pairs)
     for key, moments in streamed.items():
         assert moments.count == at_once[key].count
@@ -98,23 +102,23 @@ class Branching(torch.nn.Module):
 
 
 def test_what_is_alive_at_once_is_counted():
-    chain, branching = trace(mlp([6, 5]), vectors(2)), trace(Branching().double(), images(2, 4))
-    assert live_numbers(chain.module) == 12 + 12  # the input and its flattened view; later layers are smaller
-    assert live_numbers(branching.module) == 3 * 8 * 16  # the stream, and the branch before and after its ReLU
+    [chain], [branching] = runners_of([mlp([6, 5])], vectors(2)), runners_of([Branching().double()], images(2, 4))
+    assert chain.live_numbers() == 12 + 12  # the input and its flattened view; later layers are smaller
+    assert branching.live_numbers() == 3 * 8 * 16  # the stream, and the branch before and after its ReLU
 
 
 def test_the_batch_follows_from_the_memory_budget():
-    structures = [trace(resnet([1, 1], seed, width=64), images(2, 32)) for seed in range(2)]
-    each = sum(8 * live_numbers(structure.module) for structure in structures)
+    runners = runners_of([resnet([1, 1], seed, width=64) for seed in range(2)], images(2, 32))
+    each = sum(8 * runner.live_numbers() for runner in runners)
     assert each > 2**20  # MiB
-    assert batch_size(structures, 1) == 1 < batch_size(structures, 20) == 20 * 2**20 // each < CPU_CHUNK
-    assert batch_size(structures, 10**6) == CPU_CHUNK
+    assert batch_size(runners, 1) == 1 < batch_size(runners, 20) == 20 * 2**20 // each < CPU_CHUNK
+    assert batch_size(runners, 10**6) == CPU_CHUNK
 
 
 @pytest.mark.parametrize("correction", ["none", "repair", "refit"])
 def test_the_memory_budget_changes_nothing_but_rounding(correction, monkeypatch):
     models, samples = [resnet([1, 1], 0), resnet([2, 1], 1)], images(70, 8)
-    monkeypatch.setattr(statistics, "live_numbers", lambda module: 2**15)  # 256 KiB a sample
+    monkeypatch.setattr(GraphRunner, "live_numbers", lambda self: 2**15)  # 256 KiB a sample
     sizes, fused = [], []
     cut = statistics.chunks
     monkeypatch.setattr(
@@ -130,9 +134,8 @@ def test_the_memory_budget_changes_nothing_but_rounding(correction, monkeypatch)
 def test_sums_are_those_of_the_features():
     a, b = mlp([6, 5], 0), mlp([6, 5], 1)
     samples = vectors(100)
-    structures = [trace(model, samples[:2]) for model in (a, b)]
-    node = structures[0].layers[0].post
-    moments = paired_moments(structures, {node: [(0, 1)]}, samples)[node, 0, 1]
+    node = trace(a, samples[:2]).layers[0].post
+    moments = paired_moments(runners_of([a, b], samples), {node: [(0, 1)]}, samples)[node, 0, 1]
     with torch.no_grad():
         expected = Moments.of(a.fc1(samples).relu(), b.fc1(samples).relu())
     assert torch.allclose(moments.xy, expected.xy)
@@ -140,18 +143,18 @@ def test_sums_are_those_of_the_features():
 
 def test_measuring_leaves_gradients_as_they_were():
     a, samples = mlp([6]), vectors(10)
-    structure = trace(a, samples[:2])
-    moments = paired_moments([structure, structure], {structure.layers[0].pre: [(0, 1)]}, samples)
+    node = trace(a, samples[:2]).layers[0].pre
+    moments = paired_moments(runners_of([a, a], samples), {node: [(0, 1)]}, samples)
     assert not any(m.xy.requires_grad or m.xy.is_inference() for m in moments.values())
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def test_an_error_while_measuring_does_not_leave_inference_mode_on(monkeypatch):
     a, samples = mlp([6]), vectors(10)
-    structure = trace(a, samples[:2])
+    node, runners = trace(a, samples[:2]).layers[0].pre, runners_of([a, a], samples)
     monkeypatch.setattr(Moments, "of", classmethod(lambda cls, x, y, onto: 1 / 0))
     try:
-        paired_moments([structure, structure], {structure.layers[0].pre: [(0, 1)]}, samples)
+        paired_moments(runners, {node: [(0, 1)]}, samples)
     except ZeroDivisionError as error:
         kept = error  # a notebook keeps the last traceback, and with it every frame
     assert kept and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

@@ -6,8 +6,7 @@ import torchvision
 from torch import nn
 
 from clafusion import trace
-from clafusion.tracing.execution import tensor_nodes
-from clafusion.tracing.runs import Cursor
+from clafusion.tracing.execution import Cursor, GraphRunner, tensor_nodes
 from tests.helpers import images, mlp, randomised, resnet, vectors, vgg
 
 BIASED = {"bias": True, "batch_norm": True}
@@ -57,9 +56,13 @@ def plain_forward(structure, samples) -> dict[str, torch.Tensor]:
     return kept
 
 
+def cursor_of(structure, batches) -> Cursor:
+    return Cursor(GraphRunner(structure.module), batches)
+
+
 def between(structure, start: str, stop: str | None) -> list[str]:
     """The tensors after one cut point, up to the next or to the end."""
-    names = [node.name for node in tensor_nodes(structure.module)]
+    names = [node.name for node in tensor_nodes(structure.module.graph)]
     return names[names.index(start) : None if stop is None else names.index(stop) + 1]
 
 
@@ -70,7 +73,7 @@ def test_every_node_is_as_in_the_plain_forward(name, parts):
     make, samples = NETWORKS[name]
     structure = trace(make(), samples[:2])
     expected = plain_forward(structure, samples)
-    cursor = Cursor(structure, samples.tensor_split(parts))
+    cursor = cursor_of(structure, samples.tensor_split(parts))
     stops = [*(unit.input for unit in structure.units), None]
     for here, there in zip(stops, stops[1:], strict=False):
         cursor.advance([here])
@@ -96,7 +99,7 @@ def test_the_end_is_in_sight_from_the_start(name):
     model = make()
     structure = trace(model, samples[:2])
     last = structure.units[-1].output.pre
-    [outputs] = Cursor(structure, [samples]).look_ahead([last])
+    [outputs] = cursor_of(structure, [samples]).look_ahead([last])
     assert torch.allclose(outputs[last], model(samples.clone()), atol=1e-12, rtol=1e-10)
 
 
@@ -105,7 +108,7 @@ def test_the_end_is_in_sight_from_the_start(name):
 def test_looking_ahead_does_not_move(name):
     make, samples = NETWORKS[name]
     structure = trace(make(), samples[:2])
-    cursor = Cursor(structure, [samples])
+    cursor = cursor_of(structure, [samples])
     cursor.advance([structure.units[1].input])
     [state] = cursor.states
     before = {node: (value, value.clone()) for node, value in state.items()}
@@ -121,16 +124,16 @@ def test_looking_ahead_does_not_move(name):
 @torch.no_grad()
 def test_one_activation_is_held_whatever_the_depth():
     structure = trace(resnet([3, 3], **BIASED), images(2, 8))
-    cursor = Cursor(structure, [images(10, 8)])
+    cursor = cursor_of(structure, [images(10, 8)])
     for unit in structure.units:
         cursor.advance([unit.input])
-        assert [node.name for node in cursor.states[0]] == [unit.input]
+        assert list(cursor.states[0]) == [unit.input]
 
 
 @torch.no_grad()
 def test_advancing_twice_to_one_place_is_advancing_once():
     structure = trace(mlp([9, 8]), vectors(2))
-    cursor = Cursor(structure, [vectors(10)])
+    cursor = cursor_of(structure, [vectors(10)])
     place = structure.units[1].input
     for _ in range(2):
         cursor.advance([place])
@@ -142,7 +145,7 @@ def test_advancing_twice_to_one_place_is_advancing_once():
 def test_a_change_behind_the_cut_point_is_seen_and_one_before_it_is_not():
     model = mlp([9, 8])
     structure = trace(model, vectors(2))
-    cursor = Cursor(structure, [vectors(10)])
+    cursor = cursor_of(structure, [vectors(10)])
     cursor.advance([structure.units[1].input])
     last = structure.units[-1].output.pre
     before = next(cursor.look_ahead([last]))[last]
@@ -158,11 +161,11 @@ def test_the_samples_are_left_as_they_are():
     model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(12, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)).double()
     samples = vectors(10)
     structure = trace(model, samples[:2])
-    list(Cursor(structure, [samples]).look_ahead([structure.units[-1].output.pre]))
+    list(cursor_of(structure, [samples]).look_ahead([structure.units[-1].output.pre]))
     assert torch.equal(samples, vectors(10))
 
 
 def test_samples_take_the_type_of_the_network():
     structure = trace(mlp([9]).float(), vectors(2).float())
-    [outputs] = Cursor(structure, [vectors(10)]).look_ahead([structure.units[0].output.pre])
+    [outputs] = cursor_of(structure, [vectors(10)]).look_ahead([structure.units[0].output.pre])
     assert outputs[structure.units[0].output.pre].dtype == torch.float32

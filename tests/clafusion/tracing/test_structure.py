@@ -170,12 +170,12 @@ def test_a_depthwise_convolution_keeps_its_inputs_space():
 
 def observed(model, example):
     """Layer -> the values at its `pre` and `post` nodes."""
-    from clafusion.tracing.execution import observe
+    from clafusion.tracing.execution import GraphRunner
 
     structure = trace(model, example)
     names = {node for layer in structure.layers for node in (layer.pre, layer.post)}
     with torch.no_grad():
-        values = dict(observe(structure.module, example, names))
+        values = dict(GraphRunner(structure.module).observe(example, names))
     return {layer.name: (values[layer.pre], values[layer.post]) for layer in structure.layers}
 
 
@@ -213,6 +213,7 @@ def test_activation_names_are_read_from_modules_functions_and_methods():
         (nn.GELU(), "GELU"),
         (torch.relu, "ReLU"),
         (F.relu6, "ReLU6"),
+        (lambda x: F.hardtanh(x, -2.0, 2.0, inplace=True), "Hardtanh"),
         (lambda x: x.relu(), "ReLU"),
         (lambda x: x.tanh(), "Tanh"),
         (lambda x: x.relu_(), "ReLU"),
@@ -232,6 +233,7 @@ def test_activation_names_are_read_from_modules_functions_and_methods():
         lambda self, x: self.b(self.a(x).relu().reshape(x.shape[0], -1)),
         lambda self, x: self.b(torch.flatten(F.relu(self.a(x), inplace=True), 1)),
         lambda self, x: self.b(F.dropout(self.a(x), 0.5, self.training).flatten(1)),
+        lambda self, x: self.b(F.dropout2d(F.hardtanh(self.a(x)), 0.5, self.training).flatten(1)),
     ],
 )
 def test_flattening_is_understood_in_every_spelling(run):

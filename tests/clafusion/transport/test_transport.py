@@ -6,6 +6,7 @@ import torch
 
 from clafusion import FusionError, FusionOptions, transport_map
 from clafusion.statistics.moments import Moments
+from clafusion.transport import solvers
 from clafusion.transport.solvers import as_map, gromov_plan, ground_cost, transport_plan
 
 SOLVERS = ["exact", "sinkhorn", "unbalanced"]
@@ -160,6 +161,17 @@ def test_unbalanced_solves_the_problem_that_pot_solves(marginal):
         *(m.numpy() for m in masses), cost.numpy(), 0.05, marginal, stopThr=1e-12
     )
     assert torch.allclose(plan, torch.from_numpy(theirs), atol=1e-7)
+
+
+@pytest.mark.parametrize(("solver", "regularization"), [("sinkhorn", 1e-3), ("unbalanced", 1e-4)])
+def test_iterations_that_do_not_converge_are_told(solver, regularization, monkeypatch):
+    monkeypatch.setattr(solvers, "MOST_ITERATIONS", 300)
+    message = (
+        rf"got masses that still change by a share of .* the last of 300; raise regularization above {regularization}"
+    )
+    with pytest.warns(UserWarning, match=message):
+        transport_plan(random_cost(20, 20), solver, regularization=regularization)
+    transport_plan(random_cost(20, 20), solver, regularization=0.5)
 
 
 @pytest.mark.parametrize("scale", [1, 500])
