@@ -54,13 +54,9 @@ class Recipe:
                 raise FusionError(f"Expected {name} of at least 0, got {getattr(self, name)}; change {name}")
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `ImageClassifier`."""
+        """Return the arguments of `ImageClassifier`."""
         names = ("lr", "momentum", "weight_decay", "milestones", "gamma")
         return {name: getattr(self, name) for name in names}
-
-    def plain(self) -> dict[str, Any]:
-        """How to train, as plain containers: all but what is trained."""
-        return {"epochs": self.epochs, "batch_size": self.batch_size, "data": self.data, **self.arguments()}
 
 
 @dataclass(frozen=True, kw_only=True)

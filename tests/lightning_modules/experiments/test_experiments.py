@@ -163,7 +163,7 @@ def test_a_grid_is_a_variant_for_each_combination():
 
 def test_a_grid_of_transfers():
     found = cells({"t": Transfers(grid={"join": ["none", "insert"], "mapping": ["chain"]}, classifier=False)})
-    assert list(found) == ["t none chain", "t insert chain"] and found["t insert chain"].plan.combine == "insert"
+    assert list(found) == ["t none chain", "t insert chain"] and found["t insert chain"].how().combine == "insert"
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,13 @@ from clafusion.lightning_modules import FusionTrainer, ImageClassifier, load_par
 from clafusion.lightning_modules.checkpoints.last import LastCheckpoint
 from clafusion.lightning_modules.commandline import cli
 from clafusion.lightning_modules.experiments import runner as pipeline
-from clafusion.lightning_modules.experiments import stages as stage_runs
+from clafusion.lightning_modules.experiments.jobs import Job
 from clafusion.lightning_modules.experiments.parsing import from_plain
 from clafusion.lightning_modules.experiments.plan import plan
 from clafusion.lightning_modules.experiments.runner import ExperimentFailed
 from clafusion.lightning_modules.experiments.schema import Experiment
+from clafusion.lightning_modules.experiments.stages import fuse as fuse_stage
+from clafusion.lightning_modules.experiments.stages.training import Cost
 from tests.helpers import HAS_FONT, ROOT
 
 pytestmark = [
@@ -239,7 +241,7 @@ def test_a_finished_experiment_is_not_computed_again_and_its_tables_are_written_
     before = accuracies(done)
     for name in ("results.json", "results.csv", "results.md"):
         (done / name).unlink()
-    monkeypatch.setattr(pipeline, "run_stage", None)
+    monkeypatch.setattr(Job, "run", None)
     run(done, seeds=[1])
     assert accuracies(done) == {key: value for key, value in before.items() if key.endswith("1")}
     run(done, seeds=[0, 1])
@@ -388,7 +390,7 @@ KILLS: dict[str, Any] = {
     "train, in an epoch": ("train_deep", 2),
     "train, between epochs": ("train_deep", BATCHES),
     "train, before it is done": dying_before(pipeline, "finish", named("train_deep")),
-    "fuse, half written": dying_after(stage_runs, "save_as", lambda *given: given[-1].name == "fused.ckpt"),
+    "fuse, half written": dying_after(fuse_stage, "save_as", lambda *given: given[-1].name == "fused.ckpt"),
     "fuse, before it is done": dying_before(pipeline, "finish", named("fuse_default")),
     "finetune, in an epoch": ("finetune_deep", 1),
     "finetune, between epochs": ("finetune_fused_default", BATCHES),
@@ -397,7 +399,7 @@ KILLS: dict[str, Any] = {
     ),
     "distil, in an epoch": ("distil_scratch_T4_alpha0.9", BATCHES + 2),
     "evaluate, before it is done": dying_before(pipeline, "finish", named("evaluate_ensemble")),
-    "before the tables": dying_before(pipeline, "write_comparison", lambda *_: True),
+    "before the tables": dying_before(pipeline, "write_tables", lambda *_: True),
 }
 
 
@@ -419,7 +421,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(whole, tmp_path):
 
 
 def test_the_seconds_before_an_interruption_count(tmp_path):
-    cost = stage_runs.Cost()
+    cost = Cost()
     cost.load_state_dict({"seconds": 100.0, "peak_memory_bytes": 2**60})
     assert 100 < cost.state_dict()["seconds"] < 110 and cost.state_dict()["peak_memory_bytes"] == 2**60
 
@@ -434,7 +436,7 @@ def test_ctrl_c_ends_it_and_the_same_command_goes_on(whole, tmp_path, monkeypatc
         before = signal.getsignal(signal.SIGINT)
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
             if not interrupt:
-                patch.setattr(pipeline, "run_stage", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+                patch.setattr(Job, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             run(tmp_path / "x", **interrupt)
         signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
         assert end.value.code == 1
@@ -458,9 +460,9 @@ def test_a_cluster_that_takes_the_job_away_between_trainings_is_asked_to_requeue
         os.kill(os.getpid(), signal.SIGUSR1)
         return original(*args)
 
-    original = stage_runs.fuse_checkpoints
+    original = fuse_stage.fuse_checkpoints
     monkeypatch.setattr("clafusion.lightning_modules.checkpoints.last.subprocess.run", requeue)
-    monkeypatch.setattr(stage_runs, "fuse_checkpoints", signalled)
+    monkeypatch.setattr(fuse_stage, "fuse_checkpoints", signalled)
     try:
         run(tmp_path / "x", {"finetune": None, "distill": None}, enable_checkpointing=False)
     finally:
@@ -472,8 +474,8 @@ def test_a_cluster_that_takes_the_job_away_between_trainings_is_asked_to_requeue
 
 
 def test_a_failing_stage_leaves_the_others(whole, tmp_path, capsys, monkeypatch):
-    original = stage_runs.fuse_checkpoints
-    monkeypatch.setattr(stage_runs, "fuse_checkpoints", lambda *_: 1 / 0)
+    original = fuse_stage.fuse_checkpoints
+    monkeypatch.setattr(fuse_stage, "fuse_checkpoints", lambda *_: 1 / 0)
     with pytest.raises(ExperimentFailed, match=f"5 of {STAGES} stages have no result"):
         run(tmp_path / "x")
     results = json.loads((tmp_path / "x/results.json").read_text())
@@ -485,7 +487,7 @@ def test_a_failing_stage_leaves_the_others(whole, tmp_path, capsys, monkeypatch)
     error = tmp_path / "x/seed_0/fuse_default/error.txt"
     assert reasons["fuse default"] == f"ZeroDivisionError: division by zero (see {error})"
     assert "1 / 0" in error.read_text()
-    assert reasons["finetune fused default"] == "left out, for want of fuse_default"
+    assert reasons["finetune fused default"] == "skipped: it needs fuse_default, which failed"
     said = capsys.readouterr().err.splitlines()
     assert [line for line in said if "failed" in line] == [
         f"clafusion: failed: fuse default, seed 0: {reasons['fuse default']}"
@@ -495,7 +497,7 @@ def test_a_failing_stage_leaves_the_others(whole, tmp_path, capsys, monkeypatch)
     assert accuracies(tmp_path / "x") == {key: None if key[:-2] in missing else v for key, v in expected.items()}
     assert "- fuse default, seed 0: ZeroDivisionError" in (tmp_path / "x/results.md").read_text()
     # Mended, the same command completes it.
-    monkeypatch.setattr(stage_runs, "fuse_checkpoints", original)
+    monkeypatch.setattr(fuse_stage, "fuse_checkpoints", original)
     assert run(tmp_path / "x")["failures"] == [] and accuracies(tmp_path / "x") == expected
     assert not error.exists()
 
