@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from clafusion.errors import FusionError
-from clafusion.lightning import LightningDataModule, data_settings, seed_everything, starts_workers_itself
+from clafusion.lightning import LightningDataModule, data_settings, starts_workers_itself
 from clafusion.lightning_modules.classifier import ImageClassifier
-from clafusion.lightning_modules.commands.records import reset_peak_memory
 from clafusion.lightning_modules.experiments.context import RunContext, StageTrainer, changed
 from clafusion.lightning_modules.experiments.parsing import from_plain
 from clafusion.lightning_modules.experiments.plan import Plan, plan
@@ -68,14 +67,12 @@ class Job:
         return {"name": self.stage.subject, "outputs": outputs, "description": self.description}
 
     def run(self, context: RunContext) -> StageResult:
-        """Do it, on all ranks; its files are in its folder then.
+        """Run the stage, on all ranks; its files are in its folder then.
 
         Raises:
             FusionError: It cannot be done.
         """
-        seed_everything(self.stage.seed(self.seed), verbose=False)
-        reset_peak_memory(context.trainer.strategy.root_device)
-        return self.stage.run(context, self.folder, self.inputs)
+        return self.stage.run(context, self.folder, self.inputs, self.stage.seed(self.seed))
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,9 @@ from clafusion.lightning_modules.compatibility import ImageData, check_images
 from clafusion.lightning_modules.experiments.parsing import from_plain
 from clafusion.lightning_modules.experiments.schema import Experiment, check_distinct
 from clafusion.lightning_modules.experiments.stages.base import Draft, Role, Stage, check_known
-from clafusion.lightning_modules.experiments.stages.distil import DistilStage
-from clafusion.lightning_modules.experiments.stages.evaluate import EvaluateStage
-from clafusion.lightning_modules.experiments.stages.finetune import FinetuneStage
-from clafusion.lightning_modules.experiments.stages.fuse import FuseStage
-from clafusion.lightning_modules.experiments.stages.train import TrainStage
-from clafusion.lightning_modules.experiments.stages.transfer import TransferStage
+from clafusion.lightning_modules.experiments.stages.evaluation import EvaluateStage
+from clafusion.lightning_modules.experiments.stages.fusing import FuseStage, TransferStage
+from clafusion.lightning_modules.experiments.stages.training import DistilStage, FinetuneStage, TrainStage
 
 #: In the order of the plan: each kind may use the networks of those before it.
 KINDS: tuple[type[Stage], ...] = (TrainStage, FuseStage, TransferStage, FinetuneStage, DistilStage, EvaluateStage)

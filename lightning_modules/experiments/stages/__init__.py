@@ -1,1 +1,1 @@
-"""The kinds of stages, one in each file."""
+"""The kinds of stages."""

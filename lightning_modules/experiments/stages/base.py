@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from clafusion import FusionOptions
 from clafusion.errors import FusionError
-from clafusion.lightning import LightningDataModule
+from clafusion.lightning import LightningDataModule, seed_everything
+from clafusion.lightning_modules.commands.records import reset_peak_memory
 from clafusion.lightning_modules.compatibility import ImageData
 from clafusion.lightning_modules.experiments.context import RunContext
 from clafusion.lightning_modules.experiments.schema import Experiment, Recipe
@@ -83,18 +84,25 @@ class Stage(ABC):
             FusionError: The experiment asks for something that cannot be done.
         """
 
-    @abstractmethod
-    def run(self, context: RunContext, folder: Path, inputs: Mapping[str, Path]) -> StageResult:
+    def run(self, context: RunContext, folder: Path, inputs: Mapping[str, Path], seed: int) -> StageResult:
         """Do it, on all ranks, and leave the files of `outputs` in the folder.
 
         Args:
             context: What to do it with.
             folder: Where its files go, and where it goes on from if it was interrupted.
             inputs: The files of the networks that it needs, by name.
+            seed: The seed of the stage.
 
         Raises:
             FusionError: It cannot be done.
         """
+        seed_everything(seed, verbose=False)
+        reset_peak_memory(context.trainer.strategy.root_device)
+        return self._run(context, folder, inputs)
+
+    @abstractmethod
+    def _run(self, context: RunContext, folder: Path, inputs: Mapping[str, Path]) -> StageResult:
+        """Do it; `run` has seeded the random numbers."""
 
     @property
     def words(self) -> str:

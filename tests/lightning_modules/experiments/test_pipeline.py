@@ -30,7 +30,7 @@ from clafusion.lightning_modules.experiments.parsing import from_plain
 from clafusion.lightning_modules.experiments.plan import plan
 from clafusion.lightning_modules.experiments.runner import ExperimentFailed
 from clafusion.lightning_modules.experiments.schema import Experiment
-from clafusion.lightning_modules.experiments.stages import fuse as fuse_stage
+from clafusion.lightning_modules.experiments.stages import fusing
 from clafusion.lightning_modules.experiments.stages.training import Cost
 from tests.helpers import HAS_FONT, ROOT
 
@@ -390,7 +390,7 @@ KILLS: dict[str, Any] = {
     "train, in an epoch": ("train_deep", 2),
     "train, between epochs": ("train_deep", BATCHES),
     "train, before it is done": dying_before(pipeline, "finish", named("train_deep")),
-    "fuse, half written": dying_after(fuse_stage, "save_as", lambda *given: given[-1].name == "fused.ckpt"),
+    "fuse, half written": dying_after(fusing, "save_as", lambda *given: given[-1].name == "fused.ckpt"),
     "fuse, before it is done": dying_before(pipeline, "finish", named("fuse_default")),
     "finetune, in an epoch": ("finetune_deep", 1),
     "finetune, between epochs": ("finetune_fused_default", BATCHES),
@@ -460,9 +460,9 @@ def test_a_cluster_that_takes_the_job_away_between_trainings_is_asked_to_requeue
         os.kill(os.getpid(), signal.SIGUSR1)
         return original(*args)
 
-    original = fuse_stage.fuse_checkpoints
+    original = fusing.fuse_checkpoints
     monkeypatch.setattr("clafusion.lightning_modules.checkpoints.last.subprocess.run", requeue)
-    monkeypatch.setattr(fuse_stage, "fuse_checkpoints", signalled)
+    monkeypatch.setattr(fusing, "fuse_checkpoints", signalled)
     try:
         run(tmp_path / "x", {"finetune": None, "distill": None}, enable_checkpointing=False)
     finally:
@@ -474,8 +474,8 @@ def test_a_cluster_that_takes_the_job_away_between_trainings_is_asked_to_requeue
 
 
 def test_a_failing_stage_leaves_the_others(whole, tmp_path, capsys, monkeypatch):
-    original = fuse_stage.fuse_checkpoints
-    monkeypatch.setattr(fuse_stage, "fuse_checkpoints", lambda *_: 1 / 0)
+    original = fusing.fuse_checkpoints
+    monkeypatch.setattr(fusing, "fuse_checkpoints", lambda *_: 1 / 0)
     with pytest.raises(ExperimentFailed, match=f"5 of {STAGES} stages have no result"):
         run(tmp_path / "x")
     results = json.loads((tmp_path / "x/results.json").read_text())
@@ -497,7 +497,7 @@ def test_a_failing_stage_leaves_the_others(whole, tmp_path, capsys, monkeypatch)
     assert accuracies(tmp_path / "x") == {key: None if key[:-2] in missing else v for key, v in expected.items()}
     assert "- fuse default, seed 0: ZeroDivisionError" in (tmp_path / "x/results.md").read_text()
     # Mended, the same command completes it.
-    monkeypatch.setattr(fuse_stage, "fuse_checkpoints", original)
+    monkeypatch.setattr(fusing, "fuse_checkpoints", original)
     assert run(tmp_path / "x")["failures"] == [] and accuracies(tmp_path / "x") == expected
     assert not error.exists()
 

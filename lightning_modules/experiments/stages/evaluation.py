@@ -60,7 +60,7 @@ class EvaluateStage(Stage):
         """How the networks are combined; nothing for one network."""
         return super().settings if self.combination else {}
 
-    def run(self, context: RunContext, folder: Path, inputs: Mapping[str, Path]) -> EvaluationResult:
+    def _run(self, context: RunContext, folder: Path, inputs: Mapping[str, Path]) -> EvaluationResult:
         """Measure the accuracy on the test images."""
         network = self._network([load_parent(path) for path in inputs.values()])
         classifier = ImageClassifier(**context.module)
