@@ -25,9 +25,10 @@ from clafusion.lightning_modules import FusionTrainer, ImageClassifier, load_par
 from clafusion.lightning_modules.checkpoints.last import LastCheckpoint
 from clafusion.lightning_modules.commandline import cli
 from clafusion.lightning_modules.experiments import runner as pipeline
+from clafusion.lightning_modules.experiments.context import RunContext
 from clafusion.lightning_modules.experiments.jobs import Job
 from clafusion.lightning_modules.experiments.parsing import from_plain
-from clafusion.lightning_modules.experiments.plan import plan
+from clafusion.lightning_modules.experiments.plan import plan, stage_from
 from clafusion.lightning_modules.experiments.runner import ExperimentFailed
 from clafusion.lightning_modules.experiments.schema import Experiment
 from clafusion.lightning_modules.experiments.stages import fusing
@@ -144,6 +145,9 @@ def test_the_table_has_every_network_over_all_seeds(whole):
     assert [row["name"] for row in results["networks"]] == NETWORKS
     assert (results["experiment"], results["scale"], results["seeds"]) == ("tiny", "full", [0, 1])
     assert results["failures"] == []
+    assert [row["role"] for row in results["networks"]] == [
+        *["parent", "parent", "control", "fused", "control", "control", "finetuned", "control"],
+    ]
     for row in results["networks"]:
         found = [row["seeds"][seed]["test_acc"] for seed in ("0", "1")]
         assert row["test_acc"] == pytest.approx(sum(found) / 2) and 0 <= row["test_acc"] <= 1
@@ -268,7 +272,89 @@ def test_a_parent_can_have_data_of_its_own(tmp_path):
     assert steps == [2 * 2, 2 * BATCHES]
 
 
+# --- stages as plain values ---
+
+
+def test_a_stage_runs_from_its_description_alone(whole, tmp_path):
+    trainer = FusionTrainer(
+        accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False, logger=False,
+        save_every_n_steps=1, default_root_dir=str(tmp_path),
+    )  # fmt: skip
+    context, home = RunContext(trainer, DigitsDataModule(**DATA)), whole / "seed_1"
+    for path in sorted(home.glob("*/stage.json")):
+        record = json.loads(path.read_text())
+        stage, folder = stage_from(record), tmp_path / path.parent.name
+        assert stage.name == folder.name and stage.subject == record["name"]
+        folder.mkdir()
+        inputs = {name: home / file for name, file in record["description"]["inputs"].items()}
+        result = stage.run(context, folder, inputs, record["description"]["seed"])
+        expected = json.loads((path.parent / "done.json").read_text())
+        assert set(stage.files) == expected["outputs"].keys() <= {file.name for file in folder.iterdir()}
+        costs = {"seconds", "peak_memory_bytes"}
+        assert result.keys() == expected["result"].keys()
+        assert {key: result[key] for key in result.keys() - costs} == {
+            key: expected["result"][key] for key in expected["result"].keys() - costs
+        }
+    assert len(list(tmp_path.iterdir())) == STAGES
+    assert differences(networks(tmp_path), networks(home)) == []
+
+
+def test_folders_of_the_first_version_are_recognised(done, monkeypatch):
+    """That version wrote neither the name and the outputs of a stage nor the roles of networks."""
+    before = accuracies(done)
+    for path in done.glob("seed_*/*/stage.json"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({name: record[name] for name in ("description", "inputs")}))
+    results = json.loads((done / "results.json").read_text())
+    rows = [{key: value for key, value in row.items() if key != "role"} for row in results["networks"]]
+    (done / "results.json").write_text(json.dumps({**results, "networks": rows}))
+    (done / "seed_0/evaluate_fused_default/done.json").unlink()
+    monkeypatch.setattr(Job, "run", only(Job.run, "evaluate_fused_default"))
+    run(done, seeds=[0, 1])
+    assert accuracies(done) == before
+
+
+def only(original: Any, name: str) -> Any:
+    def run_it(job: Job, context: RunContext) -> Any:
+        assert job.stage.name == name
+        return original(job, context)
+
+    return run_it
+
+
+def test_another_name_is_no_other_stage(done, monkeypatch):
+    path = done / "seed_0/fuse_default/stage.json"
+    path.write_text(path.read_text().replace('"name": "default"', '"name": "usual"', 1))
+    assert json.loads(path.read_text())["name"] == "usual"
+    monkeypatch.setattr(Job, "run", None)
+    run(done, seeds=[0, 1])
+
+
+def test_checkpoints_keep_the_cost_under_the_name_that_they_had():
+    assert Cost().state_key == "Cost"
+
+
 # --- the plan ---
+
+
+def test_roles_do_not_follow_from_names():
+    parents = {"fusednet": EXPERIMENT["parents"]["deep"], "transferrednet": EXPERIMENT["parents"]["shallow"]}
+    changes = {
+        "parents": parents, "fusions": {"default_merge": {"balance": "merge"}}, "transfers": {"alone": {}},
+        "finetune.networks": None, "published": None,
+        "distill.students": ["scratch", "fusednet", "fused default_merge", "transferred alone, finetuned"],
+    }  # fmt: skip
+    found = plan(from_plain(Experiment, with_changes(changes), "experiment"), DigitsDataModule())
+    assert {row.name: row.role for row in found.contestants} == {
+        "fusednet": "parent", "transferrednet": "parent", "ensemble": "control",
+        "fused default_merge": "fused", "balanced fusednet": "control", "transferred alone": "transferred",
+        "fusednet, finetuned": "control", "transferrednet, finetuned": "control",
+        "fused default_merge, finetuned": "finetuned", "balanced fusednet, finetuned": "control",
+        "transferred alone, finetuned": "finetuned",
+        "scratch T=4 alpha=0.9, distilled": "control", "fusednet T=4 alpha=0.9, distilled": "control",
+        "fused default_merge T=4 alpha=0.9, distilled": "finetuned",
+        "transferred alone, finetuned T=4 alpha=0.9, distilled": "finetuned",
+    }  # fmt: skip
 
 
 def planned(**changes: Any) -> list[str]:
