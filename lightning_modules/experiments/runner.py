@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class Requeue(LastCheckpoint):
-    """Holds the signal by which a cluster takes a job away while no training does, and has the job requeued then."""
+    """The requeue signal of a cluster, held while no training holds it; the job is requeued between two stages."""
 
     def heed(self, trainer: Trainer) -> None:
         """Ask to be requeued if the signal has come; from the first call on it is held."""
