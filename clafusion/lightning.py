@@ -87,11 +87,21 @@ __all__ = [
     "__version__",
     "begin_next_epoch",
     "cluster_environment",
+    "data_settings",
     "isolate_rng",
     "rank_zero_only",
     "seed_everything",
     "starts_workers_itself",
+    "training_settings",
 ]
+
+#: Settings of a trainer that change what a network learns.
+_TRAINER = (
+    *("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches"),
+    *("limit_val_batches", "overfit_batches", "val_check_interval", "check_val_every_n_epoch"),
+)
+#: Arguments of data modules that do not.
+_INDIFFERENT = frozenset({"eval_batch_size", "num_workers", "data_dir", "download"})
 
 
 class CheckpointConnector(_CheckpointConnector):
@@ -147,3 +157,16 @@ def begin_next_epoch(trainer: Trainer) -> None:
     following ones wrongly.
     """
     _Loop.restarting.fset(trainer.fit_loop, False)  # type: ignore[attr-defined]
+
+
+def training_settings(trainer: Trainer) -> dict[str, Any]:
+    """Return the settings of a trainer that change what a network learns, as plain values by name."""
+    found = {name: getattr(trainer, name) for name in _TRAINER}
+    return {
+        name: value if isinstance(value, bool | int | float | None) else str(value) for name, value in found.items()
+    }
+
+
+def data_settings(data: LightningDataModule) -> dict[str, Any]:
+    """Return the arguments of a data module that change what a network learns, by name."""
+    return {name: value for name, value in data.hparams.items() if name not in _INDIFFERENT}

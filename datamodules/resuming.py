@@ -8,12 +8,10 @@ import torch
 
 from clafusion.datamodules.image_set import derived_seed
 from clafusion.errors import FusionError
-from clafusion.lightning import LightningDataModule, begin_next_epoch
+from clafusion.lightning import LightningDataModule, begin_next_epoch, data_settings, training_settings
 
-#: Arguments of data modules that do not change what a network learns.
-_INDIFFERENT = frozenset({"eval_batch_size", "num_workers", "data_dir", "download"})
-#: Settings of the trainer that do.
-_TRAINER = ("world_size", "accumulate_grad_batches", "precision", "gradient_clip_val")
+#: The settings of a trainer that an interrupted training is compared in.
+_COMPARED = ("accumulate_grad_batches", "precision", "gradient_clip_val")
 
 
 class ResumableDataModule(LightningDataModule):
@@ -106,10 +104,13 @@ class ResumableDataModule(LightningDataModule):
         return epochs.processed, 0 if over else loop.epoch_loop.batch_progress.current.processed
 
     def _recipe(self) -> dict[str, Any]:
-        """Return what must not change if a resumed run is to equal an uninterrupted one, as plain values by name."""
-        data = {name: value for name, value in self.hparams.items() if name not in _INDIFFERENT}
+        """Return what must stay the same for a resumed run to equal an uninterrupted one, as plain values by name."""
+        trainer = self.trainer
+        assert trainer is not None
+        settings = training_settings(trainer)
         sizes = {f"{part}_size": size for part, size in self.sizes.items()}
-        return {**data, **sizes, **{name: getattr(self.trainer, name) for name in _TRAINER}}
+        kept = {name: settings[name] for name in _COMPARED}
+        return {**data_settings(self), **sizes, "world_size": trainer.world_size, **kept}
 
     def _refuse_foreign_run(self) -> None:
         trainer: Any = self.trainer

@@ -1,4 +1,4 @@
-"""What one process does for all of them, and how all of them agree."""
+"""Results and failures that all processes of a command share."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,7 +16,7 @@ PATIENCE = timedelta(minutes=5)
 
 
 def on_rank_zero(strategy: Strategy, compute: Callable[[], T]) -> T:
-    """Computes on rank 0 and gives every rank the result, or the reason why there is none.
+    """Compute on rank 0, and give every rank the result, or the reason why there is none.
 
     Args:
         strategy: The trainer's, with its processes running.
@@ -40,19 +40,19 @@ def on_rank_zero(strategy: Strategy, compute: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-class Agreement:
-    """All ranks learn whether any of them has failed.
+class FailureGroup:
+    """A group of processes in which every rank learns of the first failure.
 
-    It has a group of processes of its own: what a rank that failed says cannot be mistaken for a gradient that another
-    one is waiting for. If that one waits for ever, the first loses its patience, and the command ends.
+    It is separate from the group of the training, so that a reported failure is not mistaken for a gradient that
+    another rank waits for. If that one waits for ever, the first loses its patience, and the command ends.
     """
 
     def __init__(self) -> None:
         several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
         self._group: Any = distributed.new_group(backend="gloo", timeout=PATIENCE) if several else None
 
-    def on(self, failure: str | None) -> str | None:
-        """The first failure of any rank; None if there is none.
+    def first(self, failure: str | None) -> str | None:
+        """Return the first failure of any rank; None if there is none.
 
         Args:
             failure: This rank's.

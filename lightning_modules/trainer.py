@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -18,6 +17,7 @@ from clafusion.lightning import (
     Logger,
     ModelCheckpoint,
     TorchCheckpointIO,
+    training_settings,
 )
 from clafusion.lightning_modules.checkpoints.last import LastCheckpoint
 from clafusion.lightning_modules.checkpoints.restoring import CheckedConnector
@@ -41,7 +41,7 @@ from clafusion.lightning_modules.experiments.jobs import prepare
 from clafusion.lightning_modules.experiments.report import fusion_report
 from clafusion.lightning_modules.experiments.runner import run_experiment
 from clafusion.lightning_modules.experiments.schema import Scale
-from clafusion.lightning_modules.experiments.stage_trainers import check_arguments, influences, stage_arguments
+from clafusion.lightning_modules.experiments.stage_trainers import check_arguments, stage_arguments
 from clafusion.lightning_modules.files import write_together, writer
 from clafusion.lightning_modules.progress import steps
 from clafusion.report.pages import figures as all_figures
@@ -226,13 +226,13 @@ class FusionTrainer(HookedTrainer):
         """
         check_arguments(self._given)
         root = self._given["default_root_dir"]
-        order = prepare(self, model, datamodule, experiment, seeds, scale, output, root, report, quiet)
-        return run_experiment(replace(order, figures=figures and report))
+        prepared = prepare(self, model, datamodule, experiment, seeds, scale, output, root, report, figures, quiet)
+        return run_experiment(prepared)
 
-    def another(
+    def clone(
         self, folder: str | os.PathLike[str], more: list[Callback] | None = None, **changes: Any
     ) -> "FusionTrainer":
-        """A trainer like this one, for another folder.
+        """Return a trainer like this one, for another folder.
 
         Args:
             folder: Its `default_root_dir`.
@@ -241,9 +241,10 @@ class FusionTrainer(HookedTrainer):
         """
         return type(self)(**stage_arguments(self._given, folder, more, changes))
 
-    def influences(self) -> dict[str, Any]:
-        """The settings that change what is learnt, as plain values by name."""
-        return influences(self, self._given)
+    def training_settings(self) -> dict[str, Any]:
+        """Return the settings that change what a network learns, as plain values by name."""
+        synchronized = bool(self._given.get("sync_batchnorm"))
+        return {**training_settings(self), "sync_batchnorm": synchronized, "processes": self.world_size}
 
 
 def _say(results: dict[str, Any], in_words: Callable[[dict[str, Any]], None], quiet: bool, json: bool) -> None:

@@ -15,12 +15,12 @@ FOLDER = configs.FOLDER / "experiments"
 
 
 def names() -> list[str]:
-    """The names of the experiments."""
+    """Return the names of the experiments."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def find(name: str) -> Path:
-    """The file of an experiment.
+    """Return the file of an experiment.
 
     Raises:
         FusionError: There is none of that name.
@@ -36,7 +36,7 @@ def find(name: str) -> Path:
 
 
 def named(arguments: Sequence[str]) -> list[str]:
-    """Replaces the name of an experiment, which may follow the subcommand, by its file.
+    """Replace the name of an experiment, which may follow the subcommand, by its file.
 
     Args:
         arguments: Those after the subcommand.
@@ -50,7 +50,7 @@ def named(arguments: Sequence[str]) -> list[str]:
 
 
 def at_scale(arguments: Sequence[str]) -> list[str]:
-    """Adds the data module that an experiment has at its small scale, if that is the one asked for.
+    """Add the data module that an experiment has at its small scale, if that scale is asked for.
 
     It comes before what the user says about the data after naming the experiment, which therefore wins.
 
@@ -75,7 +75,7 @@ def at_scale(arguments: Sequence[str]) -> list[str]:
 
 
 def check_plain(value: Any, where: str = "experiment") -> None:
-    """Refuses anything but plain containers: the parser would make objects of what names a class.
+    """Refuse anything but plain containers: the parser would make an object of a value that names a class.
 
     Raises:
         FusionError: Something else is there.
@@ -91,7 +91,7 @@ def check_plain(value: Any, where: str = "experiment") -> None:
 
 
 def print_list() -> None:
-    """Prints for every experiment what it does and what it costs."""
+    """Print what every experiment does and what it costs."""
     from rich.console import Console
     from rich.table import Table
 
@@ -110,7 +110,7 @@ def _places(arguments: Sequence[str], option: str) -> list[int]:
 
 
 def _read(path: str) -> dict[str, Any]:
-    """A configuration as plain containers; nothing of one that cannot be read, which its parser is going to refuse."""
+    """Return a configuration as plain containers; nothing of an unreadable one, which the parser refuses."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeError, yaml.YAMLError):

@@ -1,22 +1,20 @@
 """An experiment that has been checked and laid out as jobs, before anything of it is computed or written."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from clafusion.errors import FusionError
-from clafusion.lightning import LightningDataModule, starts_workers_itself
+from clafusion.lightning import LightningDataModule, data_settings, starts_workers_itself
 from clafusion.lightning_modules.classifier import ImageClassifier
-from clafusion.lightning_modules.compatibility import ImageData
+from clafusion.lightning_modules.experiments.context import RunContext, StageTrainer, changed
 from clafusion.lightning_modules.experiments.parsing import from_plain
-from clafusion.lightning_modules.experiments.plan import Plan, Stage, plan
+from clafusion.lightning_modules.experiments.plan import Plan, plan
 from clafusion.lightning_modules.experiments.schema import Experiment, Scale, check_seeds
-from clafusion.lightning_modules.experiments.stage_folder import claimed, finished
-from clafusion.lightning_modules.experiments.stages import StageTrainer, Workshop, changed
-
-#: Arguments of data modules that do not change what a network learns; the batch size is in the recipes.
-_INDIFFERENT = frozenset({"batch_size", "eval_batch_size", "num_workers", "data_dir", "download"})
+from clafusion.lightning_modules.experiments.stage_folder import StageRecord, claimed, finished
+from clafusion.lightning_modules.experiments.stages.base import Stage, StageResult
+from clafusion.lightning_modules.experiments.stages.training import TrainingStage
 
 
 @dataclass(frozen=True)
@@ -27,13 +25,18 @@ class Job:
         stage: what to do.
         seed: the experiment's.
         home: the folder of the seed.
-        description: all that the result depends on besides the content of its inputs.
+        circumstances: what the result of any stage depends on besides the stage, its seed and the files of its inputs.
     """
 
     stage: Stage
     seed: int
     home: Path
-    description: dict[str, Any]
+    circumstances: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """What it is known by among the jobs of an experiment."""
+        return self.seed, self.stage.name
 
     @property
     def folder(self) -> Path:
@@ -47,12 +50,33 @@ class Job:
 
     @property
     def words(self) -> str:
-        """What people call it."""
-        return f"{self.stage.kind} {self.stage.subject}, seed {self.seed}"
+        """The job as messages call it."""
+        return f"{self.stage.words}, seed {self.seed}"
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """All that the result depends on besides the content of the inputs, as plain values."""
+        stage = self.stage
+        own = {"kind": stage.kind, "settings": stage.settings, "inputs": stage.inputs, "seed": stage.seed(self.seed)}
+        return {**own, **self.circumstances}
+
+    @property
+    def record(self) -> StageRecord:
+        """The content of `stage.json`, from which `stage_from` makes the stage again."""
+        outputs = {name: asdict(network) for name, network in self.stage.outputs.items()}
+        return {"name": self.stage.subject, "outputs": outputs, "description": self.description}
+
+    def run(self, context: RunContext) -> StageResult:
+        """Run the stage, on all ranks; its files are in its folder then.
+
+        Raises:
+            FusionError: It cannot be done.
+        """
+        return self.stage.run(context, self.folder, self.inputs, self.stage.seed(self.seed))
 
 
 @dataclass(frozen=True)
-class Order:
+class PreparedExperiment:
     """An experiment that has been checked.
 
     Attributes:
@@ -61,7 +85,7 @@ class Order:
         seeds: for each of which it is carried out.
         scale: see `experiment`.
         output: its folder.
-        workshop: what it is carried out with.
+        context: what it is carried out with.
         figures: whether the figures of the report become files of their own.
     """
 
@@ -70,13 +94,8 @@ class Order:
     seeds: tuple[int, ...]
     scale: Scale
     output: Path
-    workshop: Workshop
+    context: RunContext
     figures: bool = True
-
-    @property
-    def quiet(self) -> bool:
-        """Whether to say only what fails."""
-        return self.workshop.quiet
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -84,18 +103,16 @@ class Order:
         return {"experiment": self.experiment.name, "scale": self.scale}
 
     def jobs(self) -> Iterator[Job]:
-        """Every stage for every seed, in order."""
-        data = self.workshop.data
-        kept = {name: value for name, value in data.hparams.items() if name not in _INDIFFERENT}
-        common = {"data": {"class": type(data).__name__, **kept}, "trainer": self.workshop.trainer.influences()}
+        """Yield every stage for every seed, in order."""
+        data, trainer = self.context.data, self.context.trainer
+        arguments = {name: value for name, value in data_settings(data).items() if name != "batch_size"}
+        circumstances = {
+            "data": {"class": type(data).__name__, **arguments},
+            "trainer": trainer.training_settings(),
+        }
         for seed in self.seeds:
             for stage in self.plan.stages:
-                settings = {**stage.settings}
-                if "recipe" in settings:
-                    size = settings["recipe"]["batch_size"] or data.hparams["batch_size"]
-                    settings["recipe"] = {**settings["recipe"], "batch_size": size}
-                own = {"kind": stage.kind, "settings": settings, "inputs": stage.inputs, "seed": stage.seed(seed)}
-                yield Job(stage, seed, self.output / f"seed_{seed}", {**own, **common})
+                yield Job(stage, seed, self.output / f"seed_{seed}", circumstances)
 
 
 def prepare(
@@ -108,9 +125,10 @@ def prepare(
     output: str | None,
     root: str,
     report: bool = True,
+    figures: bool = True,
     quiet: bool = False,
-) -> Order:
-    """Checks everything that can be checked before anything is computed or written.
+) -> PreparedExperiment:
+    """Check everything that can be checked before anything is computed or written.
 
     Args:
         trainer: As for `FusionTrainer.pipeline`, and so are those below.
@@ -121,7 +139,8 @@ def prepare(
         scale: `full` or `small`.
         output: Folder of the results; None: named after the experiment, below `root`.
         root: See `output`.
-        report: Whether to draw what came of it.
+        report: Whether to draw a report.
+        figures: Whether its figures become files of their own.
         quiet: Whether to say only what fails.
 
     Raises:
@@ -133,24 +152,29 @@ def prepare(
         raise FusionError("Expected the experiment to say what is trained and how, got --model; leave it out")
     if starts_workers_itself(trainer.strategy):
         raise FusionError("Expected a strategy that starts its processes by running the command, got another; use ddp")
-    whole, changes = from_plain(Experiment, experiment, "experiment").at(scale)
+    scaled, changes = from_plain(Experiment, experiment, "experiment").at(scale)
     data = changed(datamodule, changes)
     module = {"channels_last": model._channels_last, "compile": model._compiled, "fused": model._fused}
-    workshop = Workshop(trainer, data, module, report, quiet)
-    folder = Path(output) if output else Path(root) / whole.name
-    chosen = tuple(whole.seeds if seeds is None else seeds)
-    order = Order(whole, plan(whole, cast(ImageData, data)), chosen, scale, folder, workshop)
-    recipes = [stage.settings["recipe"] for stage in order.plan.stages if "recipe" in stage.settings]
-    own = [workshop.data_for(recipe) for recipe in recipes]
+    prepared = PreparedExperiment(
+        experiment=scaled,
+        plan=plan(scaled, data),
+        seeds=tuple(scaled.seeds if seeds is None else seeds),
+        scale=scale,
+        output=Path(output) if output else Path(root) / scaled.name,
+        context=RunContext(trainer, data, module, report, quiet),
+        figures=figures and report,
+    )
+    recipes = [stage.recipe for stage in prepared.plan.stages if isinstance(stage, TrainingStage)]
+    modules = [prepared.context.data_for(recipe) for recipe in recipes]
     # The other ranks are waiting for this one, or do not exist yet.
     if trainer.is_global_zero:
-        _check_data([data, *(found for found, recipe in zip(own, recipes, strict=True) if recipe["data"])])
-        _check_folders(order)
-    return order
+        _check_data([data, *(module for module, recipe in zip(modules, recipes, strict=True) if recipe.data)])
+        _check_folders(prepared)
+    return prepared
 
 
 def _check_data(modules: list[LightningDataModule]) -> None:
-    """Fetches and reads the images, of which some must be left to choose checkpoints by."""
+    """Fetch and read the images, some of which must be left to choose checkpoints by."""
     for data in modules:
         data.prepare_data()
         data.setup("fit")
@@ -160,8 +184,8 @@ def _check_data(modules: list[LightningDataModule]) -> None:
             )
 
 
-def _check_folders(order: Order) -> None:
-    """Refuses the results of anything else, and files that are not as they were written."""
-    if claimed(order.output, order.identity):
-        for job in order.jobs():
+def _check_folders(prepared: PreparedExperiment) -> None:
+    """Refuse the results of anything else, and files that are not as they were written."""
+    if claimed(prepared.output, prepared.identity):
+        for job in prepared.jobs():
             finished(job.folder, job.description, job.inputs)

@@ -1,4 +1,4 @@
-"""Frozen values from what a file says: every key known, every value of its type, or one line that names the key.
+"""Frozen values from the plain containers of a file; an unknown key or a wrong type is an error that names the key.
 
 jsonargparse, which parses the command line, does not name the key inside a dict of dataclasses ("Not a valid subclass
 of Parent"), and answers a wrong value of an optional dataclass with a page: an experiment is made of both.
@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 
 def from_plain(kind: type[T], values: Any, where: str) -> T:
-    """Makes a dataclass, and those in it, from plain containers.
+    """Make a dataclass, and those in it, from plain containers.
 
     Args:
         kind: A dataclass whose fields are plain values, lists, dicts and dataclasses.
         values: A dict of its fields.
-        where: What to call it in the message, such as `experiment.finetune`.
+        where: Its name in the message, such as `experiment.finetune`.
 
     Raises:
         FusionError: A key is unknown or missing, or a value is not of its type; the message names the key.
@@ -79,7 +79,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def _words(hint: Any) -> str:
-    """What a type is called in a message."""
+    """Return the words for a type in a message."""
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint)))
     return _NAMES.get(get_origin(hint) or hint, str(hint))

@@ -10,7 +10,7 @@ from typing import Any
 from clafusion.errors import FusionError
 from clafusion.lightning_modules.commands.figures import Pictures, check_folder, folder_beside
 from clafusion.lightning_modules.commands.records import check_new, check_output
-from clafusion.lightning_modules.experiments.plan import slug
+from clafusion.lightning_modules.experiments.stage_folder import slug
 from clafusion.lightning_modules.files import write_text
 from clafusion.report.experiment_page import DRAWN
 from clafusion.report.pages import experiment_report, fusion_report

@@ -6,28 +6,35 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from pathlib import Path
+from typing import TypeVar, cast
 
 from clafusion.errors import FusionError
 from clafusion.lightning import Trainer
 from clafusion.lightning_modules.checkpoints.last import LastCheckpoint
 from clafusion.lightning_modules.commands.figures import Pictures, folder_beside
-from clafusion.lightning_modules.distributed import Agreement, on_rank_zero
-from clafusion.lightning_modules.experiments.jobs import Job, Order
+from clafusion.lightning_modules.distributed import FailureGroup, on_rank_zero
+from clafusion.lightning_modules.experiments.context import RunContext, StageTrainer
+from clafusion.lightning_modules.experiments.jobs import Job, PreparedExperiment
 from clafusion.lightning_modules.experiments.report import experiment_figures, experiment_text
-from clafusion.lightning_modules.experiments.results_table import compare, print_comparison, write_comparison
+from clafusion.lightning_modules.experiments.results_table import (
+    ExperimentResults,
+    print_table,
+    result_rows,
+    write_tables,
+)
 from clafusion.lightning_modules.experiments.stage_folder import begin, claim, finish, finished
-from clafusion.lightning_modules.experiments.stages import StageTrainer, run_stage
+from clafusion.lightning_modules.experiments.stages.base import StageResult
 from clafusion.lightning_modules.files import write_text
 
 T = TypeVar("T")
 
 
 class Requeue(LastCheckpoint):
-    """Holds the signal by which a cluster takes a job away while no training does, and has the job requeued then."""
+    """The requeue signal of a cluster, held while no training holds it; the job is requeued between two stages."""
 
     def heed(self, trainer: Trainer) -> None:
-        """Asks to be requeued if the signal has come; from the first call on it is held."""
+        """Ask to be requeued if the signal has come; from the first call on it is held."""
         self.listen(trainer)
         if self._must_requeue(trainer):
             self._requeue(trainer)
@@ -37,20 +44,20 @@ class ExperimentFailed(Exception):
     """Stages of an experiment have failed; the results of the others have been written."""
 
 
-@dataclass(frozen=True)
-class Ledger:
-    """What has become of the jobs so far, by seed and name of the stage."""
+@dataclass
+class Outcomes:
+    """The results and failures of the jobs so far, by seed and name of the stage."""
 
-    results: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
+    results: dict[tuple[int, str], StageResult] = field(default_factory=dict)
     failures: dict[tuple[int, str], str] = field(default_factory=dict)
 
     def missing(self, job: Job) -> list[str]:
-        """The stages that a job needs and that have failed or were left out."""
+        """Return the stages that a job needs and that have failed or were skipped."""
         return [name for name in job.stage.needs if (job.seed, name) in self.failures]
 
 
-def run_experiment(order: Order) -> dict[str, Any]:
-    """Carries out what is not finished yet; prints and writes the comparison.
+def run_experiment(prepared: PreparedExperiment) -> ExperimentResults:
+    """Carry out what is not finished yet; print and write the comparison.
 
     Returns:
         The content of `results.json`.
@@ -59,11 +66,11 @@ def run_experiment(order: Order) -> dict[str, Any]:
         ExperimentFailed: A stage has failed (on rank 0; the other ranks return what there is).
         FusionError: Files cannot be written.
     """
-    return _on_all_processes(order.workshop.trainer, lambda: _carry_out(order))
+    return _on_all_processes(prepared.context.trainer, lambda: _carry_out(prepared))
 
 
 def _on_all_processes(trainer: StageTrainer, function: Callable[[], T]) -> T:
-    """Calls a function on all processes, which are started here if nobody else has; later trainers find them there."""
+    """Call a function on all processes, which are started here unless they are there; later trainers find them."""
     launcher = trainer.strategy.launcher
 
     def begun() -> T:
@@ -71,7 +78,7 @@ def _on_all_processes(trainer: StageTrainer, function: Callable[[], T]) -> T:
         return function()
 
     try:
-        return begun() if launcher is None else launcher.launch(begun)
+        return begun() if launcher is None else cast(T, launcher.launch(begun))
     except (KeyboardInterrupt, SystemExit) as end:
         if launcher is not None:
             launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))  # which Windows lacks
@@ -79,96 +86,99 @@ def _on_all_processes(trainer: StageTrainer, function: Callable[[], T]) -> T:
         raise end if isinstance(end, SystemExit) else SystemExit(1) from None
 
 
-def _carry_out(order: Order) -> dict[str, Any]:
-    trainer = order.workshop.trainer
+def _carry_out(prepared: PreparedExperiment) -> ExperimentResults:
+    context, output = prepared.context, prepared.output
+    trainer = context.trainer
     # Only now: the processes that were started have looked at the folder before it changes.
-    on_rank_zero(trainer.strategy, lambda: claim(order.output, order.identity))
-    agreement, ledger, jobs = Agreement(), Ledger(), list(order.jobs())
-    requeue = Requeue(order.output)
+    on_rank_zero(trainer.strategy, lambda: claim(output, prepared.identity))
+    group, outcomes, jobs = FailureGroup(), Outcomes(), list(prepared.jobs())
+    requeue = Requeue(output)
     for number, job in enumerate(jobs, 1):
         requeue.heed(cast(Trainer, trainer))
-        _attend(order, job, f"[{number}/{len(jobs)}] {job.words}", ledger, agreement)
-        # What there is can be looked at after every seed.
-        if number % len(order.plan.stages) == 0:
-            on_rank_zero(trainer.strategy, lambda: _write(order, ledger))
-    if order.figures:
-        on_rank_zero(trainer.strategy, lambda: _draw(order))
-    results = _compared(order, ledger)
-    if trainer.is_global_zero and not order.quiet:
-        print_comparison(results, order.output, order.workshop.report)
-    if trainer.is_global_zero and ledger.failures:
-        raise ExperimentFailed(f"{len(ledger.failures)} of {len(jobs)} stages have no result, the others are there")
+        _attend(context, job, f"[{number}/{len(jobs)}] {job.words}", outcomes, group)
+        # The results so far can be looked at after every seed.
+        if number % len(prepared.plan.stages) == 0:
+            on_rank_zero(trainer.strategy, lambda: _write(_results(prepared, outcomes), output, context.report))
+    if prepared.figures:
+        on_rank_zero(trainer.strategy, lambda: _draw(output))
+    results = _results(prepared, outcomes)
+    if trainer.is_global_zero and not context.quiet:
+        print_table(results, output, context.report)
+    if trainer.is_global_zero and outcomes.failures:
+        raise ExperimentFailed(f"{len(outcomes.failures)} of {len(jobs)} stages have no result, the others are there")
     return results
 
 
-def _write(order: Order, ledger: Ledger) -> None:
-    write_comparison(_compared(order, ledger), order.output)
-    if order.workshop.report:
-        write_text(order.output / "report.html", experiment_text(order.output / "results.json"))
+def _results(prepared: PreparedExperiment, outcomes: Outcomes) -> ExperimentResults:
+    """The results so far, as plain values."""
+    words = {stage.name: stage.words for stage in prepared.plan.stages}
+    published = prepared.experiment.published
+    return {
+        "experiment": prepared.experiment.name,
+        "scale": prepared.scale,
+        "seeds": list(prepared.seeds),
+        "networks": result_rows(prepared.plan.contestants, prepared.seeds, outcomes.results, published),
+        "failures": [
+            {"seed": seed, "stage": words[name], "reason": reason} for (seed, name), reason in outcomes.failures.items()
+        ],
+    }
 
 
-def _draw(order: Order) -> None:
-    """The figures of the report one by one, once everything is in it."""
-    pictures = Pictures.of(experiment_figures(order.output / "results.json"))
-    pictures.write(folder_beside(order.output / "report.html"))
+def _write(results: ExperimentResults, output: Path, report: bool) -> None:
+    write_tables(results, output)
+    if report:
+        write_text(output / "report.html", experiment_text(output / "results.json"))
 
 
-def _attend(order: Order, job: Job, words: str, ledger: Ledger, agreement: Agreement) -> None:
-    """Carries out one job, unless it is finished or cannot be; notes what has become of it."""
-    trainer, key = order.workshop.trainer, (job.seed, job.stage.name)
-    missing = ledger.missing(job)
+def _draw(output: Path) -> None:
+    """Write the figures of the report one by one, once everything is in it."""
+    pictures = Pictures.of(experiment_figures(output / "results.json"))
+    pictures.write(folder_beside(output / "report.html"))
+
+
+def _attend(context: RunContext, job: Job, words: str, outcomes: Outcomes, group: FailureGroup) -> None:
+    """Carry out a job, unless it is finished or cannot be carried out, and note the outcome."""
+    missing = outcomes.missing(job)
     if missing:
-        ledger.failures[key] = f"left out, for want of {', '.join(missing)}"
-        _say(order, f"{words} ({ledger.failures[key]})", failed=True)
+        outcomes.failures[job.key] = f"skipped: it needs {', '.join(missing)}, which failed"
+        _say(context, f"{words} ({outcomes.failures[job.key]})", failed=True)
         return
-    failure, result = None, {}
+    failure, result = None, None
     try:
-        done = on_rank_zero(trainer.strategy, lambda: finished(job.folder, job.description, job.inputs))
-        _say(order, words if done is None else f"{words} (done)")
-        result = _carry_out_one(order, job) if done is None else done
+        result = _result(context, job, words)
     except Exception as error:
         failure = str(error) if isinstance(error, FusionError) else _unexpected(error, job)
-    failure = agreement.on(failure)
+    failure = group.first(failure)
     if failure is None:
-        ledger.results[key] = result
+        outcomes.results[job.key] = cast(StageResult, result)
     else:
-        ledger.failures[key] = " ".join(failure.split())
-        _say(order, f"clafusion: failed: {job.words}: {ledger.failures[key]}", failed=True)
+        outcomes.failures[job.key] = " ".join(failure.split())
+        _say(context, f"clafusion: failed: {job.words}: {outcomes.failures[job.key]}", failed=True)
 
 
-def _carry_out_one(order: Order, job: Job) -> dict[str, Any]:
-    strategy = order.workshop.trainer.strategy
-    on_rank_zero(strategy, lambda: begin(job.folder, job.description, job.inputs))
-    result = run_stage(order.workshop, job.stage, job.folder, job.inputs, job.stage.seed(job.seed))
-    on_rank_zero(strategy, lambda: finish(job.folder, list(job.stage.outputs.values()), result))
+def _result(context: RunContext, job: Job, words: str) -> StageResult:
+    """Return the result that is in the job's folder; without one, run the job."""
+    strategy = context.trainer.strategy
+    done = on_rank_zero(strategy, lambda: finished(job.folder, job.description, job.inputs))
+    _say(context, words if done is None else f"{words} (done)")
+    if done is not None:
+        return cast(StageResult, done)
+    on_rank_zero(strategy, lambda: begin(job.folder, job.record, job.inputs))
+    result = job.run(context)
+    on_rank_zero(strategy, lambda: finish(job.folder, job.stage.files, result))
     if strategy.is_global_zero:
         (job.folder / "error.txt").unlink(missing_ok=True)
     return result
 
 
-def _compared(order: Order, ledger: Ledger) -> dict[str, Any]:
-    """The results so far, as plain values."""
-    words = {stage.name: f"{stage.kind} {stage.subject}" for stage in order.plan.stages}
-    return {
-        **order.identity,
-        "seeds": list(order.seeds),
-        "networks": compare(
-            order.plan.evaluations, order.plan.makers, order.seeds, ledger.results, order.experiment.published
-        ),
-        "failures": [
-            {"seed": seed, "stage": words[name], "reason": reason} for (seed, name), reason in ledger.failures.items()
-        ],
-    }
-
-
 def _unexpected(error: Exception, job: Job) -> str:
-    """An error that nobody has put into words, in one line; the rest is left in the folder of the stage."""
+    """Return an unexpected error in one line, and leave its traceback in the folder of the stage."""
     path, text = job.folder / "error.txt", traceback.format_exc()
     with suppress(FusionError):
         write_text(path, text)
     return f"{type(error).__name__}: {error} (see {path})"
 
 
-def _say(order: Order, line: str, failed: bool = False) -> None:
-    if order.workshop.trainer.is_global_zero and (failed or not order.quiet):
+def _say(context: RunContext, line: str, failed: bool = False) -> None:
+    if context.trainer.is_global_zero and (failed or not context.quiet):
         print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What an experiment is: frozen values that a file describes, checked before anything is computed."""
+"""The schema of an experiment: frozen values that a file describes, checked before anything is computed."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -54,13 +54,9 @@ class Recipe:
                 raise FusionError(f"Expected {name} of at least 0, got {getattr(self, name)}; change {name}")
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `ImageClassifier`."""
+        """Return the arguments of `ImageClassifier`."""
         names = ("lr", "momentum", "weight_decay", "milestones", "gamma")
         return {name: getattr(self, name) for name in names}
-
-    def plain(self) -> dict[str, Any]:
-        """How to train, as plain containers: all but what is trained."""
-        return {"epochs": self.epochs, "batch_size": self.batch_size, "data": self.data, **self.arguments()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +111,13 @@ class Distill(Recipe):
             check_distinct(name, getattr(self, name))
 
     def grid(self) -> Iterator[tuple[str, float, float]]:
-        """Each student with each temperature and each alpha."""
+        """Return each student with each temperature and each alpha."""
         return product(self.students, self.temperatures, self.alphas)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Parents, how they are fused, and what becomes of them.
+    """Parents, how they are fused, and how the results are trained on and compared.
 
     Attributes:
         name: of the experiment, and of its folder.
@@ -175,7 +171,7 @@ class Experiment:
             self._check_fit(f"transfers.{name}", variant, ends)
 
     def _check_fit(self, where: str, options: Variants, networks: Collection[str]) -> None:
-        """Refuses options that are not for as many networks."""
+        """Refuse options for another number of networks."""
         count, weights = len(networks), options.weights
         out_of_range = options.anchor != "agreement" and options.anchor >= count
         if out_of_range or (weights is not None and len(weights) != count):
@@ -185,7 +181,7 @@ class Experiment:
             )
 
     def at(self, scale: Scale) -> tuple["Experiment", dict[str, Any]]:
-        """The experiment at a scale, and the arguments of the given data module that differ there.
+        """Return the experiment at a scale, and the arguments of the given data module that differ there.
 
         Raises:
             FusionError: `small` names something unknown, or a value of the wrong type.
@@ -202,7 +198,7 @@ class Experiment:
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Refuses no seeds, equal seeds, and what cannot be a seed.
+    """Refuse no seeds, equal seeds, and negative ones.
 
     Raises:
         FusionError: Names them.
@@ -213,7 +209,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 
 def check_distinct(name: str, values: Iterable[Any]) -> None:
-    """Refuses no values, and values that are there twice.
+    """Refuse no values, and equal values.
 
     Raises:
         FusionError: Names them.
@@ -224,14 +220,14 @@ def check_distinct(name: str, values: Iterable[Any]) -> None:
 
 
 def _plain(experiment: Experiment) -> dict[str, Any]:
-    """An experiment without its other scale, as plain containers."""
+    """Return an experiment without its other scale, as plain containers."""
     found = asdict(experiment)
     del found["small"]
     return found
 
 
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Replaces values at whatever depth; an architecture as a whole, because it is another network then."""
+    """Replace values at any depth; an architecture as a whole, because it is another network then."""
     both = {
         name: _merged(old[name], value)
         if isinstance(value, dict) and isinstance(old.get(name), dict) and name != "architecture"

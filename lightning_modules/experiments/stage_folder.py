@@ -1,14 +1,14 @@
 """What a stage leaves in its folder, and whether a folder is that of a stage: begun, finished, or of something else.
 
-`stage.json` is written first: what the stage is, and the checksums of its inputs. `done.json` is written last: the
-checksums of its files, and its result. Both are whole or not there.
+`stage.json` is written first: the stage, and the checksums of its inputs. `done.json` is written last: the checksums of
+its files, and its result. Both are whole or not there.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from clafusion.errors import FusionError
 from clafusion.lightning_modules.checkpoints.reading import read_checkpoint
@@ -18,12 +18,28 @@ from clafusion.lightning_modules.files import sha256
 REMEDY = "choose another --output, or move {} away to run this stage again"
 
 
+class StageRecord(TypedDict):
+    """The content of `stage.json`, besides the checksums of the inputs.
+
+    Only the description is compared: it says all that the result depends on. The first version wrote nothing else.
+    """
+
+    name: str
+    outputs: dict[str, dict[str, str]]
+    description: dict[str, Any]
+
+
+def slug(name: str) -> str:
+    """Return a name that a file can have."""
+    return name.replace(", ", "_").replace(" ", "_").replace("=", "").replace(":", "-")
+
+
 def finished(folder: Path, description: dict[str, Any], inputs: Mapping[str, Path]) -> dict[str, Any] | None:
-    """What a finished stage recorded; None if there is still something to do.
+    """Return the result that a finished stage recorded; None if there is still something to do.
 
     Args:
         folder: Of the stage; it need not exist.
-        description: What the stage is, as plain values.
+        description: All that the result of the stage depends on, as plain values.
         inputs: The files it reads, by name; those that are not there yet are not compared.
 
     Raises:
@@ -33,7 +49,7 @@ def finished(folder: Path, description: dict[str, Any], inputs: Mapping[str, Pat
     if not _begun(folder):
         return None
     begun = _read(folder / "stage.json")
-    _compare(folder, _flat(begun["description"]), _flat(json.loads(json.dumps(description))))
+    _check_same(folder, _flat(begun["description"]), _flat(json.loads(json.dumps(description))))
     for name, path in inputs.items():
         if path.is_file() and begun["inputs"].get(name) != checksum(path):
             raise FusionError(
@@ -47,40 +63,47 @@ def finished(folder: Path, description: dict[str, Any], inputs: Mapping[str, Pat
         if not (folder / name).is_file() or checksum(folder / name) != digest:
             found = "another one" if (folder / name).is_file() else "none"
             raise FusionError(f"Expected {folder / name} as this stage wrote it, got {found}; {REMEDY.format(folder)}")
-    result: dict[str, Any] = done["result"]
-    return result
+    return cast(dict[str, Any], done["result"])
 
 
-def begin(folder: Path, description: dict[str, Any], inputs: Mapping[str, Path]) -> bool:
-    """Makes the folder of a stage; returns whether it had been begun before.
+def begin(folder: Path, record: StageRecord, inputs: Mapping[str, Path]) -> None:
+    """Make the folder of a stage, unless it has been begun before.
+
+    Args:
+        folder: Of the stage.
+        record: The stage.
+        inputs: The files it reads, by name.
 
     Raises:
         FusionError: An input is missing, or the folder cannot be written.
     """
     if _begun(folder):
-        return True
+        return
     for name, path in inputs.items():
         if not path.is_file():
             raise FusionError(f"Expected {name} in {path}, got no such file; run its stage again")
     make_folder(folder)
     checksums = {name: checksum(path) for name, path in inputs.items()}
-    write_results({"description": description, "inputs": checksums}, folder / "stage.json")
-    return False
+    write_results({**record, "inputs": checksums}, folder / "stage.json")
 
 
-def finish(folder: Path, outputs: list[str], result: dict[str, Any]) -> None:
-    """Records that a stage is done; the last thing that it does.
+def finish(folder: Path, files: Iterable[str], result: Mapping[str, Any]) -> None:
+    """Record that a stage is done: the last thing that it does.
+
+    Args:
+        folder: Of the stage.
+        files: The files that others read, in the folder.
+        result: As plain values.
 
     Raises:
         FusionError: The record cannot be written.
     """
-    write_results(
-        {"outputs": {name: checksum(folder / name) for name in outputs}, "result": result}, folder / "done.json"
-    )
+    checksums = {name: checksum(folder / name) for name in files}
+    write_results({"outputs": checksums, "result": result}, folder / "done.json")
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it.
+    """Make a folder and those above it.
 
     Raises:
         FusionError: It cannot be made.
@@ -103,7 +126,7 @@ def claimed(folder: Path, experiment: dict[str, Any]) -> bool:
     """
     record = folder / "experiment.json"
     if record.is_file():
-        _compare(folder, _flat(_read(record)), _flat(experiment))
+        _check_same(folder, _flat(_read(record)), _flat(experiment))
         return True
     if _visible(folder):
         raise FusionError(
@@ -114,7 +137,7 @@ def claimed(folder: Path, experiment: dict[str, Any]) -> bool:
 
 
 def claim(folder: Path, experiment: dict[str, Any]) -> None:
-    """Makes a folder that of an experiment, unless it is already.
+    """Make a folder that of an experiment, unless it is already.
 
     Raises:
         FusionError: As `claimed`, or it cannot be written.
@@ -125,7 +148,7 @@ def claim(folder: Path, experiment: dict[str, Any]) -> None:
 
 
 def checksum(path: Path) -> str:
-    """The SHA-256 checksum of a file, computed once as long as the file stays the same."""
+    """Return the SHA-256 checksum of a file, computed once as long as the file stays the same."""
     status = path.stat()
     return _checksum(path, status.st_mtime_ns, status.st_size, status.st_ino)
 
@@ -149,7 +172,7 @@ def _begun(folder: Path) -> bool:
 
 
 def _check_resumable(folder: Path) -> None:
-    """Refuses what Lightning would load, and what it would load instead."""
+    """Refuse what Lightning would load, and what it would load instead."""
     for foreign in folder.glob("hpc_ckpt*"):
         raise FusionError(f"Expected no checkpoint besides those of this stage, got {foreign}; move it away")
     if (folder / "last.ckpt").exists():
@@ -175,7 +198,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _flat(values: Any, where: str = "") -> dict[str, Any]:
-    """Nested values by their path."""
+    """Return nested values by their path."""
     if not isinstance(values, dict) or not values:
         return {where: values}
     return {
@@ -185,7 +208,7 @@ def _flat(values: Any, where: str = "") -> dict[str, Any]:
     }
 
 
-def _compare(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     names = [name for name in (before | now) if before.get(name) != now.get(name)]
     if names:
         shown = ", ".join(f"{name} {before.get(name)} instead of {now.get(name)}" for name in names[:3])

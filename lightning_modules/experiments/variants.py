@@ -1,6 +1,6 @@
-"""Variants of a fusion or of a transfer: one entry of an experiment, or a whole grid of them, by names people read."""
+"""Variants of a fusion or of a transfer: one entry of an experiment, or a grid of them, with readable names."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from typing import Any, TypeVar
@@ -34,20 +34,18 @@ class Variants(FusionOptions):
 
     def __post_init__(self) -> None:
         if self.grid:
-            # Each of them is checked when it is made, and what the grid replaces need not fit.
+            # Each cell is checked when it is made, and what the grid replaces need not fit.
             self._cells()
-        elif self.weights is not None:
-            object.__setattr__(self, "weights", self.options.weights)
         else:
-            assert self.options
+            object.__setattr__(self, "weights", self.options.weights)
 
     @property
     def options(self) -> FusionOptions:
-        """The options alone."""
+        """The options of the fusion alone."""
         return FusionOptions(**{option.name: getattr(self, option.name) for option in fields(FusionOptions)})
 
     def _cells(self: V) -> dict[str, V]:
-        """By what the grid says of it in words, one variant of each combination; a single one without a grid."""
+        """Return one variant for each combination of the grid, by its values in words; without a grid, itself."""
         for name, values in self.grid.items():
             if not values or any(value in values[:place] for place, value in enumerate(values)):
                 raise FusionError(f"Expected grid.{name} to be one or more different values, got {values}; change it")
@@ -86,22 +84,19 @@ class Transfers(Variants):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.grid:
-            assert self.plan
+            self.how()
 
-    @property
-    def plan(self) -> Plan:
-        """What is to be done."""
+    def how(self) -> Plan:
+        """Return what to do with the two networks.
+
+        Raises:
+            FusionError: The settings do not go together.
+        """
         return Plan(self.join, self.classifier, self.shortcuts, self.reinitialize, self.options)
-
-    def settings(self) -> dict[str, Any]:
-        """What is to be done, as plain containers."""
-        names = ("classifier", "shortcuts", "reinitialize")
-        flags = {name: getattr(self, name) for name in names}
-        return {"combine": self.join, **flags, "options": self.options.to_dict()}
 
 
 def cells(entries: Mapping[str, V]) -> dict[str, V]:
-    """Every variant by its full name: that of its entry, and what the grid says of it.
+    """Return every variant by its full name: that of its entry, and what the grid says of it.
 
     Args:
         entries: As an experiment has them, by name.
@@ -119,13 +114,21 @@ def cells(entries: Mapping[str, V]) -> dict[str, V]:
     return found
 
 
-def ratio(weights: Any) -> str:
-    """Weights in words, such as `0.3:0.7`."""
+def first_with(keys: Mapping[str, Hashable]) -> dict[str, bool]:
+    """Return the first variant of each key, and whether its name must be told: not for the first key of all."""
+    first: dict[Hashable, str] = {}
+    for variant, key in keys.items():
+        first.setdefault(key, variant)
+    return {variant: number > 0 for number, variant in enumerate(first.values())}
+
+
+def ratio(weights: Sequence[float]) -> str:
+    """Return weights in words, such as `0.3:0.7`."""
     return ":".join(f"{weight:g}" for weight in weights)
 
 
 def _word(name: str, value: Any) -> str:
-    """A value of a grid in words: a choice speaks for itself, anything else needs the name of its option."""
+    """Return a value of a grid in words: a choice speaks for itself, other values need the name of their option."""
     if isinstance(value, str):
         return value
     numbers = isinstance(value, list | tuple) and all(isinstance(item, int | float) for item in value)

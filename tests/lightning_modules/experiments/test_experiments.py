@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -16,11 +18,13 @@ from clafusion.datamodules import DigitsDataModule
 from clafusion.lightning_modules import FusionTrainer, ImageClassifier, load_parent
 from clafusion.lightning_modules.commandline import cli
 from clafusion.lightning_modules.experiments import catalogue
+from clafusion.lightning_modules.experiments.jobs import Job
 from clafusion.lightning_modules.experiments.parsing import from_plain
-from clafusion.lightning_modules.experiments.plan import Plan, plan
+from clafusion.lightning_modules.experiments.plan import KINDS, Plan, plan, stage_from
 from clafusion.lightning_modules.experiments.schema import Experiment
 from clafusion.lightning_modules.experiments.variants import Transfers, Variants, cells
 from clafusion.networks import build
+from tests.helpers import ROOT
 
 # The folder of a stage holds its record before its checkpoints.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -101,6 +105,16 @@ def test_the_full_scale_is_the_published_one(name):
     assert kinds["train"] == len(experiment.parents) and kinds["fuse"] == len(cells(experiment.fusions))
 
 
+def test_every_stage_is_the_same_after_it_was_written():
+    kinds = set()
+    for name in NAMES:
+        for stage in at(name, "small")[1].stages:
+            record = json.loads(json.dumps(Job(stage, 0, Path("seed_0"), {"data": {}, "trainer": {}}).record))
+            assert stage_from(record) == stage
+            kinds.add(type(stage))
+    assert kinds == set(KINDS)
+
+
 def recipe_of(name: str, kind: str) -> dict[str, Any]:
     return next(stage.settings["recipe"] for stage in at(name, "full")[1].stages if stage.kind == kind)
 
@@ -163,7 +177,7 @@ def test_a_grid_is_a_variant_for_each_combination():
 
 def test_a_grid_of_transfers():
     found = cells({"t": Transfers(grid={"join": ["none", "insert"], "mapping": ["chain"]}, classifier=False)})
-    assert list(found) == ["t none chain", "t insert chain"] and found["t insert chain"].plan.combine == "insert"
+    assert list(found) == ["t none chain", "t insert chain"] and found["t insert chain"].how().combine == "insert"
 
 
 @pytest.mark.parametrize(
@@ -187,6 +201,22 @@ def test_grids_that_cannot_be_are_refused(entry, message):
 def test_two_variants_of_one_name_are_refused():
     with pytest.raises(FusionError, match="Expected variants of different names, got two 'a cka'; rename a cka"):
         cells({"a": Variants(grid={"layer_measure": ["cka"]}), "a cka": Variants()})
+
+
+def test_variants_are_checked_without_assertions():
+    """`python -O` leaves assertions out."""
+    code = (
+        "from clafusion.lightning_modules.experiments.variants import Transfers, Variants\n"
+        "for kind, values in ((Variants, {'ridge': -1.0}), (Transfers, {'join': 'insert', 'classifier': True})):\n"
+        "    try:\n"
+        "        kind(**values)\n"
+        "    except Exception as error:\n"
+        "        print(type(error).__name__, error)\n"
+    )
+    out = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    ridge, insert = out.stdout.splitlines()
+    assert ridge == "FusionError Expected a positive ridge, got -1.0"
+    assert insert.startswith("FusionError Expected no classifier with combine insert")
 
 
 # --- the command line ---

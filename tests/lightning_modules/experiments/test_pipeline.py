@@ -25,11 +25,14 @@ from clafusion.lightning_modules import FusionTrainer, ImageClassifier, load_par
 from clafusion.lightning_modules.checkpoints.last import LastCheckpoint
 from clafusion.lightning_modules.commandline import cli
 from clafusion.lightning_modules.experiments import runner as pipeline
-from clafusion.lightning_modules.experiments import stages as stage_runs
+from clafusion.lightning_modules.experiments.context import RunContext
+from clafusion.lightning_modules.experiments.jobs import Job
 from clafusion.lightning_modules.experiments.parsing import from_plain
-from clafusion.lightning_modules.experiments.plan import plan
+from clafusion.lightning_modules.experiments.plan import plan, stage_from
 from clafusion.lightning_modules.experiments.runner import ExperimentFailed
 from clafusion.lightning_modules.experiments.schema import Experiment
+from clafusion.lightning_modules.experiments.stages import fusing
+from clafusion.lightning_modules.experiments.stages.training import Cost
 from tests.helpers import HAS_FONT, ROOT
 
 pytestmark = [
@@ -142,6 +145,9 @@ def test_the_table_has_every_network_over_all_seeds(whole):
     assert [row["name"] for row in results["networks"]] == NETWORKS
     assert (results["experiment"], results["scale"], results["seeds"]) == ("tiny", "full", [0, 1])
     assert results["failures"] == []
+    assert [row["role"] for row in results["networks"]] == [
+        *["parent", "parent", "control", "fused", "control", "control", "finetuned", "control"],
+    ]
     for row in results["networks"]:
         found = [row["seeds"][seed]["test_acc"] for seed in ("0", "1")]
         assert row["test_acc"] == pytest.approx(sum(found) / 2) and 0 <= row["test_acc"] <= 1
@@ -239,7 +245,7 @@ def test_a_finished_experiment_is_not_computed_again_and_its_tables_are_written_
     before = accuracies(done)
     for name in ("results.json", "results.csv", "results.md"):
         (done / name).unlink()
-    monkeypatch.setattr(pipeline, "run_stage", None)
+    monkeypatch.setattr(Job, "run", None)
     run(done, seeds=[1])
     assert accuracies(done) == {key: value for key, value in before.items() if key.endswith("1")}
     run(done, seeds=[0, 1])
@@ -266,7 +272,89 @@ def test_a_parent_can_have_data_of_its_own(tmp_path):
     assert steps == [2 * 2, 2 * BATCHES]
 
 
+# --- stages as plain values ---
+
+
+def test_a_stage_runs_from_its_description_alone(whole, tmp_path):
+    trainer = FusionTrainer(
+        accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False, logger=False,
+        save_every_n_steps=1, default_root_dir=str(tmp_path),
+    )  # fmt: skip
+    context, home = RunContext(trainer, DigitsDataModule(**DATA)), whole / "seed_1"
+    for path in sorted(home.glob("*/stage.json")):
+        record = json.loads(path.read_text())
+        stage, folder = stage_from(record), tmp_path / path.parent.name
+        assert stage.name == folder.name and stage.subject == record["name"]
+        folder.mkdir()
+        inputs = {name: home / file for name, file in record["description"]["inputs"].items()}
+        result = stage.run(context, folder, inputs, record["description"]["seed"])
+        expected = json.loads((path.parent / "done.json").read_text())
+        assert set(stage.files) == expected["outputs"].keys() <= {file.name for file in folder.iterdir()}
+        costs = {"seconds", "peak_memory_bytes"}
+        assert result.keys() == expected["result"].keys()
+        assert {key: result[key] for key in result.keys() - costs} == {
+            key: expected["result"][key] for key in expected["result"].keys() - costs
+        }
+    assert len(list(tmp_path.iterdir())) == STAGES
+    assert differences(networks(tmp_path), networks(home)) == []
+
+
+def test_folders_of_the_first_version_are_recognised(done, monkeypatch):
+    """That version wrote neither the name and the outputs of a stage nor the roles of networks."""
+    before = accuracies(done)
+    for path in done.glob("seed_*/*/stage.json"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({name: record[name] for name in ("description", "inputs")}))
+    results = json.loads((done / "results.json").read_text())
+    rows = [{key: value for key, value in row.items() if key != "role"} for row in results["networks"]]
+    (done / "results.json").write_text(json.dumps({**results, "networks": rows}))
+    (done / "seed_0/evaluate_fused_default/done.json").unlink()
+    monkeypatch.setattr(Job, "run", only(Job.run, "evaluate_fused_default"))
+    run(done, seeds=[0, 1])
+    assert accuracies(done) == before
+
+
+def only(original: Any, name: str) -> Any:
+    def run_it(job: Job, context: RunContext) -> Any:
+        assert job.stage.name == name
+        return original(job, context)
+
+    return run_it
+
+
+def test_another_name_is_no_other_stage(done, monkeypatch):
+    path = done / "seed_0/fuse_default/stage.json"
+    path.write_text(path.read_text().replace('"name": "default"', '"name": "usual"', 1))
+    assert json.loads(path.read_text())["name"] == "usual"
+    monkeypatch.setattr(Job, "run", None)
+    run(done, seeds=[0, 1])
+
+
+def test_checkpoints_keep_the_cost_under_the_name_that_they_had():
+    assert Cost().state_key == "Cost"
+
+
 # --- the plan ---
+
+
+def test_roles_do_not_follow_from_names():
+    parents = {"fusednet": EXPERIMENT["parents"]["deep"], "transferrednet": EXPERIMENT["parents"]["shallow"]}
+    changes = {
+        "parents": parents, "fusions": {"default_merge": {"balance": "merge"}}, "transfers": {"alone": {}},
+        "finetune.networks": None, "published": None,
+        "distill.students": ["scratch", "fusednet", "fused default_merge", "transferred alone, finetuned"],
+    }  # fmt: skip
+    found = plan(from_plain(Experiment, with_changes(changes), "experiment"), DigitsDataModule())
+    assert {row.name: row.role for row in found.contestants} == {
+        "fusednet": "parent", "transferrednet": "parent", "ensemble": "control",
+        "fused default_merge": "fused", "balanced fusednet": "control", "transferred alone": "transferred",
+        "fusednet, finetuned": "control", "transferrednet, finetuned": "control",
+        "fused default_merge, finetuned": "finetuned", "balanced fusednet, finetuned": "control",
+        "transferred alone, finetuned": "finetuned",
+        "scratch T=4 alpha=0.9, distilled": "control", "fusednet T=4 alpha=0.9, distilled": "control",
+        "fused default_merge T=4 alpha=0.9, distilled": "finetuned",
+        "transferred alone, finetuned T=4 alpha=0.9, distilled": "finetuned",
+    }  # fmt: skip
 
 
 def planned(**changes: Any) -> list[str]:
@@ -388,7 +476,7 @@ KILLS: dict[str, Any] = {
     "train, in an epoch": ("train_deep", 2),
     "train, between epochs": ("train_deep", BATCHES),
     "train, before it is done": dying_before(pipeline, "finish", named("train_deep")),
-    "fuse, half written": dying_after(stage_runs, "save_as", lambda *given: given[-1].name == "fused.ckpt"),
+    "fuse, half written": dying_after(fusing, "save_as", lambda *given: given[-1].name == "fused.ckpt"),
     "fuse, before it is done": dying_before(pipeline, "finish", named("fuse_default")),
     "finetune, in an epoch": ("finetune_deep", 1),
     "finetune, between epochs": ("finetune_fused_default", BATCHES),
@@ -397,7 +485,7 @@ KILLS: dict[str, Any] = {
     ),
     "distil, in an epoch": ("distil_scratch_T4_alpha0.9", BATCHES + 2),
     "evaluate, before it is done": dying_before(pipeline, "finish", named("evaluate_ensemble")),
-    "before the tables": dying_before(pipeline, "write_comparison", lambda *_: True),
+    "before the tables": dying_before(pipeline, "write_tables", lambda *_: True),
 }
 
 
@@ -419,7 +507,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(whole, tmp_path):
 
 
 def test_the_seconds_before_an_interruption_count(tmp_path):
-    cost = stage_runs.Cost()
+    cost = Cost()
     cost.load_state_dict({"seconds": 100.0, "peak_memory_bytes": 2**60})
     assert 100 < cost.state_dict()["seconds"] < 110 and cost.state_dict()["peak_memory_bytes"] == 2**60
 
@@ -434,7 +522,7 @@ def test_ctrl_c_ends_it_and_the_same_command_goes_on(whole, tmp_path, monkeypatc
         before = signal.getsignal(signal.SIGINT)
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
             if not interrupt:
-                patch.setattr(pipeline, "run_stage", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+                patch.setattr(Job, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             run(tmp_path / "x", **interrupt)
         signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
         assert end.value.code == 1
@@ -458,9 +546,9 @@ def test_a_cluster_that_takes_the_job_away_between_trainings_is_asked_to_requeue
         os.kill(os.getpid(), signal.SIGUSR1)
         return original(*args)
 
-    original = stage_runs.fuse_checkpoints
+    original = fusing.fuse_checkpoints
     monkeypatch.setattr("clafusion.lightning_modules.checkpoints.last.subprocess.run", requeue)
-    monkeypatch.setattr(stage_runs, "fuse_checkpoints", signalled)
+    monkeypatch.setattr(fusing, "fuse_checkpoints", signalled)
     try:
         run(tmp_path / "x", {"finetune": None, "distill": None}, enable_checkpointing=False)
     finally:
@@ -472,8 +560,8 @@ def test_a_cluster_that_takes_the_job_away_between_trainings_is_asked_to_requeue
 
 
 def test_a_failing_stage_leaves_the_others(whole, tmp_path, capsys, monkeypatch):
-    original = stage_runs.fuse_checkpoints
-    monkeypatch.setattr(stage_runs, "fuse_checkpoints", lambda *_: 1 / 0)
+    original = fusing.fuse_checkpoints
+    monkeypatch.setattr(fusing, "fuse_checkpoints", lambda *_: 1 / 0)
     with pytest.raises(ExperimentFailed, match=f"5 of {STAGES} stages have no result"):
         run(tmp_path / "x")
     results = json.loads((tmp_path / "x/results.json").read_text())
@@ -485,7 +573,7 @@ def test_a_failing_stage_leaves_the_others(whole, tmp_path, capsys, monkeypatch)
     error = tmp_path / "x/seed_0/fuse_default/error.txt"
     assert reasons["fuse default"] == f"ZeroDivisionError: division by zero (see {error})"
     assert "1 / 0" in error.read_text()
-    assert reasons["finetune fused default"] == "left out, for want of fuse_default"
+    assert reasons["finetune fused default"] == "skipped: it needs fuse_default, which failed"
     said = capsys.readouterr().err.splitlines()
     assert [line for line in said if "failed" in line] == [
         f"clafusion: failed: fuse default, seed 0: {reasons['fuse default']}"
@@ -495,7 +583,7 @@ def test_a_failing_stage_leaves_the_others(whole, tmp_path, capsys, monkeypatch)
     assert accuracies(tmp_path / "x") == {key: None if key[:-2] in missing else v for key, v in expected.items()}
     assert "- fuse default, seed 0: ZeroDivisionError" in (tmp_path / "x/results.md").read_text()
     # Mended, the same command completes it.
-    monkeypatch.setattr(stage_runs, "fuse_checkpoints", original)
+    monkeypatch.setattr(fusing, "fuse_checkpoints", original)
     assert run(tmp_path / "x")["failures"] == [] and accuracies(tmp_path / "x") == expected
     assert not error.exists()
 

@@ -1,0 +1,171 @@
+"""The stages that make networks of the parents without training: fusions and transfers."""
+
+import time
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, cast
+
+from clafusion import FusionOptions, map_units
+from clafusion.alignment.parents import template_of, trace_all
+from clafusion.errors import FusionError
+from clafusion.lightning_modules.classifier import ImageClassifier
+from clafusion.lightning_modules.commands.fuse import drawn, fuse_checkpoints, seeds
+from clafusion.lightning_modules.commands.records import peak_memory, save_as, versions, write_results
+from clafusion.lightning_modules.commands.transfer import Combine, Plan
+from clafusion.lightning_modules.compatibility import ImageData, load_alike
+from clafusion.lightning_modules.distributed import on_rank_zero
+from clafusion.lightning_modules.experiments.context import RunContext
+from clafusion.lightning_modules.experiments.stage_folder import slug
+from clafusion.lightning_modules.experiments.stages.base import Draft, MakingResult, Network, Stage, files_of
+from clafusion.lightning_modules.experiments.variants import cells, first_with
+from clafusion.lightning_modules.progress import steps
+from clafusion.tracing.structure import Structure
+
+#: The options that a balanced network depends on.
+_BALANCING = (
+    *("layer_measure", "debiased", "pin_first", "pin_last", "mapping", "balance", "relu"),
+    *("streams", "anchor", "many", "num_samples", "seed"),
+)
+
+
+@dataclass(frozen=True)
+class FuseStage(Stage):
+    """Fuse the parents, and keep the parents that balancing has changed as controls.
+
+    Attributes:
+        options: how to fuse.
+        balanced: the parents whose balanced networks are kept.
+    """
+
+    kind: ClassVar[str] = "fuse"
+    options: FusionOptions
+    balanced: list[str]
+
+    @classmethod
+    def plan(cls, draft: Draft) -> Iterator["FuseStage"]:
+        """Yield one stage for each variant; only the first of those that balance alike keeps its balanced networks.
+
+        Raises:
+            FusionError: The parents cannot be fused.
+        """
+        inputs = files_of(draft.networks, draft.parents)
+        variants = cells(draft.experiment.fusions)
+        keeping = first_with({variant: _balancing(how.options) for variant, how in variants.items() if how.balanced})
+        structures: Sequence[Structure] = ()
+        for variant, how in variants.items():
+            try:
+                # The random numbers that it draws are nobody's: every stage begins with a seed of its own.
+                structures = structures or trace_all(list(draft.parents.values()), draft.blank_images)
+                balanced = _changed(list(draft.parents), structures, how.options)
+            except FusionError as error:
+                numbered = ", ".join(f"parent {number}: {name}" for number, name in enumerate(draft.parents))
+                raise FusionError(f"{error} (in experiment.fusions.{variant}; {numbered})") from error
+            outputs = {f"fused {variant}": Network("fused.ckpt", "fused")}
+            kept = balanced if variant in keeping else []
+            for name in kept:
+                word = f" {variant}" if keeping[variant] else ""
+                outputs[f"balanced {name}{word}"] = Network(_balanced_file(name), "control")
+            yield cls(variant, inputs, outputs, how.options, kept)
+
+    def _run(self, context: RunContext, folder: Path, inputs: Mapping[str, Path]) -> MakingResult:
+        """Fuse, measure for the report, and write the networks with `fusion.json`."""
+        strategy = context.trainer.strategy
+
+        def compute() -> MakingResult:
+            paths, data = [str(path) for path in inputs.values()], cast(ImageData, context.data)
+            with steps(context.quiet) as step:
+                step(f"fusing {len(paths)} networks")
+                made = fuse_checkpoints(paths, data, self.options, strategy.root_device)
+                step("measuring for the report")
+                more = {"report": drawn(made, data)} if context.report else {}
+            fusion, record = made.fusion, {**made.record, **more}
+            save_as(ImageClassifier(), fusion.model, record, folder / "fused.ckpt")
+            for name in self.balanced:
+                balanced = fusion.balanced[list(inputs).index(name)]
+                save_as(ImageClassifier(), balanced, None, folder / _balanced_file(name))
+            write_results(record, folder / "fusion.json")
+            return {"seconds": record["seconds"], "peak_memory_bytes": record["peak_memory_bytes"]}
+
+        return on_rank_zero(strategy, compute)
+
+
+@dataclass(frozen=True)
+class TransferStage(Stage):
+    """Transfer one parent, the first input, into the architecture of another, the second.
+
+    Attributes:
+        combine: what becomes of the transferred network, as for `clafusion transfer --combine`.
+        classifier: as for `clafusion.filter_transfer.transfer`, and so are those below.
+        shortcuts: see `clafusion.filter_transfer.transfer`.
+        reinitialize: see `clafusion.filter_transfer.transfer`.
+        options: how to align layers, and how to fuse.
+    """
+
+    kind: ClassVar[str] = "transfer"
+    combine: Combine
+    classifier: bool
+    shortcuts: bool
+    reinitialize: bool
+    options: FusionOptions
+
+    @classmethod
+    def plan(cls, draft: Draft) -> Iterator["TransferStage"]:
+        """Yield one stage for each variant.
+
+        Raises:
+            FusionError: A pair has layers that do not correspond.
+        """
+        parents, networks = list(draft.parents), draft.networks
+        corresponding: set[tuple[str, str]] = set()
+        for variant, transfer in cells(draft.experiment.transfers).items():
+            source, target = transfer.source or parents[-1], transfer.target or parents[0]
+            try:
+                # Pairs correspond in all variants or in none.
+                if (source, target) not in corresponding:
+                    map_units(draft.parents[source], draft.parents[target], "chain")
+            except FusionError as error:
+                raise FusionError(f"{error} (in experiment.transfers.{variant})") from error
+            corresponding.add((source, target))
+            outputs = {f"transferred {variant}": Network("transferred.ckpt", "transferred")}
+            yield cls(variant, files_of(networks, (source, target)), outputs, **vars(transfer.how()))
+
+    def _run(self, context: RunContext, folder: Path, inputs: Mapping[str, Path]) -> MakingResult:
+        """Transfer, and write the network with `transfer.json`."""
+        data, device = cast(ImageData, context.data), context.trainer.strategy.root_device
+        how = Plan(self.combine, self.classifier, self.shortcuts, self.reinitialize, self.options)
+
+        def compute() -> MakingResult:
+            source, target = load_alike([str(path) for path in inputs.values()], data, "source and target")
+            batches = [batch.to(device) for batch in data.alignment_batches(how.options.num_samples, how.options.seed)]
+            started = time.perf_counter()
+            with steps(context.quiet) as step:
+                step(f"transferring {self.subject}")
+                made, summary = how.run(source.to(device), target.to(device), batches)
+            cost: MakingResult = {
+                "seconds": time.perf_counter() - started,
+                "peak_memory_bytes": peak_memory(device),
+            }
+            record = {**self.settings, **summary, **cost, "seeds": seeds(how.options), "versions": versions()}
+            save_as(ImageClassifier(), made["result"], record, folder / "transferred.ckpt")
+            write_results(record, folder / "transfer.json")
+            return cost
+
+        return on_rank_zero(context.trainer.strategy, compute)
+
+
+def _balanced_file(parent: str) -> str:
+    return f"balanced_{slug(parent)}.ckpt"
+
+
+def _balancing(options: FusionOptions) -> Hashable:
+    """What a balanced network depends on; one after another, parents are balanced with what the weights made."""
+    weights = options.weights if options.many == "iterative" else None
+    return weights, *(getattr(options, name) for name in _BALANCING)
+
+
+def _changed(parents: Sequence[str], structures: Sequence[Structure], options: FusionOptions) -> list[str]:
+    """Return the names of the parents that balancing changes."""
+    template = template_of(structures, options)
+    depths = [[len(stage) for stage in structure.stages] for structure in structures]
+    return [name for name, depth in zip(parents, depths, strict=True) if depth != depths[template]]
