@@ -14,7 +14,7 @@ from clafusion.lightning_modules.checkpoints.last import LastCheckpoint
 from clafusion.lightning_modules.commands.figures import Pictures, folder_beside
 from clafusion.lightning_modules.distributed import Agreement, on_rank_zero
 from clafusion.lightning_modules.experiments.jobs import Job, Order
-from clafusion.lightning_modules.experiments.report import experiment_figures, experiment_text
+from clafusion.lightning_modules.experiments.report import report_on
 from clafusion.lightning_modules.experiments.results_table import compare, print_comparison, write_comparison
 from clafusion.lightning_modules.experiments.stage_folder import begin, claim, finish, finished
 from clafusion.lightning_modules.experiments.stages import StageTrainer, run_stage
@@ -104,12 +104,12 @@ def _carry_out(order: Order) -> dict[str, Any]:
 def _write(order: Order, ledger: Ledger) -> None:
     write_comparison(_compared(order, ledger), order.output)
     if order.workshop.report:
-        write_text(order.output / "report.html", experiment_text(order.output / "results.json"))
+        write_text(order.output / "report.html", report_on(order.output / "results.json").html)
 
 
 def _draw(order: Order) -> None:
     """The figures of the report one by one, once everything is in it."""
-    pictures = Pictures.of(experiment_figures(order.output / "results.json"))
+    pictures = Pictures.of(report_on(order.output / "results.json").figures)
     pictures.write(folder_beside(order.output / "report.html"))
 
 
