@@ -50,7 +50,7 @@ def experiment_page(results: Record, curves: Curves, fusions: Sequence[NamedFusi
     published = any(row.published is not None for row in intervals)
     label = "; ".join(f"{row.name} {row.text}" for row in intervals)
     chart = interval_chart(intervals, f"Test accuracy of every network: {label}",
-                           ("Accent: fused networks; the others are controls.",))  # fmt: skip
+                           ("Orange: fused networks. Blue: controls.",))  # fmt: skip
     trainings = _trainings(curves, networks)
     parts = [(fusion, fusion_sections(fusion.record)) for fusion in fusions[:_DRAWN]]
     sections = render(
