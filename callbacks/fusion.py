@@ -17,7 +17,7 @@ from clafusion.lightning_modules.commands.fuse import fuse_checkpoints
 from clafusion.lightning_modules.compatibility import ImageData, resumes_from
 from clafusion.lightning_modules.distributed import on_rank_zero
 from clafusion.lightning_modules.progress import steps
-from clafusion.report.pages import figures, fusion_report
+from clafusion.report.pages import fusion_report
 
 
 class FusionData(ImageData, Protocol):
@@ -128,7 +128,7 @@ class FusionCallback(Callback):
         if trainer.is_global_zero and has_board(trainer.loggers):
             # The report's table is about test images, which nobody has looked at yet.
             shown = {name: value for name, value in self.record.items() if name != "networks"}
-            Pictures.of(figures(fusion_report(shown))).log(trainer.loggers)
+            Pictures.of(fusion_report(shown).figures).log(trainer.loggers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Delivers a signal that arrived while fusing: now there are handlers."""

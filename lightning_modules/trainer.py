@@ -38,13 +38,12 @@ from clafusion.lightning_modules.commands.records import (
 from clafusion.lightning_modules.commands.transfer import transfer_checkpoint
 from clafusion.lightning_modules.compatibility import ImageData
 from clafusion.lightning_modules.experiments.jobs import prepare
-from clafusion.lightning_modules.experiments.report import fusion_report
 from clafusion.lightning_modules.experiments.runner import run_experiment
 from clafusion.lightning_modules.experiments.schema import Scale
 from clafusion.lightning_modules.experiments.stage_trainers import check_arguments, stage_arguments
 from clafusion.lightning_modules.files import write_together, writer
 from clafusion.lightning_modules.progress import steps
-from clafusion.report.pages import figures as all_figures
+from clafusion.report.pages import fusion_report
 
 
 class FusionTrainer(HookedTrainer):
@@ -172,9 +171,9 @@ class FusionTrainer(HookedTrainer):
             networks = compare(self, _contestants(fused.parents, fused.fusion), datamodule, step)
         results = {"output": output, "networks": networks, **fused.record, **more}
         if self.is_global_zero:
-            text = fusion_report(results) if report else ""
-            pictures = Pictures.of(all_figures(text) if figures else {})
-            pages = {page: writer(text)} if report else {}
+            shown = fusion_report(results) if report else None
+            pictures = Pictures.of(shown.figures if shown and figures else ())
+            pages = {page: writer(shown.html)} if shown else {}
             checkpoint = prepared(model, fused.fusion.model, results)
             write_together({path: checkpoint, record: writer(as_json(results)), **pages})
             if figures:

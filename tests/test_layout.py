@@ -192,3 +192,17 @@ def test_setup_cfg_names_all_that_is_installed():
     assert mapped == {name: top for top, name in PACKAGES.items()}
     script = setup["options.entry_points"]["console_scripts"].strip()
     assert script == "clafusion = clafusion.lightning_modules.commandline:main"
+
+
+def test_setup_cfg_names_all_data_files():
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    folders = {module_of(path / "__init__.py"): path for path in {path.parent for path in MODULES.values()}}
+    named = {
+        path
+        for package, patterns in setup["options.package_data"].items()
+        for pattern in patterns.split()
+        for path in folders[package].glob(pattern)
+    }
+    found = {path for top in PACKAGES for path in (ROOT / top).rglob("*.*") if path.is_file()}
+    assert named == {path for path in found if path.suffix not in (".py", ".pyc")}

@@ -1,4 +1,4 @@
-"""The pictures of a report, as inline SVG: each takes plain values and returns markup."""
+"""The figures of a report: each function draws plain values as inline SVG."""
 
 import base64
 import math
@@ -8,16 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clafusion.report.html import Safe, drawing, tag, word
+from clafusion.report.html import Caption, Figure, Line, render
 
-#: More pixels than this in one picture are not what this library writes.
+#: Width of a figure, for a phone held upright; in pixels.
+WIDTH = 340
+#: Height and width of a figure that is made of pixels.
+_SIDE = 132
+#: Pixels of one such figure, at most: this library writes fewer.
 _LIMIT = 256 * 256
-#: Red, green and blue of the pictures of maps; the value becomes the opacity, so that they do on any background.
+#: Red, green and blue of the pixels; their values become the opacity, so that they suit any background.
 _INK = (37, 99, 235)
 
 
-def pixels(picture: dict[str, Any], label: str) -> Safe:
-    """The picture of a map, as `report_data.map_picture` packed it.
+def neuron_map(picture: dict[str, Any], label: str, caption: Caption) -> Figure:
+    """Draw the picture of a map, as `measurements.map_picture` packed it.
 
     Raises:
         ValueError: if it is not as long as it says.
@@ -30,11 +34,11 @@ def pixels(picture: dict[str, Any], label: str) -> Safe:
     if len(levels) != height * width:
         raise ValueError(f"a picture of {len(levels)} instead of {height} by {width} pixels")
     data = base64.b64encode(_png(height, width, levels)).decode("ascii")
-    return tag("img", src=f"data:image/png;base64,{data}", alt=label, title=label, width=132, height=132)
+    return Figure(label, caption, _SIDE, _SIDE, image=f"data:image/png;base64,{data}")
 
 
 def _png(height: int, width: int, levels: bytes) -> bytes:
-    """A PNG file of one colour whose opacity is the level (PNG specification, 11.2.2 to 11.3.2.1)."""
+    """Return a PNG file of one colour whose opacity is the level (PNG specification, 11.2.2 to 11.3.2.1)."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -50,70 +54,44 @@ def _png(height: int, width: int, levels: bytes) -> bytes:
     ])  # fmt: skip
 
 
-#: Pictures are drawn for a phone held upright, in pixels.
-WIDTH = 340
-#: Height of a line of the legend of a chart that stands alone.
-KEY_LINE = 18
-#: From this share of the scale on, a cell is so full that its number must be bright.
-_FULL = 0.8
-Values = Sequence[float | None]
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of a chart.
-
-    Attributes:
-        name: for the legend.
-        values: one per position; None leaves a gap.
-        style: a class of the page's style sheet.
-    """
-
-    name: str
-    values: Values
-    style: str
-
-
-def heat_map(cost: Sequence[Sequence[float]], path: Sequence[tuple[int, int]], label: str) -> Safe:
-    """A matrix as coloured cells, the darker the larger, with some of them framed.
+def heat_map(cost: Sequence[Sequence[float]], path: Sequence[tuple[int, int]], label: str, caption: Caption) -> Figure:
+    """Draw a matrix as coloured cells, the fuller the larger, with some of them framed.
 
     Args:
         cost: rows of finite values.
         path: (row, column) of the cells to frame.
         label: what it shows, in words.
+        caption: what a page says below it.
     """
-    rows, columns = len(cost), len(cost[0])
-    side = max(10.0, min(38.0, (WIDTH - 30) / columns, 600 / rows))
+    columns = len(cost[0])
+    side = max(10.0, min(38.0, (WIDTH - 30) / columns, 600 / len(cost)))
     low, high = min(map(min, cost)), max(map(max, cost))
-    span = high - low or 1.0
-    parts: list[Safe] = []
-    for i, row in enumerate(cost):
-        parts.append(word(20.0, 18 + (i + 0.5) * side + 4, i + 1, class_="tick end"))
-        for j, value in enumerate(row):
-            chosen = " chosen" if (i, j) in path else ""
-            about = tag("title", f"{i + 1} – {j + 1}: {value:.6g}{', chosen' if chosen else ''}")
-            x, y, depth = 26 + j * side, 18 + i * side, (value - low) / span
-            cell = tag(
-                "rect", x=x + 1.5, y=y + 1.5, width=side - 3, height=side - 3, rx=2, fill_opacity=0.06 + 0.84 * depth
-            )
-            ring = [tag("rect", x=x + 1.5, y=y + 1.5, width=side - 3, height=side - 3, rx=2, class_="ring")]
-            shown = f"{value:.2f}".replace("0.", ".") if -0.995 < value < 0.995 else f"{value:.3g}"
-            bright = "cell bright" if depth > _FULL else "cell"
-            text = [word(x + side / 2, y + side / 2 + 4, shown, class_=bright)] if side > 30 else []
-            parts.append(tag("g", about, cell, *(ring if chosen else []), *text, class_=f"heat{chosen}"))
-    ticks = [word(26 + (j + 0.5) * side, 12.0, j + 1, class_="tick middle") for j in range(columns)]
-    return drawing(30 + columns * side, 22 + rows * side, label, *ticks, *parts)
+    rows = [
+        [
+            {
+                "value": value,
+                "text": f"{value:.2f}".replace("0.", ".") if -0.995 < value < 0.995 else f"{value:.3g}",
+                "share": (value - low) / ((high - low) or 1.0),
+                "chosen": (i, j) in path,
+            }
+            for j, value in enumerate(row)
+        ]
+        for i, row in enumerate(cost)
+    ]
+    drawing = render("heat_map.svg", rows=rows, columns=columns, side=side)
+    return Figure(label, caption, 30 + columns * side, 22 + len(cost) * side, drawing)
 
 
-def alignment(
+def layer_pairs(
     deep: Sequence[Sequence[str]],
     shallow: Sequence[Sequence[str]],
     pairs: Sequence[Sequence[int]],
     names: tuple[str, str],
     lone: str,
     label: str,
-) -> Safe:
-    """Two networks side by side, from top to bottom, with lines between the layers that correspond.
+    caption: Caption,
+) -> Figure:
+    """Draw two networks side by side, from top to bottom, with lines between the layers that correspond.
 
     Args:
         deep: per stage the layers of the deeper network.
@@ -122,166 +100,126 @@ def alignment(
         names: of the networks.
         lone: what becomes of a layer of the deeper network without a partner.
         label: what it shows, in words.
+        caption: what a page says below it.
+
+    Raises:
+        ValueError: if the layers and their partners do not fit together.
     """
-    parts = [word(0.0, 14.0, names[0], class_="head"), word(float(WIDTH), 14.0, names[1], class_="head end")]
-    top = 30.0
-    for number, (ours, theirs, partners) in enumerate(zip(deep, shallow, pairs, strict=True)):
-        height = 24.0 * len(ours)
-        parts.append(tag("rect", x=0, y=top - 3, width=WIDTH, height=height + 2, rx=6, class_=f"stage s{number % 2}"))
-        rows = [top + (i + 0.5) * 24.0 for i in range(len(ours))]
-        for i, name in enumerate(ours):
-            parts += _box(4.0, rows[i], name, None if i in partners else lone)
-        # A layer stands beside its partner, so that the gaps are where layers are missing.
-        for name, partner in zip(theirs, partners, strict=True):
-            y, about = rows[partner], tag("title", f"{ours[partner]} ↔ {name}")
-            parts.append(tag("path", about, d=f"M145 {y:g}H195", class_="link"))
-            parts += _box(197.0, y, name, None)
-        top += height + 8
-    return drawing(WIDTH, top, label, *parts)
-
-
-def _box(x: float, y: float, name: str, lone: str | None) -> list[Safe]:
-    shown = name if len(name) <= 22 else f"…{name[-21:]}"
-    style = "unit" if lone is None else "unit lone"
-    about = name if lone is None else f"{name}: {lone}"
-    box = tag("rect", x=x, y=y - 9, width=139, height=18, rx=4)
-    more = [] if lone is None else [word(x + 200, y + 3.5, f"+ {lone}", class_="note")]
-    return [tag("g", tag("title", about), box, word(x + 7, y + 4, shown, class_="name"), *more, class_=style)]
+    stages, top = [], 30
+    for rows, others, partners in zip(deep, shallow, pairs, strict=True):
+        if len(others) != len(partners) or not all(0 <= partner < len(rows) for partner in partners):
+            raise ValueError(f"layers {partners} of {len(rows)} for {len(others)} others")
+        stages.append({"top": top, "deep": rows, "shallow": others, "partners": partners})
+        top += 24 * len(rows) + 8
+    drawing = render("layers.svg", stages=stages, names=names, lone=lone, width=WIDTH)
+    return Figure(label, caption, WIDTH, top, drawing)
 
 
 def line_chart(
-    lines: Sequence[Line], positions: Sequence[str], label: str, unit: str, logarithmic: bool = False
-) -> Safe:
-    """Lines over positions, with a legend.
+    lines: Sequence[Line], positions: Sequence[str], label: str, caption: Caption, unit: str, logarithmic: bool = False
+) -> Figure:
+    """Draw lines over positions.
 
     Args:
         lines: at least one.
         positions: names of the positions.
         label: what it shows, in words.
+        caption: what a page says below it.
         unit: what is written above the vertical axis.
         logarithmic: draw the binary logarithms of the values, which are positive.
     """
-    height, left, right, above, below = 200.0, 38.0, 8.0, 26.0, 24.0
+    height, left, right, above, below = 200, 38, WIDTH - 8, 26, 24
     low, high, ticks = _scale([v for line in lines for v in line.values if v is not None], logarithmic)
+    step = (right - left) / max(len(positions) - 1, 1)
 
-    def at(place: int, value: float) -> tuple[float, float]:
+    def y(value: float) -> float:
         shown = math.log2(max(value, 1e-12)) if logarithmic else value
-        share = (shown - low) / (high - low)
-        step = (WIDTH - left - right) / max(len(positions) - 1, 1)
-        return left + place * step, above + (1 - min(max(share, 0), 1)) * (height - above - below)
+        return above + (1 - min(max((shown - low) / (high - low), 0), 1)) * (height - above - below)
 
-    parts = [word(0.0, 12.0, unit, class_="tick")]
-    for value in ticks:
-        y = at(0, value)[1]
-        one = " one" if logarithmic and value == 1 else ""
-        parts.append(tag("line", x1=left, x2=WIDTH - right, y1=y, y2=y, class_=f"grid{one}"))
-        parts.append(word(left - 6, y + 4, _short(value) if logarithmic else f"{value:.4g}", class_="tick end"))
-    for line in lines:
-        parts.append(_polyline(line, positions, at))
-    parts.append(word(left, height - 6, positions[0], class_="tick"))
-    if len(positions) > 1:
-        parts.append(word(WIDTH - right, height - 6, positions[-1], class_="tick end"))
-    return drawing(WIDTH, height, label, *parts, *_key(lines, left, height))
-
-
-def _key(lines: Sequence[Line], x: float, y: float) -> list[Safe]:
-    """The legend below a chart: hidden on a page, which has one for all its charts, and seen where a chart is alone."""
-    return [
-        tag("g", tag("path", d=f"M{x:g} {y + place * KEY_LINE + 4:g}h22", class_=f"line {line.style}"),
-            word(x + 30, y + place * KEY_LINE + 8, line.name), class_="key")
-        for place, line in enumerate(lines)
-    ]  # fmt: skip
+    points = [
+        [
+            None if value is None else (left + place * step, y(value), f"{line.name}, {positions[place]}: {value:.6g}")
+            for place, value in enumerate(line.values)
+        ]
+        for line in lines
+    ]
+    drawing = render(
+        "line_chart.svg", unit=unit, positions=positions, height=height, left=left, right=right,
+        ticks=[(y(value), text, "grid one" if logarithmic and value == 1 else "grid") for value, text in ticks.items()],
+        lines=list(zip((line.style for line in lines), points, strict=True)),
+    )  # fmt: skip
+    return Figure(label, caption, WIDTH, height, drawing, tuple(lines))
 
 
-def legend(lines: Sequence[Line]) -> Safe:
-    """The names of the lines, each with a piece of it."""
-    seen = {line.name: line.style for line in lines}
-    items = [
-        tag("li", tag("svg", tag("path", d="M1 6H21", class_=f"line {style}"), width=22, height=12, aria_hidden="true"),
-            name)
-        for name, style in seen.items()
-    ]  # fmt: skip
-    return tag("ul", *items, class_="legend")
-
-
-def _polyline(line: Line, positions: Sequence[str], at: Any) -> Safe:
-    pen, steps, dots = "M", [], []
-    for place, value in enumerate(line.values):
-        if value is None:
-            pen = "M"
-            continue
-        x, y = at(place, value)
-        steps.append(f"{pen}{x:.1f} {y:.1f}")
-        about = tag("title", f"{line.name}, {positions[place]}: {value:.6g}")
-        dots.append(tag("g", about, tag("circle", cx=x, cy=y, r=2.5)))
-        pen = "L"
-    return tag("g", tag("path", d=" ".join(steps) or None, class_=f"line {line.style}"), *dots,
-               class_=f"dots {line.style}")  # fmt: skip
-
-
-def _scale(values: Sequence[float], logarithmic: bool) -> tuple[float, float, list[float]]:
-    """The ends of the vertical axis (of a logarithmic one their logarithms) and the values to write beside it."""
+def _scale(values: Sequence[float], logarithmic: bool = False) -> tuple[float, float, dict[float, str]]:
+    """Return the ends of an axis (of a logarithmic one their logarithms) and the values to write beside it."""
     if logarithmic:
-        found = [math.log2(value) for value in values if value > 0]
-        bottom, top = math.floor(min([-1.0, *found])), math.ceil(max([1.0, *found]))
+        logarithms = [math.log2(value) for value in values if value > 0]
+        bottom, top = math.floor(min([-1.0, *logarithms])), math.ceil(max([1.0, *logarithms]))
         every = max(1, math.ceil((top - bottom) / 6))
-        return bottom, top, [2.0**k for k in range(bottom, top + 1) if k % every == 0]
+        powers = [k for k in range(bottom, top + 1) if k % every == 0]
+        return bottom, top, {2.0**k: f"1/{2**-k}" if k < 0 else f"{2.0**k:.4g}" for k in powers}
     low, high = min(values, default=0.0), max(values, default=1.0)
     step = _step((high - low) or abs(high) or 1.0)
     first, last = math.floor(low / step), max(math.ceil(high / step), math.floor(low / step) + 1)
-    return first * step, last * step, [k * step for k in range(first, last + 1)]
+    return first * step, last * step, {k * step: f"{k * step:.4g}" for k in range(first, last + 1)}
 
 
 def _step(span: float) -> float:
-    """A round distance of ticks, of which about five fit."""
+    """Return a round distance of ticks, of which about five fit."""
     power = 10.0 ** math.floor(math.log10(span / 5))
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= span / 5)
 
 
-def _short(value: float) -> str:
-    """A power of two."""
-    return f"1/{round(1 / value)}" if value < 1 else f"{value:.4g}"
+@dataclass(frozen=True)
+class Interval:
+    """One row of an interval chart; all numbers are in percent.
+
+    Attributes:
+        name: of the network.
+        mean: over the seeds; None without any.
+        deviation: one standard deviation; None for fewer than two seeds.
+        published: a number to compare with; None without any.
+        values: one per seed.
+        fused: whether it is stressed.
+    """
+
+    name: str
+    mean: float | None
+    deviation: float | None
+    published: float | None
+    values: tuple[float, ...]
+    fused: bool
+
+    @property
+    def text(self) -> str:
+        """The mean and the deviation in words."""
+        if self.mean is None:
+            return "–"
+        return f"{self.mean:.2f}" + ("" if self.deviation is None else f" ± {self.deviation:.2f}")
+
+    @property
+    def spread(self) -> tuple[float, ...]:
+        """The ends of the interval; empty for fewer than two seeds."""
+        if self.mean is None or self.deviation is None:
+            return ()
+        return self.mean - self.deviation, self.mean + self.deviation
 
 
-def interval_chart(rows: Sequence[dict[str, Any]], label: str) -> Safe:
-    """Means with their standard deviations and the single values, one row below the other.
+def interval_chart(rows: Sequence[Interval], label: str, caption: Caption) -> Figure:
+    """Draw means with their standard deviations and the single values, one row below the other.
 
     Args:
-        rows: `name`; `mean`, `deviation`, `other` (a reference) in percent, or None; `values`; `style`.
+        rows: from top to bottom.
         label: what it shows, in words.
+        caption: what a page says below it.
     """
-    known = [edge for row in rows for edge in (*row["values"], row["other"], *_ends(row)) if edge is not None]
-    low, high, ticks = _scale(known, logarithmic=False)
-    height = 22 + 36.0 * len(rows)
+    numbers = [(*row.values, row.published, row.mean, *row.spread) for row in rows]
+    low, high, ticks = _scale([number for row in numbers for number in row if number is not None])
+    height = 22 + 36 * len(rows)
 
-    def at(value: float) -> float:
+    def x(value: float) -> float:
         return 10 + (value - low) / (high - low) * (WIDTH - 24)
 
-    parts = []
-    for value in ticks:
-        parts.append(tag("line", x1=at(value), x2=at(value), y1=0, y2=height - 18, class_="grid"))
-        parts.append(word(at(value), height - 4, f"{value:.4g}", class_="tick middle"))
-    for number, row in enumerate(rows):
-        y = 36.0 * number + 26
-        shown = "–" if row["mean"] is None else f"{row['mean']:.2f}"
-        shown += f" ± {row['deviation']:.2f}" if row["deviation"] is not None else ""
-        marks = [word(4.0, y - 10, row["name"], class_="name"), word(WIDTH - 2.0, y - 10, shown, class_="name end")]
-        marks += [tag("circle", cx=at(value), cy=y, r=2.5, class_="single") for value in row["values"]]
-        if row["deviation"] is not None:
-            first, last = at(row["mean"] - row["deviation"]), at(row["mean"] + row["deviation"])
-            marks.append(tag("line", x1=first, x2=last, y1=y, y2=y, class_="spread"))
-        if row["other"] is not None:
-            x = at(row["other"])
-            marks.append(tag("path", tag("title", f"published: {row['other']:.2f}"), d=f"M{x:.1f} {y - 6:g}v12",
-                             class_="other"))  # fmt: skip
-        if row["mean"] is not None:
-            marks.append(tag("circle", tag("title", f"{row['name']}: {shown}"), cx=at(row["mean"]), cy=y, r=5,
-                             class_="mean"))  # fmt: skip
-        parts.append(tag("g", *marks, class_=f"interval {row['style']}"))
-    return drawing(WIDTH, height, label, *parts)
-
-
-def _ends(row: dict[str, Any]) -> tuple[float | None, float | None]:
-    if row["deviation"] is None or row["mean"] is None:
-        return row["mean"], row["mean"]
-    return row["mean"] - row["deviation"], row["mean"] + row["deviation"]
+    drawing = render("intervals.svg", rows=rows, ticks=ticks, x=x, width=WIDTH, height=height)
+    return Figure(label, caption, WIDTH, height, drawing)

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from PIL import Image
@@ -12,7 +11,7 @@ from PIL import Image
 from clafusion.errors import FusionError
 from clafusion.lightning import Logger, TensorBoardLogger
 from clafusion.lightning_modules.files import write_atomically, writer
-from clafusion.report.pages import rasterised
+from clafusion.report.pages import Figure, rasterised, svg_files
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,9 @@ class Pictures:
     images: Mapping[str, bytes]
 
     @classmethod
-    def of(cls, drawings: Mapping[str, str]) -> "Pictures":
-        """What `clafusion.report.pages.figures` returned, and the same as PNG."""
+    def of(cls, figures: Iterable[Figure]) -> "Pictures":
+        """Draw the figures of a report."""
+        drawings = svg_files(figures)
         return cls(drawings, rasterised(drawings))
 
     @property
@@ -39,7 +39,7 @@ class Pictures:
         return {**vectors, **{f"{name}.png": data for name, data in self.images.items()}}
 
     def write(self, folder: Path) -> None:
-        """Writes every file, whole or not at all, and removes the figures of an earlier report of that name.
+        """Write every file, whole or not at all, and remove the figures of an earlier report of that name.
 
         Raises:
             FusionError: The folder or a file cannot be written.
@@ -57,29 +57,29 @@ class Pictures:
                 path.unlink()
 
     def log(self, loggers: Iterable[Logger], step: int = 0) -> None:
-        """Adds the images to those loggers that show images in TensorBoard, as `report/NAME`."""
-        for board in filter(_is_board, loggers):
+        """Add the images to those loggers that show images in TensorBoard, as `report/NAME`."""
+        for board in _boards(loggers):
             for name, data in self.images.items():
                 image = np.asarray(Image.open(BytesIO(data)).convert("RGB"))
-                cast(TensorBoardLogger, board).experiment.add_image(f"report/{name}", image, step, dataformats="HWC")
+                board.experiment.add_image(f"report/{name}", image, step, dataformats="HWC")
 
 
 def has_board(loggers: Iterable[Logger]) -> bool:
     """Whether one of the loggers shows images in TensorBoard."""
-    return any(map(_is_board, loggers))
+    return bool(_boards(loggers))
 
 
-def _is_board(logger: Logger) -> bool:
-    return isinstance(logger, TensorBoardLogger)
+def _boards(loggers: Iterable[Logger]) -> list[TensorBoardLogger]:
+    return [logger for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def folder_beside(page: Path) -> Path:
-    """Where the figures of a report go: `report_figures` beside `report.html`."""
+    """The folder of the figures of a report: `report_figures` beside `report.html`."""
     return page.with_name(f"{page.stem}_figures")
 
 
 def check_folder(page: Path, overwrite: bool) -> None:
-    """Refuses to replace figures unasked.
+    """Refuse to replace figures unasked.
 
     Raises:
         FusionError: There are some and they may not be replaced, or something else has their name.

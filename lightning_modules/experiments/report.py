@@ -10,20 +10,17 @@ from typing import Any
 from clafusion.errors import FusionError
 from clafusion.lightning_modules.commands.figures import Pictures, check_folder, folder_beside
 from clafusion.lightning_modules.commands.records import check_new, check_output
-from clafusion.lightning_modules.experiments.stage_folder import slug
 from clafusion.lightning_modules.files import write_text
-from clafusion.report.experiment_page import DRAWN
-from clafusion.report.pages import experiment_report, fusion_report
-from clafusion.report.pages import figures as all_figures
+from clafusion.report.pages import NamedFusion, Report, experiment_report, fusion_report
 
 #: A record of a fusion of large networks takes a few MiB; what takes more is something else.
 _LARGEST = 64 * 2**20
 _QUANTITIES = ("val_acc", "train_loss")
-Course = dict[str, dict[int, float]]
+Curve = dict[str, dict[int, float]]
 
 
 def report_file(input: str, output: str = "report.html", figures: bool = True, overwrite: bool = False) -> None:
-    """Shows a fusion or an experiment as one HTML file, which needs no network.
+    """Show a fusion or an experiment as one HTML file, which needs no network.
 
     Args:
         input: A fusion.json as fuse writes it; or the folder of a pipeline, or its results.json.
@@ -41,41 +38,27 @@ def report_file(input: str, output: str = "report.html", figures: bool = True, o
     source = Path(input)
     if source.is_dir():
         source = source / ("results.json" if (source / "results.json").exists() else "fusion.json")
-    whole = "experiment" in _read(source)
-    text = experiment_text(source) if whole else fusion_report(_read(source))
-    pictures = Pictures.of((experiment_figures(source) if whole else all_figures(text)) if figures else {})
-    write_text(path, text)
+    report = report_on(source)
+    pictures = Pictures.of(report.figures if figures else ())
+    write_text(path, report.html)
     if figures:
         pictures.write(folder_beside(path))
     print(f"wrote {output}" + (f" and {len(pictures.drawings)} figures in {folder_beside(path)}" if figures else ""))
 
 
-def experiment_figures(path: Path) -> dict[str, str]:
-    """The figures of the report on an experiment; those of a fusion have its name first.
+def report_on(path: Path) -> Report:
+    """Return the report on a fusion, or on an experiment with what lies in the folders of its stages.
 
     Args:
-        path: Of its results.json, beside the folders of its stages.
+        path: Of a fusion.json or a results.json.
 
     Raises:
         FusionError: One of the files cannot be used.
     """
-    found = all_figures(experiment_report(_read(path), _courses(path.parent)))
-    for name, record in list(_fusions(path.parent).items())[:DRAWN]:
-        drawings = all_figures(fusion_report(record))
-        found |= {f"{slug(name)}-{figure}": drawing for figure, drawing in drawings.items()}
-    return found
-
-
-def experiment_text(path: Path) -> str:
-    """The report on an experiment.
-
-    Args:
-        path: Of its results.json, beside the folders of its stages.
-
-    Raises:
-        FusionError: One of the files cannot be used.
-    """
-    return experiment_report(_read(path), _courses(path.parent), _fusions(path.parent))
+    record = _read(path)
+    if "experiment" in record:
+        return experiment_report(record, _curves(path.parent), _fusions(path.parent))
+    return fusion_report(record)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -97,14 +80,21 @@ def _refuse(word: str) -> float:
     raise ValueError(f"{word} is no number of JSON")
 
 
-def _fusions(folder: Path) -> dict[str, Any]:
-    """Every fusion by name, of the first seed that has it."""
-    found: dict[str, Any] = {}
-    for path in sorted(folder.glob("seed_*/fuse_*/fusion.json"), key=lambda path: _number_of(path.parents[1])):
-        name = path.parent.name.partition("_")[2].replace("_", " ")
-        if name not in found:
-            found[name] = _read(path)
-    return found
+def _fusions(folder: Path) -> list[NamedFusion]:
+    """Return every fusion, of the first seed that has it."""
+    fusions: dict[str, NamedFusion] = {}
+    paths = folder.glob("seed_*/fuse_*/fusion.json")
+    for path in sorted(paths, key=lambda path: (_number_of(path.parents[1]), path.parent.name)):
+        file_name = path.parent.name.partition("_")[2]
+        if file_name not in fusions:
+            fusions[file_name] = NamedFusion(_subject(path.parent), file_name, _read(path))
+    return list(fusions.values())
+
+
+def _subject(stage: Path) -> str:
+    """The name that a stage recorded; the first version did not, but the name of the folder is nearly that one."""
+    record = _read(stage / "stage.json") if (stage / "stage.json").exists() else {}
+    return str(record.get("name") or stage.name.partition("_")[2].replace("_", " "))
 
 
 def _number_of(folder: Path) -> tuple[int, str]:
@@ -113,30 +103,27 @@ def _number_of(folder: Path) -> tuple[int, str]:
     return (int(number) if number.isdecimal() else -1), folder.name
 
 
-def _courses(folder: Path) -> dict[str, list[Course]]:
-    """The trainings after the fusion and their controls, by name, one course for each seed that there is."""
-    found: dict[str, list[Course]] = {}
-    stages = [stage for kind in ("finetune", "distil") for stage in sorted(folder.glob(f"seed_*/{kind}_*"))]
-    for stage in stages:
-        course = _course(stage)
-        if any(course.values()):
-            kind, _, subject = stage.name.partition("_")
-            name = f"{subject.replace('_', ' ')}, {'finetuned' if kind == 'finetune' else 'distilled'}"
-            found.setdefault(name, []).append(course)
-    # Fused networks first: their colours are the same in every report.
-    return dict(sorted(found.items(), key=lambda item: (not item[0].startswith("fused"), item[0])))
+def _curves(folder: Path) -> dict[str, list[Curve]]:
+    """Return the trainings after the fusion and their controls, by name, one curve for each seed that there is."""
+    curves: dict[str, list[Curve]] = {}
+    for kind, word in (("finetune", "finetuned"), ("distil", "distilled")):
+        for stage in sorted(folder.glob(f"seed_*/{kind}_*")):
+            curve = _curve(stage)
+            if any(curve.values()):
+                curves.setdefault(f"{_subject(stage)}, {word}", []).append(curve)
+    return curves
 
 
-def _course(stage: Path) -> Course:
-    """What was logged after every epoch; where a training went on in another version, that one counts."""
-    course: Course = {name: {} for name in _QUANTITIES}
+def _curve(stage: Path) -> Curve:
+    """The values after every epoch; those of a later version of the log count, which a resumed training writes."""
+    curve: Curve = {name: {} for name in _QUANTITIES}
     for log in sorted(stage.glob("logs/version_*/metrics.csv"), key=lambda log: _number_of(log.parent)):
         for row in _rows(log):
             for name in _QUANTITIES:
                 value, epoch = _number(row.get(name), float), _number(row.get("epoch"), int)
                 if value is not None and epoch is not None and 0 <= epoch < 100_000 and math.isfinite(value):
-                    course[name][epoch] = value
-    return course
+                    curve[name][epoch] = value
+    return curve
 
 
 def _rows(log: Path) -> list[dict[str, str]]:

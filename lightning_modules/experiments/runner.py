@@ -16,7 +16,7 @@ from clafusion.lightning_modules.commands.figures import Pictures, folder_beside
 from clafusion.lightning_modules.distributed import FailureGroup, on_rank_zero
 from clafusion.lightning_modules.experiments.context import RunContext, StageTrainer
 from clafusion.lightning_modules.experiments.jobs import Job, PreparedExperiment
-from clafusion.lightning_modules.experiments.report import experiment_figures, experiment_text
+from clafusion.lightning_modules.experiments.report import report_on
 from clafusion.lightning_modules.experiments.results_table import (
     ExperimentResults,
     print_table,
@@ -127,12 +127,12 @@ def _results(prepared: PreparedExperiment, outcomes: Outcomes) -> ExperimentResu
 def _write(results: ExperimentResults, output: Path, report: bool) -> None:
     write_tables(results, output)
     if report:
-        write_text(output / "report.html", experiment_text(output / "results.json"))
+        write_text(output / "report.html", report_on(output / "results.json").html)
 
 
 def _draw(output: Path) -> None:
     """Write the figures of the report one by one, once everything is in it."""
-    pictures = Pictures.of(experiment_figures(output / "results.json"))
+    pictures = Pictures.of(report_on(output / "results.json").figures)
     pictures.write(folder_beside(output / "report.html"))
 
 

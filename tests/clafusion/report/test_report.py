@@ -25,7 +25,14 @@ from clafusion.lightning_modules import FusionTrainer, ImageClassifier
 from clafusion.lightning_modules.commandline import cli
 from clafusion.lightning_modules.commands.figures import Pictures
 from clafusion.report.measurements import PIXELS, averages, diagnose, map_picture
-from clafusion.report.pages import experiment_report, figures, fusion_report, line_accuracies, rasterised, report_data
+from clafusion.report.pages import (
+    experiment_report,
+    fusion_report,
+    line_accuracies,
+    rasterised,
+    report_data,
+    svg_files,
+)
 from clafusion.tracing.execution import GraphRunner
 from tests.helpers import images, mlp, needs_font, plain, resnet, vectors
 
@@ -266,7 +273,7 @@ def test_pictures_of_maps_are_small():
 
 
 def test_every_figure_of_a_fusion_is_there(pair, record):
-    document = read(fusion_report(record))
+    document = read(fusion_report(record).html)
     titles = [word for word in ("Results", "Which layers correspond", "What layers cost to match", "Where neurons go",
               "What became of the features", "How it was made") if word in document.words]  # fmt: skip
     assert len(titles) == 6
@@ -280,7 +287,7 @@ def test_every_figure_of_a_fusion_is_there(pair, record):
 
 def test_the_numbers_are_those_of_the_fusion(pair, record):
     _, _, fusion = pair
-    document = read(fusion_report(record))
+    document = read(fusion_report(record).html)
     cost, alignment = fusion.layer_costs[1][0], fusion.alignments[1][0]
     for row in range(cost.shape[0]):
         for column in range(cost.shape[1]):
@@ -306,10 +313,10 @@ def test_other_fusions_are_drawn_too(options):
     shallow = [9, 9] if options.combine == "transport" else [9, 9, 9]
     models, samples = [mlp([9, 9, 9], 0), mlp(shallow, 1)], vectors(40)
     fusion = fuse(models, [samples], options)
-    document = read(fusion_report({**fusion.summary(), "report": report_data(fusion, samples)}))
+    document = read(fusion_report({**fusion.summary(), "report": report_data(fusion, samples)}).html)
     assert ("+ merged" in document.text) == (options.balance == "merge")
     assert ("Where neurons go" in document.words) == (options.combine == "transport")
-    read(fusion_report(json.loads(json.dumps(fusion.summary()))))  # what older files hold
+    read(fusion_report(json.loads(json.dumps(fusion.summary()))).html)  # what older files hold
 
 
 @pytest.mark.parametrize("many", ["many_to_one", "iterative"])
@@ -318,14 +325,14 @@ def test_several_parents_are_drawn(many):
     fusion = fuse(models, [samples], FusionOptions(many=many, correction="rescale"))
     data = report_data(fusion, samples)
     assert (data["diagnosis"]["parents"][0]["before"] is None) == (many == "iterative")
-    document = read(fusion_report({**fusion.summary(), "report": data}))
+    document = read(fusion_report({**fusion.summary(), "report": data}).html)
     assert sum("correspond" in a.get("aria-label", "") for tag, a in document.seen if tag == "svg") == 2
 
 
 def test_layers_that_were_only_aligned_are_drawn():
     models, options = [mlp([9, 8, 7, 6], 0), mlp([9, 8, 6], 1)], FusionOptions()
     found = align_layers(models, [vectors(40)], options)
-    document = read(fusion_report(json.loads(json.dumps({**found.summary(), "options": options.to_dict()}))))
+    document = read(fusion_report(json.loads(json.dumps({**found.summary(), "options": options.to_dict()}))).html)
     assert "The layers of 2 networks; nothing was fused." in document.words
     assert document.words.count("fc4") >= 1 and "Where neurons go" not in document.words
     assert any(f": {float(found.costs[1][0][1, 2]):.6g}" in word for word in document.words)
@@ -335,13 +342,22 @@ def test_hostile_names_stay_text(record):
     record = json.loads(
         json.dumps(record).replace('"fc2"', json.dumps(HOSTILE)).replace('"a.ckpt"', json.dumps(HOSTILE))
     )
-    text = fusion_report(record)
+    text = fusion_report(record).html
     assert "<script" not in text and HOSTILE.replace("\x00", "\ufffd") in read(text).words
 
 
+def test_hostile_names_stay_text_in_the_files_of_the_figures(record):
+    record = json.loads(json.dumps(record).replace('"fc2"', json.dumps(HOSTILE)))
+    files = svg_files(fusion_report(record).figures)
+    shown = HOSTILE.replace("\x00", "\ufffd")
+    assert any(shown in "".join(ElementTree.fromstring(text).itertext()) for text in files.values())
+    assert not [text for text in files.values() if "<script" in text]
+    assert all(re.fullmatch("[a-z0-9-]+", name) for name in files)
+
+
 def test_the_report_is_small_and_always_the_same(record):
-    text = fusion_report(record)
-    assert len(text) < 60_000 and fusion_report(record) == text
+    text = fusion_report(record).html
+    assert len(text) < 60_000 and fusion_report(record).html == text
 
 
 @pytest.mark.parametrize(
@@ -353,6 +369,13 @@ def test_the_report_is_small_and_always_the_same(record):
 def test_what_is_no_record_is_refused(record, change):
     with pytest.raises(FusionError, match="Expected the record of a fusion as `clafusion fuse` writes it, got"):
         fusion_report({**record, **change})
+
+
+def test_more_diagnoses_than_parents_are_refused(record):
+    record = json.loads(json.dumps(record))
+    record["report"]["diagnosis"]["parents"] *= 1000
+    with pytest.raises(FusionError, match="got ValueError"):
+        fusion_report(record)
 
 
 @pytest.mark.parametrize("picture", [{"pixels": [9**9, 9]}, {"pixels": [2, 2]}, {"pixels": [0, 4]}, {"image": "?"}])
@@ -367,14 +390,14 @@ def test_pictures_that_are_not_what_they_say_are_refused(record, picture):
 
 
 def test_every_network_of_an_experiment_is_there(results):
-    courses = {
+    curves = {
         "fused default, finetuned": [
             {"val_acc": {0: 0.5, 1: 0.75}, "train_loss": {0: 2.0, 1: 1.0}},
             {"val_acc": {0: 0.7}},
         ],
         "deep, finetuned": [{"val_acc": {0: 0.25}, "train_loss": {}}],
     }  # fmt: skip
-    document = read(experiment_report(results, courses))
+    document = read(experiment_report(results, curves).html)
     for word in ("91.00 ± 1.41", "92.34", "–", "93.00", "published: 93.00", "no memory", "1,234", "2.5", "1"):
         assert word in document.words
     for word in ("epoch 0: 0.6", "epoch 1: 0.75", "epoch 1: 1"):
@@ -385,8 +408,36 @@ def test_every_network_of_an_experiment_is_there(results):
 
 
 def test_hostile_names_of_an_experiment_stay_text(results):
-    text = experiment_report({**results, "experiment": HOSTILE}, {f"{HOSTILE}, finetuned": [{"val_acc": {0: 0.5}}]})
+    curves = {f"{HOSTILE}, finetuned": [{"val_acc": {0: 0.5}}]}
+    text = experiment_report({**results, "experiment": HOSTILE}, curves).html
     assert "<script" not in text and HOSTILE.replace("\x00", "\ufffd") in read(text).words
+
+
+ROLES = {"fusednet": "parent", "default": "fused", "fusednet, finetuned": "control", "default, finetuned": "finetuned"}
+
+
+@pytest.mark.parametrize("first_version", [False, True])
+def test_roles_tell_which_networks_are_fused(results, first_version):
+    curves = {f"{name}, finetuned": [{"val_acc": {0: 0.5}}] for name in ("fusednet", "default")}
+    template = results["networks"][0]
+    rows = [{**template, "name": name, "role": role, "test_acc": 0.5} for name, role in ROLES.items()]
+    fused = {"default", "default, finetuned"}
+    if first_version:
+        # Their results have no roles; the names of fused networks began with this word.
+        rows = [{**row, "name": f"fused {row['name']}" if row["name"] in fused else row["name"]} for row in rows]
+        for row in rows:
+            del row["role"]
+        fused = {f"fused {name}" for name in fused}
+        curves["fused default, finetuned"] = curves.pop("default, finetuned")
+    report = experiment_report({**results, "networks": rows}, curves)
+    drawn = ElementTree.fromstring(svg_files(report.figures)["test-accuracy-of-every-network"])
+    groups = [group for group in drawn.iter() if group.get("class", "").startswith("interval")]
+    assert {group[0].text for group in groups if group.get("class") == "interval fused"} == fused
+    words = read(report.html).words
+    assert any(word == f"best fused: {name}" for name in fused for word in words)
+    assert "best of the others: fusednet" in words
+    # The first colour is that of fused networks.
+    assert [line.style for figure in report.figures for line in figure.lines if line.name[:-11] in fused] == ["c0"]
 
 
 def test_what_are_no_results_is_refused(results):
@@ -453,7 +504,7 @@ def pixels_of(data: bytes) -> torch.Tensor:
 
 @needs_font
 def test_every_figure_is_a_drawing_and_an_image_that_stand_alone(record):
-    drawings = figures(fusion_report(record))
+    drawings = svg_files(fusion_report(record).figures)
     assert len(drawings) == 1 + 1 + 4 + 5 and "layers-of-parent-1-and-parent-2-that-correspond" in drawings
     assert rasterised(drawings).keys() == drawings.keys()
     for name, data in rasterised(drawings).items():
@@ -469,7 +520,7 @@ def test_without_a_font_there_are_drawings_only(record, monkeypatch, tmp_path):
     draw = resvg_py.svg_to_bytes
     monkeypatch.setattr(resvg_py, "svg_to_bytes", lambda **given: draw(**given, skip_system_fonts=True))
     with pytest.warns(UserWarning, match="Expected a font to draw PNG files with, got none; install one"):
-        pictures = Pictures.of(figures(fusion_report(record)))
+        pictures = Pictures.of(fusion_report(record).figures)
     pictures.write(tmp_path / "figures")
     assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".svg"}
     with warnings.catch_warnings():
@@ -556,6 +607,14 @@ def test_report_reads_the_folder_of_an_experiment(results, record, in_an_empty_f
     for word in ("epoch 0: 0.375", "epoch 1: 0.75", "epoch 0: 3.5"):
         assert f"fused default, finetuned, {word}" in words
     assert "trial" in words and "Fusions" in words and "+ inserted" in words
+    # Folders of later versions have the names themselves, which "_" for every other sign has not.
+    for folder, name in (("seed_1/fuse_default", "a_b=1"), ("seed_0/finetune_fused_default", "fused a_b=1")):
+        Path("run", folder, "stage.json").write_text(json.dumps({"name": name, "description": {}, "inputs": {}}))
+    cli.main(["report", "run", "--output", "named.html"])
+    assert {path.stem for path in Path("named_figures").iterdir()} == names
+    words = read(Path("named.html").read_text()).words
+    assert {"a_b=1", "fused a_b=1, finetuned"} < set(words) and "default" not in words
+    words = read(Path("report.html").read_text()).words
     assert all(word in words for word in ("1.25", "0" * 64))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from clafusion import FusionOptions, fuse
-from clafusion.report.pages import experiment_report, fusion_report, line_accuracies, report_data
+from clafusion.report.pages import NamedFusion, experiment_report, fusion_report, line_accuracies, report_data
 from tests.helpers import mlp, vectors
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -60,7 +60,7 @@ def opened(text: str, folder: Path, width: int, dark: bool = False) -> tuple[dic
 
 @pytest.mark.parametrize(("width", "dark"), [(390, False), (1280, True)])
 def test_a_fusion_is_shown_whole(record, tmp_path, width, dark):
-    found, said = opened(fusion_report(record), tmp_path, width, dark)
+    found, said = opened(fusion_report(record).html, tmp_path, width, dark)
     assert said == []
     # Alignment, costs, 5 maps, 4 charts of the features, the line.
     assert found["shown"] == [True] * (1 + 1 + 5 + 4 + 1)
@@ -73,8 +73,9 @@ def test_an_experiment_is_shown_whole(record, tmp_path):
     rows = [{"name": name, "test_acc": 0.9, "published_test_acc": None, "seeds": {"0": {"test_acc": 0.9}}, **row}
             for name in ("deep", "fused default, finetuned")]  # fmt: skip
     results = {"experiment": "trial", "scale": "small", "seeds": [0], "failures": [], "networks": rows}
-    courses = {"deep, finetuned": [{"val_acc": {0: 0.5, 1: 0.6}, "train_loss": {0: 2.0, 1: 1.0}}]}
-    found, said = opened(experiment_report(results, courses, {"default": record}), tmp_path, 390)
+    curves = {"deep, finetuned": [{"val_acc": {0: 0.5, 1: 0.6}, "train_loss": {0: 2.0, 1: 1.0}}]}
+    fusions = [NamedFusion("default", "default", record)]
+    found, said = opened(experiment_report(results, curves, fusions).html, tmp_path, 390)
     assert said == [] and found["shown"][:3] == [True] * 3 and found["width"] == 390
     assert len(found["shown"]) == 3 + 12  # those of the fusion are folded
 
