@@ -214,7 +214,7 @@ def test_a_parent_that_was_fused_before_the_result_had_its_depth_has_nothing_to_
     data = report_data(fusion, samples)
     found = [parent["after"]["cka"] for parent in data["diagnosis"]["parents"]]
     assert found[:2] == [[None] * 4] * 2 and None not in found[2]
-    read(fusion_report({**fusion.summary(), "report": data}))
+    read(fusion_report({**fusion.summary(), "report": data}).html)
 
 
 def right(model, samples, labels) -> float:
