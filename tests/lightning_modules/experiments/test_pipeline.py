@@ -576,7 +576,11 @@ def test_a_failing_stage_leaves_the_others(whole, tmp_path, capsys, monkeypatch)
     assert reasons["finetune fused default"] == "skipped: it needs fuse_default, which failed"
     said = capsys.readouterr().err.splitlines()
     assert [line for line in said if "failed" in line] == [
-        f"clafusion: failed: fuse default, seed 0: {reasons['fuse default']}"
+        f"clafusion: failed: fuse default, seed 0: {reasons['fuse default']}",
+        *[
+            f"[{number}/{STAGES}] {stage}, seed 0 ({reasons[stage]})"
+            for number, stage in zip([5, 10, 11, 13], list(reasons)[1:], strict=True)
+        ],
     ]
     missing = {"fused default", "balanced shallow", "fused default, finetuned"}
     expected = {key: v for key, v in accuracies(whole).items() if key.endswith(" 0")}
@@ -837,7 +841,7 @@ def assert_as_on_one_process(folder: Path, whole: Path) -> None:
 def test_two_processes_killed_and_gone_on_give_what_one_gives(tmp_path):
     write(str(tmp_path / "x.yaml"), with_changes(STILL))
     run(tmp_path / "one", STILL, data={"augment": False})
-    kill = ["--trainer.callbacks+=test_pipeline.KillIn", f"--trainer.callbacks.log={tmp_path / 'log'}"]
+    kill = [f"--trainer.callbacks+={KillIn.__module__}.KillIn", f"--trainer.callbacks.log={tmp_path / 'log'}"]
     kill += ["--trainer.callbacks.stage=finetune_fused_default", "--trainer.callbacks.batch=6"]
     kill += ["--trainer.callbacks.group=true", "--data.augment", "false"]
     killed = launch(tmp_path, "cli", *command("x.yaml", *TWO, *kill))
