@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -312,6 +313,24 @@ def test_folders_of_the_first_version_are_recognised(done, monkeypatch):
     monkeypatch.setattr(Job, "run", only(Job.run, "evaluate_fused_default"))
     run(done, seeds=[0, 1])
     assert accuracies(done) == before
+
+
+def test_an_experiment_that_the_first_version_finished_is_finished(tmp_path, monkeypatch, capsys):
+    folder = ROOT / "tests/reference/first_version"
+    config = yaml.safe_load((folder / "tiny.yaml").read_text())
+    shutil.copytree(folder / "experiment", tmp_path / "experiment")
+    before = accuracies(tmp_path / "experiment")
+    monkeypatch.setitem(globals(), "EXPERIMENT", config["experiment"])
+    monkeypatch.setattr(Job, "run", None)
+    rows = run(tmp_path / "experiment", data={**config["data"]["init_args"], "augment": False})["networks"]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 18 and all(line.endswith("(done)") for line in said)
+    assert accuracies(tmp_path / "experiment") == before
+    assert {row["name"]: row["role"] for row in rows if row["role"] != "control"} == {
+        "deep": "parent", "shallow": "parent", "fused default": "fused", "fused plain": "fused",
+        "transferred alone": "transferred", "fused default, finetuned": "finetuned",
+        "fused default T=4 alpha=0.9, distilled": "finetuned",
+    }  # fmt: skip
 
 
 def only(original: Any, name: str) -> Any:
