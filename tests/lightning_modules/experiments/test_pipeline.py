@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -314,6 +315,24 @@ def test_folders_of_the_first_version_are_recognised(done, monkeypatch):
     assert accuracies(done) == before
 
 
+def test_an_experiment_that_the_first_version_finished_is_finished(tmp_path, monkeypatch, capsys):
+    folder = ROOT / "tests/reference/first_version"
+    config = yaml.safe_load((folder / "tiny.yaml").read_text())
+    shutil.copytree(folder / "experiment", tmp_path / "experiment")
+    before = accuracies(tmp_path / "experiment")
+    monkeypatch.setitem(globals(), "EXPERIMENT", config["experiment"])
+    monkeypatch.setattr(Job, "run", None)
+    rows = run(tmp_path / "experiment", data={**config["data"]["init_args"], "augment": False})["networks"]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 18 and all(line.endswith("(done)") for line in said)
+    assert accuracies(tmp_path / "experiment") == before
+    assert {row["name"]: row["role"] for row in rows if row["role"] != "control"} == {
+        "deep": "parent", "shallow": "parent", "fused default": "fused", "fused plain": "fused",
+        "transferred alone": "transferred", "fused default, finetuned": "finetuned",
+        "fused default T=4 alpha=0.9, distilled": "finetuned",
+    }  # fmt: skip
+
+
 def only(original: Any, name: str) -> Any:
     def run_it(job: Job, context: RunContext) -> Any:
         assert job.stage.name == name
@@ -576,7 +595,11 @@ def test_a_failing_stage_leaves_the_others(whole, tmp_path, capsys, monkeypatch)
     assert reasons["finetune fused default"] == "skipped: it needs fuse_default, which failed"
     said = capsys.readouterr().err.splitlines()
     assert [line for line in said if "failed" in line] == [
-        f"clafusion: failed: fuse default, seed 0: {reasons['fuse default']}"
+        f"clafusion: failed: fuse default, seed 0: {reasons['fuse default']}",
+        *[
+            f"[{number}/{STAGES}] {stage}, seed 0 ({reasons[stage]})"
+            for number, stage in zip([5, 10, 11, 13], list(reasons)[1:], strict=True)
+        ],
     ]
     missing = {"fused default", "balanced shallow", "fused default, finetuned"}
     expected = {key: v for key, v in accuracies(whole).items() if key.endswith(" 0")}
@@ -837,7 +860,7 @@ def assert_as_on_one_process(folder: Path, whole: Path) -> None:
 def test_two_processes_killed_and_gone_on_give_what_one_gives(tmp_path):
     write(str(tmp_path / "x.yaml"), with_changes(STILL))
     run(tmp_path / "one", STILL, data={"augment": False})
-    kill = ["--trainer.callbacks+=test_pipeline.KillIn", f"--trainer.callbacks.log={tmp_path / 'log'}"]
+    kill = [f"--trainer.callbacks+={KillIn.__module__}.KillIn", f"--trainer.callbacks.log={tmp_path / 'log'}"]
     kill += ["--trainer.callbacks.stage=finetune_fused_default", "--trainer.callbacks.batch=6"]
     kill += ["--trainer.callbacks.group=true", "--data.augment", "false"]
     killed = launch(tmp_path, "cli", *command("x.yaml", *TWO, *kill))
