@@ -17,7 +17,7 @@ from pytorch_lightning import Callback
 from clafusion import FusionError, FusionOptions, align_layers, fuse
 from clafusion.lightning_modules import ImageClassifier, load_parent, read_checkpoint, save_checkpoint
 from clafusion.lightning_modules.commandline import cli
-from clafusion.lightning_modules.commandline.exit_codes import ended_by, explained
+from clafusion.lightning_modules.commandline.exit_codes import ended_by, user_message
 from clafusion.lightning_modules.commands.export import export_file
 from clafusion.statistics import moments as statistics
 from clafusion.statistics.memory import CHUNK, DIVISORS, is_out_of_memory, within_memory
@@ -85,7 +85,7 @@ def test_a_fusion_that_is_ended_leaves_nothing(mlp_checkpoints, capsys, monkeypa
 
 def test_the_help_is_no_interruption():
     assert ended_by(SystemExit(0)) is None and ended_by(RuntimeError()) is None
-    assert explained(RuntimeError("a bug")) is None and explained(OSError(2, "No such file", "x")) is None
+    assert user_message(RuntimeError("a bug")) is None and user_message(OSError(2, "No such file", "x")) is None
 
 
 @pytest.mark.slow
