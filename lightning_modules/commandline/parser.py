@@ -38,12 +38,14 @@ def reworded(message: str) -> str:
         >>> reworded("the following arguments are required: report.input")
         'Expected INPUT, got none; give it, see clafusion report --help'
     """
-    required, keys, rest = message.removeprefix("the following arguments are required: "), [], message
+    required = message.removeprefix("the following arguments are required: ")
     if required != message and "." in required:
         return _missing(required.split(", "))
     if message.startswith('expected "subcommand" to be one of'):
         return unknown_command("none")
     # Each class inside a class adds its key in front.
+    keys: list[str] = []
+    rest = message
     while rest.startswith('Parser key "'):
         key, _, rest = rest.removeprefix('Parser key "').partition('":')
         keys, rest = [*keys, key], rest.strip()
