@@ -2,21 +2,22 @@
 
 import signal
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from clafusion import FusionOptions, describe, restore
-from clafusion.callbacks.signals import Held
+from clafusion.callbacks.signals import HeldSignal
 from clafusion.errors import FusionError
+from clafusion.fusion.record import FusionRecord, NetworkRow
 from clafusion.lightning import Callback, LightningModule, Trainer, isolate_rng
 from clafusion.lightning_modules import ImageClassifier
 from clafusion.lightning_modules.commands.figures import Pictures, has_board
-from clafusion.lightning_modules.commands.fuse import fuse_checkpoints
+from clafusion.lightning_modules.commands.fuse import fuse_and_record
 from clafusion.lightning_modules.compatibility import ImageData, resumes_from
 from clafusion.lightning_modules.distributed import on_rank_zero
-from clafusion.lightning_modules.progress import steps
+from clafusion.lightning_modules.progress import Step, steps
 from clafusion.report.pages import fusion_report
 
 
@@ -58,8 +59,8 @@ class FusionCallback(Callback):
         self.parents = [str(path) for path in parents]
         self.options = options
         #: How the network was fused, as plain containers; None before.
-        self.record: dict[str, Any] | None = None
-        self._signal = Held(getattr(signal, "SIGUSR1", None))
+        self.record: FusionRecord | None = None
+        self._signal = HeldSignal(getattr(signal, "SIGUSR1", None))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Fuses, before the strategy wraps the module."""
@@ -83,14 +84,13 @@ class FusionCallback(Callback):
         with self._signal, isolate_rng():
             # As quiet as the trainer, which has no bar of its own yet.
             with steps(trainer.progress_bar_callback is None or not trainer.is_global_zero) as step:
-                step(f"fusing {len(self.parents)} networks")
                 architecture, weights, self.record = on_rank_zero(
-                    strategy, lambda: self._fuse(datamodule, strategy.root_device)
+                    strategy, lambda: self._fuse(datamodule, strategy.root_device, step)
                 )
             network = restore(architecture)
             network.load_state_dict(weights)
         pl_module.set_network(network)
-        pl_module.fusion = self.record
+        pl_module.fusion = self.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuses to resume a training that began otherwise."""
@@ -122,9 +122,10 @@ class FusionCallback(Callback):
                 "--model.architecture"
             )
         names = ("parents", "options", "weights", "alignments", "num_samples")
+        settings = {name: value for name, value in self.record.items() if name in names}
         for logger in trainer.loggers:
-            logger.log_hyperparams({"fusion": {name: self.record[name] for name in names}})
-            logger.log_metrics(_figures(self.record), step=0)
+            logger.log_hyperparams({"fusion": settings})
+            logger.log_metrics(_measured(self.record), step=0)
         if trainer.is_global_zero and has_board(trainer.loggers):
             # The report's table is about test images, which nobody has looked at yet.
             shown = {name: value for name, value in self.record.items() if name != "networks"}
@@ -136,28 +137,36 @@ class FusionCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """How the network was fused, as plain containers."""
-        return self.record or {}
+        return dict(self.record or {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over how the network was fused."""
-        self.record = state_dict
+        self.record = cast(FusionRecord, state_dict)
 
-    def _fuse(self, data: FusionData, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    def _fuse(
+        self, data: FusionData, device: torch.device, step: Step
+    ) -> tuple[dict[str, Any], dict[str, Tensor], FusionRecord]:
         """The architecture and the weights of the fused network, and the record."""
-        made = fuse_checkpoints(self.parents, data, self.options, device)
-        parents, result, record = made.parents, made.fusion, made.record
-        networks = {**{f"parent {number}": network for number, network in enumerate(parents, 1)}, "fused": result.model}
-        record["networks"] = [
-            {
-                "name": name,
-                "parameters": sum(parameter.numel() for parameter in network.parameters()),
-                "val_acc": _accuracy(network, data, device),
-            }
-            for name, network in networks.items()
-        ]
+        fusion, record = fuse_and_record(
+            self.parents, data, self.options, device, step=step,
+            evaluate=lambda parents, fusion: _validated([*parents, fusion.model], data, device),
+        )  # fmt: skip
         # What is trained is in single precision, whatever the parents are saved in.
-        weights = {name: tensor.cpu() for name, tensor in result.model.float().state_dict().items()}
-        return describe(result.model), weights, record
+        weights = {name: tensor.cpu() for name, tensor in fusion.model.float().state_dict().items()}
+        return describe(fusion.model), weights, record
+
+
+def _validated(networks: list[nn.Module], data: FusionData, device: torch.device) -> list[NetworkRow]:
+    """The parents' validation accuracies, and that of the fused network, which comes last."""
+    names = [*(f"parent {number}" for number in range(1, len(networks))), "fused"]
+    return [
+        {
+            "name": name,
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "val_acc": _accuracy(network, data, device),
+        }
+        for name, network in zip(names, networks, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -170,7 +179,7 @@ def _accuracy(network: nn.Module, data: FusionData, device: torch.device) -> flo
     return torch.cat(right).double().mean().item() if right else None
 
 
-def _figures(record: dict[str, Any]) -> dict[str, float]:
+def _measured(record: FusionRecord) -> dict[str, float]:
     """The record's numbers under the names that loggers know them by."""
     accuracies = {f"{row['name'].replace(' ', '_')}_val_acc": row["val_acc"] for row in record["networks"]}
     found = {"fusion_seconds": record["seconds"], **accuracies}

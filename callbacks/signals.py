@@ -7,7 +7,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
-class Held:
+class HeldSignal:
     """Holds a signal, whose default would end the process, for the time of a `with` block.
 
     It is not delivered at the end of the block, where perhaps still nobody is ready for it, but by `deliver`. A handler
@@ -18,7 +18,7 @@ class Held:
         number: The signal, for example `signal.SIGUSR1`; None, where the system has no such signal, holds nothing.
 
     Example:
-        >>> with Held(signal.SIGUSR1) as held:
+        >>> with HeldSignal(signal.SIGUSR1) as held:
         ...     os.kill(os.getpid(), signal.SIGUSR1)
         >>> held.arrived
         True
@@ -29,7 +29,7 @@ class Held:
         self.arrived = False
         self._mine = False
 
-    def __enter__(self) -> "Held":
+    def __enter__(self) -> "HeldSignal":
         main = threading.current_thread() is threading.main_thread()
         # Not a mask: threads that exist already would take the signal, and the process would end all the same.
         if main and self.number is not None and signal.getsignal(self.number) is signal.SIG_DFL:
@@ -45,7 +45,7 @@ class Held:
             self._mine = False
 
     def deliver(self) -> None:
-        """Sends the signal to this process if it has arrived, once."""
+        """Send the signal to this process if it has arrived, once."""
         if self.arrived and self.number is not None:
             self.arrived = False
             os.kill(os.getpid(), self.number)

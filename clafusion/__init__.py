@@ -6,6 +6,8 @@ correspond), `balancing` (equal depth), `transport` (which neurons correspond), 
 (what averaging took away is given back).
 """
 
+from importlib.metadata import version as _version
+
 from clafusion import networks
 from clafusion.alignment.dynamic_programming import align
 from clafusion.alignment.layer_costs import layer_costs
@@ -20,6 +22,7 @@ from clafusion.filter_transfer.transfer import map_units, transfer
 from clafusion.formats.files import describe, load_network, restore, save_network
 from clafusion.fusion.averaging import average
 from clafusion.fusion.fuse import Fusion, fuse
+from clafusion.old_names import explain_old_names as _explain_old_names
 from clafusion.options import FusionOptions
 from clafusion.tracing.structure import Structure, trace
 from clafusion.transport.solvers import transport_map
@@ -50,3 +53,6 @@ __all__ = [
     "transfer",
     "transport_map",
 ]
+
+__version__ = _version("clafusion")
+_explain_old_names()

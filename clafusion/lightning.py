@@ -68,6 +68,7 @@ __all__ = [
     "Callback",
     "Checkpoint",
     "CheckpointConnector",
+    "HookedCLI",
     "HookedTrainer",
     "LightningArgumentParser",
     "LightningCLI",
@@ -138,6 +139,61 @@ class HookedTrainer(Trainer):
     def _run(self, model: LightningModule, ckpt_path: Any = None, *args: Any, **kwargs: Any) -> Any:
         self.restores = ckpt_path
         return super()._run(model, ckpt_path, *args, **kwargs)
+
+
+class HookedCLI(LightningCLI):
+    """Lightning's command line with public methods in place of private ones, and with commands of its own.
+
+    Lightning has a command for each of `subcommands`, which are methods of the trainer. `own_parsers` adds others,
+    which need no trainer.
+    """
+
+    def own_parsers(self) -> dict[str, LightningArgumentParser]:
+        """Return the parsers of further commands, by name."""
+        return {}
+
+    def setup_parser(
+        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+    ) -> None:
+        """Set up the parser and those of all commands."""
+        super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        commands = self.parser._subcommands_action
+        assert commands is not None
+        for name, parser in self.own_parsers().items():
+            self._subcommand_parsers[name] = parser
+            commands.add_subcommand(name, parser, help=parser.description)
+
+    def parser_of(self, command: str) -> LightningArgumentParser:
+        """Return the parser of a command."""
+        return self._parser(command)
+
+    def take_from_checkpoint(self) -> None:
+        """Change the parsed configuration by the checkpoint that it names."""
+        super()._parse_ckpt_path()
+
+    def seed(self) -> None:
+        """Seed all random numbers from the configuration."""
+        super()._set_seed()
+
+    def fixed_arguments(self, command: str) -> dict[str, Any]:
+        """Return arguments for the trainer's method besides those of the configuration."""
+        return {}
+
+    def run(self, command: str) -> None:
+        """Run a command; as it is here, the method of the trainer that has its name."""
+        super()._run_subcommand(command)
+
+    def _parse_ckpt_path(self) -> None:
+        self.take_from_checkpoint()
+
+    def _set_seed(self) -> None:
+        self.seed()
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), **self.fixed_arguments(subcommand)}
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.run(subcommand)
 
 
 def cluster_environment(trainer: Trainer) -> Any:

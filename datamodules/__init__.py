@@ -1,5 +1,9 @@
 """Lightning data modules: real images in memory, split into training, validation and test."""
 
+from clafusion.old_names import refuse_old_name
+
+refuse_old_name(__name__)
+
 from clafusion.datamodules.cifar import CIFARDataModule
 from clafusion.datamodules.digits import DigitsDataModule
 from clafusion.datamodules.folders import ImageFolderDataModule, TinyImageNetDataModule

@@ -1,4 +1,8 @@
-"""The Lightning side: the classifier, the distiller, their checkpoints and the trainer that can fuse."""
+"""The Lightning side: the classifier, the distiller, their checkpoints and the trainer that keeps them."""
+
+from clafusion.old_names import refuse_old_name
+
+refuse_old_name(__name__)
 
 from clafusion.lightning_modules.checkpoints.last import LastCheckpoint
 from clafusion.lightning_modules.checkpoints.reading import load_parent, read_checkpoint

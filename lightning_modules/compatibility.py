@@ -110,6 +110,17 @@ def _input_of(network: nn.Module) -> str:
     return "another shape"
 
 
+def load_parents(paths: list[str], data: ImageData) -> list[nn.Module]:
+    """Load two or more networks to be fused; see `load_alike`.
+
+    Raises:
+        FusionError: There are fewer, or they cannot be used.
+    """
+    if len(paths) < 2:
+        raise FusionError(f"Expected two or more parents, got {len(paths)}; name them, such as a.ckpt b.ckpt")
+    return load_alike(paths, data, "parents")
+
+
 def load_alike(paths: list[str], data: ImageData, role: str) -> list[nn.Module]:
     """Loads networks, all of which take the data's images and tell the same number of classes apart.
 

@@ -1,8 +1,12 @@
 """Which package may import which."""
 
 import ast
+import importlib
+import inspect
+import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from configparser import ConfigParser
 from pathlib import Path
@@ -10,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import clafusion
+from clafusion import lightning
 from tests.helpers import ROOT
 
 #: The folders at the top and the names that they are imported by.
@@ -22,7 +27,7 @@ PACKAGES = {
 }
 #: Floors from the ground up: a module or package may import those on floors below its own, and its own package.
 LIBRARY = [
-    ["errors", "tracking", "lightning"],
+    ["errors", "old_names", "tracking", "lightning"],
     ["options"],
     ["networks", "tracing"],
     ["statistics", "formats"],
@@ -39,9 +44,9 @@ LIGHTNING = [
     ["compatibility"],
     ["classifier"],
     ["distiller"],
+    ["trainer"],
     ["commands"],
     ["experiments"],
-    ["trainer"],
     ["commandline"],
 ]
 #: What the packages at the top may import of each other.
@@ -206,3 +211,66 @@ def test_setup_cfg_names_all_data_files():
     }
     found = {path for top in PACKAGES for path in (ROOT / top).rglob("*.*") if path.is_file()}
     assert named == {path for path in found if path.suffix not in (".py", ".pyc")}
+
+
+#: Classes of Lightning whose private names nobody but clafusion.lightning may use.
+LIGHTNINGS_OWN = [lightning.Trainer, lightning.LightningModule, lightning.LightningDataModule, lightning.Callback,
+                  lightning.ModelCheckpoint, lightning.LightningCLI, lightning.LightningArgumentParser,
+                  lightning.SaveConfigCallback, lightning.CSVLogger, lightning.Strategy, lightning.SLURMEnvironment,
+                  lightning.TorchCheckpointIO, lightning.CheckpointConnector.__base__]  # fmt: skip
+
+
+def private_names(kind: type) -> set[str]:
+    """The private names of Lightning that a class has, those that it gives its instances included."""
+    found: set[str] = set()
+    for one in kind.__mro__:
+        if one.__module__.startswith((lightning.PACKAGE, lightning.FABRIC)):
+            found |= {name for name in vars(one) if re.match("_[a-z]", name)}
+            found |= set(re.findall(r"self\.(_[a-z]\w*)\b[^=\n]* = ", inspect.getsource(one)))
+    return found
+
+
+PRIVATE = {name: kind.__name__ for kind in LIGHTNINGS_OWN for name in private_names(kind)}
+
+
+def private_uses(source: str) -> set[str]:
+    """The private names of Lightning that a source takes from something else than `self`."""
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute)
+        and node.attr in PRIVATE
+        and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+    }
+
+
+def overridden(kind: type) -> set[str]:
+    """The private names of Lightning that a class of ours, or one of its instances, has in their place."""
+    bases = set().union(*(private_names(base) for base in kind.__mro__))
+    own = set(vars(kind)) | {
+        node.attr
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kind))))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    }
+    return own & bases
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if top_of(module) not in ("clafusion", "configs")])
+def test_private_names_of_lightning_are_used_in_one_file(module):
+    assert private_uses(MODULES[module].read_text()) == set()
+    loaded = importlib.import_module(module)
+    kinds = [kind for kind in vars(loaded).values() if inspect.isclass(kind) and kind.__module__ == module]
+    assert {kind.__name__: names for kind in kinds if (names := overridden(kind))} == {}
+
+
+def test_a_planted_use_of_a_private_name_is_found():
+    class Planted(lightning.Trainer):
+        def _run(self, *arguments, **more):
+            return super()._run(*arguments, **more)
+
+        def stop(self):
+            self._signal_connector = None
+
+    assert overridden(Planted) == {"_run", "_signal_connector"}
+    assert private_uses("trainer._accelerator_connector.strategy") == {"_accelerator_connector"}
+    assert private_uses("self._run()") == set()

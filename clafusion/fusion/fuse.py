@@ -25,6 +25,7 @@ from clafusion.correction.rescaling import add_missing_biases
 from clafusion.correction.targets import Targets
 from clafusion.errors import FusionError
 from clafusion.fusion.averaging import moved_average
+from clafusion.fusion.record import FusionSummary
 from clafusion.fusion.verification import check_maps, check_moved, check_outputs
 from clafusion.options import FusionOptions, normalized
 from clafusion.statistics.memory import within_memory
@@ -76,7 +77,7 @@ class Fusion:
         """Index of the parent whose depth the result has."""
         return self.balancing.template
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> FusionSummary:
         """The record of the fusion, as plain containers that `json.dumps` accepts."""
         return {
             "options": self.options.to_dict(),

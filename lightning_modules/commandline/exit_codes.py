@@ -1,4 +1,4 @@
-"""How a command ends that does not succeed: what there is to say in one line, and the exit code."""
+"""The end of a command that does not succeed: what there is to say in one line, and the exit code."""
 
 import errno
 import signal
@@ -13,7 +13,7 @@ _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, 
 
 
 def ended_by(error: BaseException) -> int | None:
-    """The signal behind the end of a command; None if there is none."""
+    """Return the signal behind the end of a command; None if there is none."""
     if isinstance(error, SIGTERMException):
         return signal.SIGTERM
     # Lightning puts an exit in the place of the interruption of a training.
@@ -21,8 +21,8 @@ def ended_by(error: BaseException) -> int | None:
     return signal.SIGINT if isinstance(interrupted, KeyboardInterrupt) else None
 
 
-def explained(error: BaseException | None) -> tuple[str, int] | None:
-    """What the user can put right about an error, and the exit code; None for a bug.
+def user_message(error: BaseException | None) -> tuple[str, int] | None:
+    """Return what the user can put right about an error, and the exit code; None for a bug.
 
     Args:
         error: It counts, or the first error behind it that has an explanation.

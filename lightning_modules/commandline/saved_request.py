@@ -1,23 +1,50 @@
-"""What was asked of a command, kept beside its results, so that `--config FILE` repeats it."""
+"""The request that a command was given, kept beside its results, so that `--config FILE` repeats it."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from clafusion.errors import FusionError
+from clafusion.lightning import LightningArgumentParser
+from clafusion.lightning_modules.experiments.runner import ExperimentFailed
+from clafusion.lightning_modules.files import write_text
 
 #: The first line of such a file.
-REQUEST = "# What clafusion was asked for; --config with this file repeats it.\n"
+_HEADER = "# What clafusion was asked for; --config with this file repeats it.\n"
 _NAMES = {"fuse": "fusion.yaml", "transfer": "transfer.yaml"}
 
 
-def request_path(command: str, config: Any) -> Path | None:
-    """Where it goes; None for commands that keep none.
+@contextmanager
+def saving_request(command: str, config: Any, parser: LightningArgumentParser, writes: bool) -> Iterator[None]:
+    """Save the request once the enclosed work is done, also if stages of an experiment have failed.
 
     Args:
         command: Of the command line.
         config: Its parsed arguments.
+        parser: Its parser.
+        writes: Whether this is the process that writes.
+
+    Raises:
+        FusionError: The user has written a file of that name, and it may not be replaced; nothing is done then.
     """
+    path = None if config.get("align_only") else _path(command, config)
+    if path is not None and path.exists() and not config.get("overwrite", False) and not _is_request(path):
+        raise FusionError(f"Expected to write a new file, got {path}, which exists; give --overwrite, or a new folder")
+    failure = None
+    try:
+        yield
+    except ExperimentFailed as error:
+        failure = error
+    if path is not None and writes:
+        write_text(path, _HEADER + parser.dump(_as_asked(config)))
+    if failure is not None:
+        raise failure
+
+
+def _path(command: str, config: Any) -> Path | None:
+    """Return where the request goes; None for commands that keep none."""
     if command in _NAMES:
         return Path(config["output"]).parent / _NAMES[command]
     if command != "pipeline":
@@ -26,20 +53,13 @@ def request_path(command: str, config: Any) -> Path | None:
     return Path(folder) / "pipeline.yaml"
 
 
-def check_request(path: Path | None, overwrite: bool) -> None:
-    """Refuses to replace a file of that name that the user has written.
-
-    Raises:
-        FusionError: There is one, and it may not be replaced.
-    """
-    if path is None or overwrite or not path.exists():
-        return
-    if not path.is_file() or not path.read_bytes().startswith(REQUEST.encode()):
-        raise FusionError(f"Expected to write a new file, got {path}, which exists; give --overwrite, or a new folder")
+def _is_request(path: Path) -> bool:
+    """Whether a file is one of ours."""
+    return path.is_file() and path.read_bytes().startswith(_HEADER.encode())
 
 
-def as_asked(config: Any) -> Any:
-    """The arguments to keep, given the parsed ones.
+def _as_asked(config: Any) -> Any:
+    """Return the arguments to keep, given the parsed ones.
 
     The small scale of an experiment may name other data. It has become `--data` by now, unless the user gave another,
     and must not take the place of that when the file is read again.

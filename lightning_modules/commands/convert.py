@@ -20,7 +20,7 @@ from clafusion.lightning_modules.checkpoints.reading import (
     read_checkpoint,
 )
 from clafusion.lightning_modules.classifier import ImageClassifier
-from clafusion.lightning_modules.commands.records import check_new, check_output, save_as
+from clafusion.lightning_modules.commands.outputs import check_new, check_output, save_as
 from clafusion.lightning_modules.files import write_atomically
 
 # The published code itself writes NAME.checkpoint.

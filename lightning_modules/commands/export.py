@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clafusion.errors import FusionError
 from clafusion.lightning_modules.checkpoints.reading import load_parent
-from clafusion.lightning_modules.commands.records import check_new, check_output
+from clafusion.lightning_modules.commands.outputs import check_new, check_output
 from clafusion.lightning_modules.compatibility import run
 from clafusion.lightning_modules.files import write_atomically, writer
 

@@ -1,112 +1,112 @@
-"""From checkpoints to one fused network, with the record of how it came about."""
+"""From checkpoints to one fused network, with the record of how it was fused: `clafusion fuse`."""
 
-import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from clafusion import Fusion, FusionOptions, align_layers, fuse
-from clafusion.errors import FusionError
-from clafusion.lightning_modules.commands.records import peak_memory, versions
-from clafusion.lightning_modules.compatibility import ImageData, load_alike
-from clafusion.lightning_modules.files import sha256
+from clafusion import Fusion, FusionOptions, fuse
+from clafusion.fusion.record import AlignmentRecord, FusionRecord, NetworkRow
+from clafusion.lightning import Trainer
+from clafusion.lightning_modules.classifier import ImageClassifier
+from clafusion.lightning_modules.commands.align import align_checkpoints, print_alignment
+from clafusion.lightning_modules.commands.evaluation import contestants, evaluate_networks, print_networks
+from clafusion.lightning_modules.commands.figures import Pictures, check_folder, folder_beside
+from clafusion.lightning_modules.commands.outputs import check_empty, check_new, check_output, prepared
+from clafusion.lightning_modules.commands.records import (
+    as_json,
+    parent_files,
+    peak_memory,
+    seeds,
+    versions,
+    write_results,
+)
+from clafusion.lightning_modules.compatibility import ImageData, load_parents
+from clafusion.lightning_modules.files import write_together, writer
+from clafusion.lightning_modules.progress import Step, steps
 from clafusion.report.measurements import SAMPLES
-from clafusion.report.pages import line_accuracies, report_data
+from clafusion.report.pages import fusion_report, line_accuracies, report_data
 from clafusion.statistics.samples import collect
 
-
-@dataclass(frozen=True)
-class Fused:
-    """What `fuse_checkpoints` made; networks and samples are on the device that was asked for.
-
-    Attributes:
-        parents: as they were loaded.
-        fusion: what `fuse` made of them.
-        record: as plain containers the parents' checksums, the options, alignment, costs, seconds, memory, seeds and
-            versions.
-        batches: the samples that were measured on.
-    """
-
-    parents: list[nn.Module]
-    fusion: Fusion
-    record: dict[str, Any]
-    batches: list[Tensor]
+#: Called with the parents and what became of them; returns the evaluations to record.
+Evaluate = Callable[[list[nn.Module], Fusion], list[NetworkRow]]
+Record = TypeVar("Record", FusionRecord, AlignmentRecord)
 
 
-def fuse_checkpoints(paths: list[str], data: ImageData, options: FusionOptions, device: torch.device) -> Fused:
-    """Fuses the networks of checkpoints.
+def fuse_and_record(
+    paths: list[str],
+    data: ImageData,
+    options: FusionOptions,
+    device: torch.device,
+    *,
+    output: str | None = None,
+    report: bool = False,
+    evaluate: Evaluate | None = None,
+    step: Step = lambda words: None,
+) -> tuple[Fusion, FusionRecord]:
+    """Fuse the networks of checkpoints, and record how.
 
     Args:
         paths: Two or more checkpoints of fit or fuse, or files of save_network.
-        data: Unlabelled training images.
+        data: Unlabelled training images; for the report also its validation images, if there are any.
         options: How to fuse.
         device: Where to compute.
+        output: The file that the caller is going to write; recorded.
+        report: Whether to measure what the report shows beyond the other figures of the record.
+        evaluate: Evaluates the parents and the result; None: nothing is evaluated.
+        step: Called with what is done next.
 
     Returns:
-        The networks, the samples, and how it came about.
+        The fusion, whose networks are on the device, and its record.
 
     Raises:
         FusionError: The parents, the data and the options do not fit together.
     """
-    check_number(paths)
-    networks = load_alike(paths, data, "parents")
+    step(f"fusing {len(paths)} networks")
+    parents = load_parents(paths, data)
     batches = list(data.alignment_batches(options.num_samples, options.seed))
 
     started = time.perf_counter()
     batches = [batch.to(device) for batch in batches]
-    result = fuse([network.to(device) for network in networks], batches, options)
+    fusion = fuse([parent.to(device) for parent in parents], batches, options)
+    cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory(device)}
+    # Before the networks are evaluated, which may move them to another device.
+    if report:
+        step("measuring for the report")
+    measured = _report_measurements(fusion, parents, batches, data) if report else None
     record = {
-        "parents": parents_of(paths),
-        **result.summary(),
-        "seconds": time.perf_counter() - started,
-        "peak_memory_bytes": peak_memory(device),
+        "output": output,
+        "networks": evaluate and evaluate(parents, fusion),
+        "parents": parent_files(paths),
+        **fusion.summary(),
+        **cost,
         "seeds": seeds(options),
         "versions": versions(),
+        "report": measured,
     }
-    return Fused(networks, result, record, batches)
+    return fusion, cast(FusionRecord, {name: value for name, value in record.items() if value is not None})
 
 
-def check_number(paths: list[str]) -> None:
-    """Refuses fewer than two parents.
+def _report_measurements(
+    fusion: Fusion, parents: list[nn.Module], batches: list[Tensor], data: ImageData
+) -> dict[str, Any]:
+    """Measure what the report shows beyond the other figures of `fusion.json`.
 
-    Raises:
-        FusionError: There are fewer.
+    Where the data has validation images, that is also their accuracy along the line between the parents.
     """
-    if len(paths) < 2:
-        raise FusionError(f"Expected two or more parents, got {len(paths)}; name them, such as a.ckpt b.ckpt")
-
-
-def parents_of(paths: list[str]) -> list[dict[str, str]]:
-    """The parents' files with their checksums."""
-    return [{"path": path, "sha256": sha256(path)} for path in paths]
-
-
-def seeds(options: FusionOptions) -> dict[str, int]:
-    """The seeds that a result depends on."""
-    return {"fusion": options.seed, "global": int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))}
-
-
-def drawn(fused: Fused, data: ImageData) -> dict[str, Any]:
-    """What the report shows beyond the other figures of `fusion.json`.
-
-    Args:
-        fused: What `fuse_checkpoints` returned; its samples are used again.
-        data: The images; where it has validation images, their accuracy along the line between the parents is shown.
-    """
-    found = report_data(fused.fusion, collect(fused.batches, SAMPLES))
-    labelled = list(_labelled(data, fused.batches[0].device))
+    found = report_data(fusion, collect(batches, SAMPLES))
+    labelled = list(_validation_images(data, batches[0].device))
     if sum(len(labels) for _, labels in labelled) > 1:
         images, labels = (torch.cat(parts) for parts in zip(*labelled, strict=True))
-        found["line"] = line_accuracies(fused.fusion, images, labels)
+        found["line"] = line_accuracies(fusion, images, labels)
     return found
 
 
-def _labelled(data: ImageData, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first validation images, as many as are looked at, with their labels."""
+def _validation_images(data: ImageData, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the first validation images, as many as are measured on, with their labels."""
     missing = SAMPLES
     for images, labels in getattr(data, "validation_batches", lambda: ())():
         if missing <= 0:
@@ -115,72 +115,106 @@ def _labelled(data: ImageData, device: torch.device) -> Iterator[tuple[Tensor, T
         missing -= len(labels)
 
 
-def align_checkpoints(
-    paths: list[str], data: ImageData, options: FusionOptions, device: torch.device
-) -> dict[str, Any]:
-    """Aligns the layers of the networks of checkpoints, and measures the costs of every stage: of forced maps, too.
+def fuse_checkpoints(
+    trainer: Trainer,
+    model: ImageClassifier,
+    datamodule: ImageData,
+    parents: list[str],
+    output: str,
+    overwrite: bool = False,
+    align_only: bool = False,
+    report: bool = True,
+    figures: bool = True,
+    quiet: bool = False,
+    json: bool = False,
+    fusion: FusionOptions = FusionOptions(),  # noqa: B008 (it is frozen)
+) -> FusionRecord | AlignmentRecord:
+    """Fuse trained networks into one and show how well each of them does on the test images.
+
+    Writes the fused network as an ordinary checkpoint, and next to it `fusion.json`: options, alignment, costs,
+    accuracies, parameters, seconds, memory, seeds, versions and the parents' checksums; and `report.html`, whose
+    figures go to the folder `report_figures`, too, and into TensorBoard where that is the logger. Nothing is
+    written before all of it is there.
 
     Args:
-        paths: Two or more checkpoints of fit or fuse, or files of save_network.
-        data: Unlabelled training images.
-        options: How to align.
-        device: Where to compute.
+        trainer: Evaluates the networks.
+        model: Its training recipe is saved with the fused network.
+        datamodule: Unlabelled training images for the fusion, test images for the evaluation.
+        parents: Two or more checkpoints of fit or fuse, or files of save_network.
+        output: The checkpoint to write, NAME.ckpt.
+        overwrite: Whether the files written here may replace existing ones.
+        align_only: Only show and write to fusion.json which layers correspond, with the costs of every stage.
+        report: Whether to draw report.html as well: all of this as one file to look at.
+        figures: Whether every figure of the report becomes a file of its own as well, as SVG and as PNG.
+        quiet: Whether to print nothing but errors.
+        json: Whether to print what fusion.json holds, as JSON and nothing else, instead of tables.
+        fusion: The options of the method.
 
     Returns:
-        As plain containers the parents' checksums, the options, the map and the costs of every stage, seconds, seeds
-        and versions.
+        The content of `fusion.json`.
 
     Raises:
-        FusionError: The parents, the data and the options do not fit together.
+        FusionError: A parent, the data, an option or the output cannot be used; nothing is written then.
     """
-    check_number(paths)
-    networks = load_alike(paths, data, "parents")
-    batches = [batch.to(device) for batch in data.alignment_batches(options.num_samples, options.seed)]
-    started = time.perf_counter()
-    found = align_layers([network.to(device) for network in networks], batches, options)
-    return {
-        "parents": parents_of(paths),
-        "options": options.to_dict(),
-        **found.summary(),
-        "seconds": time.perf_counter() - started,
-        "seeds": seeds(options),
-        "versions": versions(),
-    }
+    path = check_output(output)
+    file, page = path.parent / "fusion.json", path.parent / "report.html"
+    figures = figures and report and not align_only
+    check_new([file] if align_only else [path, file, *([page] if report else [])], overwrite)
+    if figures:
+        check_folder(page, overwrite)
+    check_empty(model)
+    device, silent = trainer.strategy.root_device, quiet or json or not trainer.is_global_zero
+    if align_only:
+        with steps(silent) as step:
+            step(f"aligning the layers of {len(parents)} networks")
+            alignment = align_checkpoints(parents, datamodule, fusion, device)
+        if trainer.is_global_zero:
+            write_results(alignment, file)
+            _say(alignment, print_alignment, quiet, json)
+        return alignment
+    with steps(silent) as step:
+
+        def evaluate(networks: list[nn.Module], result: Fusion) -> list[NetworkRow]:
+            return evaluate_networks(trainer, contestants(networks, result), datamodule, step)
+
+        report_here = report and trainer.is_global_zero
+        fused, record = fuse_and_record(
+            parents, datamodule, fusion, device, output=output, report=report_here, evaluate=evaluate, step=step
+        )
+    if trainer.is_global_zero:
+        shown = fusion_report(dict(record)) if report else None
+        pictures = Pictures.of(shown.figures if shown and figures else ())
+        pages = {page: writer(shown.html)} if shown else {}
+        write_together({path: prepared(model, fused.model, record), file: writer(as_json(record)), **pages})
+        if figures:
+            pictures.write(folder_beside(page))
+            pictures.log(trainer.loggers)
+        _say(record, _print_fusion, quiet, json)
+    return record
 
 
-def print_alignment(record: dict[str, Any]) -> None:
-    """Prints for every parent and stage the map and the cost matrix, with the matched cells in bold.
+def _say(record: Record, in_words: Callable[[Record], None], quiet: bool, json: bool) -> None:
+    """Print a record as JSON, in words, or not at all."""
+    if json:
+        print(as_json(record), end="")
+    elif not quiet:
+        in_words(record)
 
-    Args:
-        record: What `align_checkpoints` returned.
-    """
+
+def _print_fusion(record: FusionRecord) -> None:
+    """Print the networks of a fusion as a table on standard output, and below it the files."""
     from rich.console import Console
 
+    print_networks(record["networks"])
     console = Console()
-    merging = record["options"]["balance"] == "merge"
-    template = record["template"]
-    for number, alignment in enumerate(record["alignments"]):
-        if number == template:
-            continue
-        console.print(f"parent {number + 1} onto the depth of parent {template + 1}", style="bold")
-        sides = (number, template) if merging else (template, number)
-        rows, columns = (record["units"][side] for side in sides)
-        for stage, places in enumerate(alignment):
-            console.print(_matrix(record["layer_costs"][number][stage], rows[stage], columns[stage], places, stage + 1))
     for number, parent in enumerate(record["parents"], 1):
         console.print(f"parent {number}: {parent['path']}", highlight=False, soft_wrap=True)
-
-
-def _matrix(costs: list[list[float]], rows: list[str], columns: list[str], places: list[int], number: int) -> Any:
-    """One stage as a table: the deep network's units down, the shallow one's across."""
-    from rich.table import Table
-
-    shown = ", ".join(f"{columns[k]} = {rows[row]}" for k, row in enumerate(places))
-    table = Table(f"stage {number}", *columns, caption=shown, caption_justify="left", title_justify="left")
-    for row, values in enumerate(costs):
-        cells = [
-            f"[bold]{value:.3f}[/bold]" if places[column] == row else f"{value:.3f}"
-            for column, value in enumerate(values)
-        ]
-        table.add_row(rows[row], *cells)
-    return table
+    memory = record["peak_memory_bytes"] / 2**20
+    console.print(
+        f"{record['output']}: fused in {record['seconds']:.2f} s, peak memory {memory:.0f} MiB",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if "report" in record:
+        page = Path(record["output"]).parent / "report.html"
+        console.print(f"{page}: all of it to look at", highlight=False, soft_wrap=True)

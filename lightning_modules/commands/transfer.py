@@ -14,18 +14,9 @@ from clafusion.filter_transfer.transfer import MappingName
 from clafusion.lightning import Trainer
 from clafusion.lightning_modules.checkpoints.reading import load_parent
 from clafusion.lightning_modules.classifier import ImageClassifier
-from clafusion.lightning_modules.commands.fuse import seeds
-from clafusion.lightning_modules.commands.records import (
-    as_json,
-    check_empty,
-    check_new,
-    check_output,
-    compare,
-    peak_memory,
-    prepared,
-    print_networks,
-    versions,
-)
+from clafusion.lightning_modules.commands.evaluation import evaluate_networks, print_networks
+from clafusion.lightning_modules.commands.outputs import check_empty, check_new, check_output, prepared
+from clafusion.lightning_modules.commands.records import as_json, peak_memory, seeds, versions
 from clafusion.lightning_modules.compatibility import ImageData, check_images
 from clafusion.lightning_modules.files import sha256, write_together, writer
 from clafusion.lightning_modules.progress import steps
@@ -34,8 +25,8 @@ Combine = Literal["none", "average", "transport", "insert"]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What `transfer_checkpoint` is asked to do.
+class TransferSettings:
+    """How a network is transferred, and how the result is combined with its target.
 
     Attributes:
         combine: what becomes of the transferred network.
@@ -64,23 +55,23 @@ class Plan:
     def run(
         self, source: nn.Module, target: nn.Module, batches: Sequence[Tensor]
     ) -> tuple[dict[str, nn.Module], dict[str, Any]]:
-        """The networks that are made, by name, the result last; and how, as plain containers."""
+        """Return the networks that are made, by name, the result last; and how, as plain containers."""
         if self.combine == "insert":
             inserted = fuse([target, source], batches, self.options)
             return {"result": inserted.model}, {"fusion": inserted.summary()}
-        found = map_units(source, target, self.options.mapping, batches, self.options)
+        mapping = map_units(source, target, self.options.mapping, batches, self.options)
         moved = transfer(
-            source, target, found, batches, classifier=self.classifier, shortcuts=self.shortcuts,
+            source, target, mapping, batches, classifier=self.classifier, shortcuts=self.shortcuts,
             reinitialize=self.reinitialize, options=self.options,
         )  # fmt: skip
         if self.combine == "none":
-            return {"result": moved}, {"map": found.summary()}
+            return {"result": moved}, {"map": mapping.summary()}
         if self.combine == "average":
             return {"transferred": moved, "result": average([target, moved], self.options.weights)}, {
-                "map": found.summary()
+                "map": mapping.summary()
             }
         fused = fuse([target, moved], batches, self.options)
-        return {"transferred": moved, "result": fused.model}, {"map": found.summary(), "fusion": fused.summary()}
+        return {"transferred": moved, "result": fused.model}, {"map": mapping.summary(), "fusion": fused.summary()}
 
 
 def transfer_checkpoint(
@@ -99,7 +90,7 @@ def transfer_checkpoint(
     overwrite: bool = False,
     fusion: FusionOptions = FusionOptions(),  # noqa: B008 (it is frozen)
 ) -> dict[str, Any]:
-    """Writes the filters of a trained network into one of another architecture, and shows how well it does.
+    """Write the filters of a trained network into one of another architecture, and show how well it does.
 
     Writes the result as an ordinary checkpoint, and next to it `transfer.json`: options, the map of the layers,
     accuracies, parameters, seconds, memory, seeds, versions and checksums. Nothing is written before all of it is
@@ -135,7 +126,7 @@ def transfer_checkpoint(
     check_new([path, record], overwrite)
     check_empty(model)
     options = fusion if mapping is None else replace(fusion, mapping=mapping)
-    plan = Plan(combine, classifier, shortcuts, reinitialize, options)
+    settings = TransferSettings(combine, classifier, shortcuts, reinitialize, options)
     device = trainer.strategy.root_device
     files = {"source": source, "target": target}
     pair: dict[str, nn.Module] = {"source": load_parent(source), "target": _target(target, target_architecture)}
@@ -146,15 +137,15 @@ def transfer_checkpoint(
     started = time.perf_counter()
     with steps(not trainer.is_global_zero) as step:
         step("transferring")
-        made, how = plan.run(pair["source"], pair["target"], batches)
+        made, how = settings.run(pair["source"], pair["target"], batches)
         figures = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory(device)}
-        networks = compare(trainer, {**pair, **made}, datamodule, step)
+        networks = evaluate_networks(trainer, {**pair, **made}, datamodule, step)
     results = {
         "output": output,
         "networks": networks,
         **{role: None if path is None else {"path": path, "sha256": sha256(path)} for role, path in files.items()},
         "target_architecture": target_architecture,
-        **{name: getattr(plan, name) for name in ("combine", "classifier", "shortcuts", "reinitialize")},
+        **{name: getattr(settings, name) for name in ("combine", "classifier", "shortcuts", "reinitialize")},
         "options": options.to_dict(),
         **how,
         **figures,
@@ -168,7 +159,7 @@ def transfer_checkpoint(
 
 
 def _target(path: str | None, architecture: dict[str, Any] | None) -> nn.Module:
-    """The target, in eval mode, from a file or from its architecture."""
+    """Return the target, in eval mode, from a file or from its architecture."""
     if (path is None) == (architecture is None):
         found = "neither" if path is None else "both"
         raise FusionError(f"Expected a target or a target_architecture, got {found}; give one of --target and "

@@ -2,38 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from clafusion.errors import FusionError
-from clafusion.lightning import Callback, LightningDataModule, Trainer
+from clafusion.lightning import LightningDataModule
 from clafusion.lightning_modules.experiments.schema import Recipe
-
-
-class StageTrainer(Protocol):
-    """The trainer that the user configured, from which every stage gets one of its own."""
-
-    @property
-    def strategy(self) -> Any:
-        """How the processes work together."""
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        ...
-
-    @property
-    def is_global_zero(self) -> bool:
-        """Whether this is the process that writes and speaks."""
-        ...
-
-    def training_settings(self) -> dict[str, Any]:
-        """Return the settings that change what a network learns, as plain values."""
-        ...
-
-    def clone(self, folder: Path, more: list[Callback] | None, **changes: Any) -> Trainer:
-        """Return a trainer like this one, for another folder, with more callbacks; with none at all for None."""
-        ...
+from clafusion.lightning_modules.trainer import FusionTrainer
 
 
 @dataclass(frozen=True)
@@ -41,14 +15,14 @@ class RunContext:
     """What all stages run with.
 
     Attributes:
-        trainer: makes the trainers of the stages.
+        trainer: the one that the user configured, which makes those of the stages.
         data: images; a recipe says what is different for its training.
         module: arguments of every module that do not change the result.
         report: whether fusions are measured for the report.
         quiet: whether to show no progress.
     """
 
-    trainer: StageTrainer
+    trainer: FusionTrainer
     data: LightningDataModule
     module: dict[str, Any] = field(default_factory=dict)
     report: bool = True

@@ -8,13 +8,14 @@ from typing import Any, cast
 from clafusion.errors import FusionError
 from clafusion.lightning import LightningDataModule, data_settings, starts_workers_itself
 from clafusion.lightning_modules.classifier import ImageClassifier
-from clafusion.lightning_modules.experiments.context import RunContext, StageTrainer, changed
+from clafusion.lightning_modules.experiments.context import RunContext, changed
 from clafusion.lightning_modules.experiments.parsing import from_plain
 from clafusion.lightning_modules.experiments.plan import Plan, plan
 from clafusion.lightning_modules.experiments.schema import Experiment, Scale, check_seeds
 from clafusion.lightning_modules.experiments.stage_folder import StageRecord, claimed, finished
 from clafusion.lightning_modules.experiments.stages.base import Stage, StageResult
 from clafusion.lightning_modules.experiments.stages.training import TrainingStage
+from clafusion.lightning_modules.trainer import FusionTrainer
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class PreparedExperiment:
 
 
 def prepare(
-    trainer: StageTrainer,
+    trainer: FusionTrainer,
     model: ImageClassifier,
     datamodule: LightningDataModule,
     experiment: dict[str, Any],
@@ -131,7 +132,7 @@ def prepare(
     """Check everything that can be checked before anything is computed or written.
 
     Args:
-        trainer: As for `FusionTrainer.pipeline`, and so are those below.
+        trainer: As for `run_pipeline`, and so are those below.
         model: Says only how to compute, not what.
         datamodule: The images.
         experiment: Fields of `Experiment`.

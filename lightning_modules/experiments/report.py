@@ -9,7 +9,7 @@ from typing import Any
 
 from clafusion.errors import FusionError
 from clafusion.lightning_modules.commands.figures import Pictures, check_folder, folder_beside
-from clafusion.lightning_modules.commands.records import check_new, check_output
+from clafusion.lightning_modules.commands.outputs import check_new, check_output
 from clafusion.lightning_modules.files import write_text
 from clafusion.report.pages import NamedFusion, Report, experiment_report, fusion_report
 

@@ -14,7 +14,7 @@ from clafusion.lightning import Trainer
 from clafusion.lightning_modules.checkpoints.last import LastCheckpoint
 from clafusion.lightning_modules.commands.figures import Pictures, folder_beside
 from clafusion.lightning_modules.distributed import FailureGroup, on_rank_zero
-from clafusion.lightning_modules.experiments.context import RunContext, StageTrainer
+from clafusion.lightning_modules.experiments.context import RunContext
 from clafusion.lightning_modules.experiments.jobs import Job, PreparedExperiment
 from clafusion.lightning_modules.experiments.report import report_on
 from clafusion.lightning_modules.experiments.results_table import (
@@ -26,6 +26,7 @@ from clafusion.lightning_modules.experiments.results_table import (
 from clafusion.lightning_modules.experiments.stage_folder import begin, claim, finish, finished
 from clafusion.lightning_modules.experiments.stages.base import StageResult
 from clafusion.lightning_modules.files import write_text
+from clafusion.lightning_modules.trainer import FusionTrainer
 
 T = TypeVar("T")
 
@@ -69,7 +70,7 @@ def run_experiment(prepared: PreparedExperiment) -> ExperimentResults:
     return _on_all_processes(prepared.context.trainer, lambda: _carry_out(prepared))
 
 
-def _on_all_processes(trainer: StageTrainer, function: Callable[[], T]) -> T:
+def _on_all_processes(trainer: FusionTrainer, function: Callable[[], T]) -> T:
     """Call a function on all processes, which are started here unless they are there; later trainers find them."""
     launcher = trainer.strategy.launcher
 
@@ -94,7 +95,7 @@ def _carry_out(prepared: PreparedExperiment) -> ExperimentResults:
     group, outcomes, jobs = FailureGroup(), Outcomes(), list(prepared.jobs())
     requeue = Requeue(output)
     for number, job in enumerate(jobs, 1):
-        requeue.heed(cast(Trainer, trainer))
+        requeue.heed(trainer)
         _attend(context, job, f"[{number}/{len(jobs)}] {job.words}", outcomes, group)
         # The results so far can be looked at after every seed.
         if number % len(prepared.plan.stages) == 0:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from clafusion import FusionOptions
 from clafusion.errors import FusionError
-from clafusion.lightning_modules.commands.transfer import Combine, Plan
+from clafusion.lightning_modules.commands.transfer import Combine, TransferSettings
 from clafusion.lightning_modules.experiments.parsing import from_plain
 
 V = TypeVar("V", bound="Variants")
@@ -86,13 +86,13 @@ class Transfers(Variants):
         if not self.grid:
             self.how()
 
-    def how(self) -> Plan:
+    def how(self) -> TransferSettings:
         """Return what to do with the two networks.
 
         Raises:
             FusionError: The settings do not go together.
         """
-        return Plan(self.join, self.classifier, self.shortcuts, self.reinitialize, self.options)
+        return TransferSettings(self.join, self.classifier, self.shortcuts, self.reinitialize, self.options)
 
 
 def cells(entries: Mapping[str, V]) -> dict[str, V]:

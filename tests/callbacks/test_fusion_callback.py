@@ -17,7 +17,7 @@ from pytorch_lightning.demos.boring_classes import BoringModel
 import clafusion.callbacks.fusion
 from clafusion import FusionError, FusionOptions, describe, fuse
 from clafusion.callbacks import FusionCallback
-from clafusion.callbacks.signals import Held
+from clafusion.callbacks.signals import HeldSignal
 from clafusion.datamodules import DigitsDataModule
 from clafusion.lightning_modules import (
     Distiller,
@@ -199,7 +199,7 @@ def test_a_resumed_training_does_not_fuse_and_equals_one_without_a_stop(moved, t
     record = read_checkpoint(last)["fusion"]
     for path in moved:
         path.unlink()
-    monkeypatch.setattr(clafusion.callbacks.fusion, "fuse_checkpoints", None)
+    monkeypatch.setattr(clafusion.callbacks.fusion, "fuse_and_record", None)
     architecture = read_checkpoint(last)["hyper_parameters"]["architecture"] if "the" in kind else None
     resumed = ImageClassifier(architecture, lr=0.05)
     trainer = fit(tmp_path / "run", moved, resumed, epochs=2, ckpt_path=str(last))
@@ -212,7 +212,7 @@ def test_last_is_resumed_without_fusing(moved, tmp_path, monkeypatch):
     fit(tmp_path / "run", moved)
     for path in moved:
         path.unlink()
-    monkeypatch.setattr(clafusion.callbacks.fusion, "fuse_checkpoints", None)
+    monkeypatch.setattr(clafusion.callbacks.fusion, "fuse_and_record", None)
     trainer = fit(tmp_path / "run", moved, epochs=2, ckpt_path="last")
     assert trainer.current_epoch == 2
 
@@ -249,14 +249,14 @@ def test_a_checkpoint_that_began_otherwise_is_refused(mlp_checkpoints, tmp_path)
 
 def test_a_signal_is_held_and_delivered_once():
     received = []
-    with Held(signal.SIGUSR1) as held:
+    with HeldSignal(signal.SIGUSR1) as held:
         os.kill(os.getpid(), signal.SIGUSR1)
     assert held.arrived and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
     signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
     try:
         held.deliver()
         held.deliver()
-        with Held(signal.SIGUSR1) as untouched:
+        with HeldSignal(signal.SIGUSR1) as untouched:
             os.kill(os.getpid(), signal.SIGUSR1)
     finally:
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
@@ -273,12 +273,12 @@ def test_a_signal_while_fusing_waits_for_its_handler(mlp_checkpoints, tmp_path, 
             assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
             signal.signal(signal.SIGUSR1, lambda number, frame: received.append(trainer.global_step))
 
-    def interrupted(*args):
+    def interrupted(*args, **more):
         os.kill(os.getpid(), signal.SIGUSR1)
-        return original(*args)
+        return original(*args, **more)
 
-    original = clafusion.callbacks.fusion.fuse_checkpoints
-    monkeypatch.setattr(clafusion.callbacks.fusion, "fuse_checkpoints", interrupted)
+    original = clafusion.callbacks.fusion.fuse_and_record
+    monkeypatch.setattr(clafusion.callbacks.fusion, "fuse_and_record", interrupted)
     try:
         fit(tmp_path, mlp_checkpoints, more=[Handler()])
     finally:

@@ -10,9 +10,10 @@ from clafusion import FusionOptions, map_units
 from clafusion.alignment.parents import template_of, trace_all
 from clafusion.errors import FusionError
 from clafusion.lightning_modules.classifier import ImageClassifier
-from clafusion.lightning_modules.commands.fuse import drawn, fuse_checkpoints, seeds
-from clafusion.lightning_modules.commands.records import peak_memory, save_as, versions, write_results
-from clafusion.lightning_modules.commands.transfer import Combine, Plan
+from clafusion.lightning_modules.commands.fuse import fuse_and_record
+from clafusion.lightning_modules.commands.outputs import save_as
+from clafusion.lightning_modules.commands.records import peak_memory, seeds, versions, write_results
+from clafusion.lightning_modules.commands.transfer import Combine, TransferSettings
 from clafusion.lightning_modules.compatibility import ImageData, load_alike
 from clafusion.lightning_modules.distributed import on_rank_zero
 from clafusion.lightning_modules.experiments.context import RunContext
@@ -75,11 +76,8 @@ class FuseStage(Stage):
         def compute() -> MakingResult:
             paths, data = [str(path) for path in inputs.values()], cast(ImageData, context.data)
             with steps(context.quiet) as step:
-                step(f"fusing {len(paths)} networks")
-                made = fuse_checkpoints(paths, data, self.options, strategy.root_device)
-                step("measuring for the report")
-                more = {"report": drawn(made, data)} if context.report else {}
-            fusion, record = made.fusion, {**made.record, **more}
+                device = strategy.root_device
+                fusion, record = fuse_and_record(paths, data, self.options, device, report=context.report, step=step)
             save_as(ImageClassifier(), fusion.model, record, folder / "fused.ckpt")
             for name in self.balanced:
                 balanced = fusion.balanced[list(inputs).index(name)]
@@ -133,7 +131,7 @@ class TransferStage(Stage):
     def _run(self, context: RunContext, folder: Path, inputs: Mapping[str, Path]) -> MakingResult:
         """Transfer, and write the network with `transfer.json`."""
         data, device = cast(ImageData, context.data), context.trainer.strategy.root_device
-        how = Plan(self.combine, self.classifier, self.shortcuts, self.reinitialize, self.options)
+        how = TransferSettings(self.combine, self.classifier, self.shortcuts, self.reinitialize, self.options)
 
         def compute() -> MakingResult:
             source, target = load_alike([str(path) for path in inputs.values()], data, "source and target")

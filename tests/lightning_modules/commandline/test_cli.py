@@ -360,11 +360,11 @@ def test_the_installed_command_ends_with_one_line_and_code_2():
 )
 @pytest.mark.parametrize("command", ["fit", "fuse"])
 def test_the_exit_code_of_an_interruption(mlp_checkpoints, monkeypatch, capsys, command, end, name, code):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise end
 
     monkeypatch.setattr(ImageClassifier, "training_step", interrupted)
-    monkeypatch.setattr("clafusion.lightning_modules.trainer.fuse_checkpoints", interrupted)
+    monkeypatch.setattr("clafusion.lightning_modules.commands.fuse.fuse_and_record", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(SystemExit) as caught:

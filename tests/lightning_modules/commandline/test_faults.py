@@ -17,7 +17,7 @@ from pytorch_lightning import Callback
 from clafusion import FusionError, FusionOptions, align_layers, fuse
 from clafusion.lightning_modules import ImageClassifier, load_parent, read_checkpoint, save_checkpoint
 from clafusion.lightning_modules.commandline import cli
-from clafusion.lightning_modules.commandline.exit_codes import ended_by, explained
+from clafusion.lightning_modules.commandline.exit_codes import ended_by, user_message
 from clafusion.lightning_modules.commands.export import export_file
 from clafusion.statistics import moments as statistics
 from clafusion.statistics.memory import CHUNK, DIVISORS, is_out_of_memory, within_memory
@@ -63,7 +63,7 @@ def uninterrupted(tmp_path_factory) -> dict[str, Any]:
 def test_a_training_that_is_ended_says_so_and_goes_on_exactly(uninterrupted, capsys, number, code):
     # Where the tests run in the background of a shell, Ctrl-C is ignored.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    stop = ["--trainer.callbacks+=processes.SignalRank", "--trainer.callbacks.batch=4"]
+    stop = ["--trainer.callbacks+=tests.processes.SignalRank", "--trainer.callbacks.batch=4"]
     line = ended(capsys, code, *COMMAND, *stop, f"--trainer.callbacks.number={int(number)}")
     signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
     assert line == (
@@ -85,7 +85,7 @@ def test_a_fusion_that_is_ended_leaves_nothing(mlp_checkpoints, capsys, monkeypa
 
 def test_the_help_is_no_interruption():
     assert ended_by(SystemExit(0)) is None and ended_by(RuntimeError()) is None
-    assert explained(RuntimeError("a bug")) is None and explained(OSError(2, "No such file", "x")) is None
+    assert user_message(RuntimeError("a bug")) is None and user_message(OSError(2, "No such file", "x")) is None
 
 
 @pytest.mark.slow
@@ -238,7 +238,7 @@ class OutOfMemory(Callback):
 
 
 def test_a_training_without_memory_ends_in_one_line(capsys):
-    line = ended(capsys, 2, *COMMAND, "--trainer.callbacks+=test_faults.OutOfMemory")
+    line = ended(capsys, 2, *COMMAND, f"--trainer.callbacks+={__name__}.OutOfMemory")
     assert "fit into memory, got CUDA out of memory; lower --data.batch_size" in line
 
 
@@ -258,7 +258,7 @@ class Diverge(Callback):
 @pytest.mark.parametrize("every", [[], ["--trainer.save_every_n_steps", "1"]])
 def test_a_training_that_diverges_ends_and_keeps_what_was_before(capsys, every):
     command = [part for part in COMMAND if part not in ("--trainer.save_every_n_steps", "1")]
-    line = ended(capsys, 2, *command, *every, "--trainer.callbacks+=test_faults.Diverge")
+    line = ended(capsys, 2, *command, *every, f"--trainer.callbacks+={__name__}.Diverge")
     assert re.search(
         r"Expected finite weights to save, got NaN or infinity in fc[12].weight after \d steps: the tr", line
     )

@@ -9,6 +9,7 @@ import torch
 from clafusion import FusionError, FusionOptions, average, fuse, layer_costs, networks, transfer
 from clafusion.datamodules import DigitsDataModule
 from clafusion.lightning_modules import FusionTrainer, ImageClassifier, load_parent, read_checkpoint, save_checkpoint
+from clafusion.lightning_modules.commands.transfer import transfer_checkpoint
 from tests.helpers import largest_difference
 from tests.lightning_modules.commandline.test_cli import QUIET, fuse_arguments, in_an_empty_folder, refused, run  # noqa: F401 (a fixture)
 
@@ -144,8 +145,11 @@ def test_bad_transfers_are_refused(mlp_checkpoints, given, message):
     before = list(Path.cwd().iterdir())
     trainer = FusionTrainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     with pytest.raises(FusionError, match=message):
-        trainer.transfer(
-            ImageClassifier(), DigitsDataModule(), **{"source": shallow, "target": deep, "output": "out.ckpt", **given}
+        transfer_checkpoint(
+            trainer,
+            ImageClassifier(),
+            DigitsDataModule(),
+            **{"source": shallow, "target": deep, "output": "out.ckpt", **given},
         )
     assert list(Path.cwd().iterdir()) == before
 

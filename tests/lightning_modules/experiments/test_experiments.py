@@ -17,9 +17,11 @@ from clafusion import FusionError, FusionOptions, average, transfer
 from clafusion.datamodules import DigitsDataModule
 from clafusion.lightning_modules import FusionTrainer, ImageClassifier, load_parent
 from clafusion.lightning_modules.commandline import cli
+from clafusion.lightning_modules.commandline.shorthand import at_scale
 from clafusion.lightning_modules.experiments import catalogue
 from clafusion.lightning_modules.experiments.jobs import Job
 from clafusion.lightning_modules.experiments.parsing import from_plain
+from clafusion.lightning_modules.experiments.pipeline import run_pipeline
 from clafusion.lightning_modules.experiments.plan import KINDS, Plan, plan, stage_from
 from clafusion.lightning_modules.experiments.schema import Experiment
 from clafusion.lightning_modules.experiments.variants import Transfers, Variants, cells
@@ -274,14 +276,14 @@ def test_a_name_is_found_from_any_folder_and_the_user_wins(tmp_path, monkeypatch
 def test_only_the_small_scale_changes_the_class_of_the_data():
     path = str(catalogue.find("mlp_ablation"))
     for scale in (["--scale", "full"], []):
-        assert catalogue.at_scale(["--config", path, *scale]) == ["--config", path, *scale]
+        assert at_scale(["--config", path, *scale]) == ["--config", path, *scale]
     more = ["--config", path, "--scale", "small", "--config", "other.yaml"]
-    *same, data = catalogue.at_scale(more)
+    *same, data = at_scale(more)
     assert (
         same == more
         and json.loads(data.removeprefix("--data="))["class_path"] == "clafusion.datamodules.MNISTDataModule"
     )
-    assert catalogue.at_scale(["--config=missing.yaml", "--scale", "small"]) == [
+    assert at_scale(["--config=missing.yaml", "--scale", "small"]) == [
         "--config=missing.yaml", "--scale", "small",
     ]  # fmt: skip
 
@@ -317,7 +319,7 @@ def carried_out(tmp_path_factory) -> tuple[Path, dict[str, dict[str, Any]]]:
     output = tmp_path_factory.mktemp("experiments") / "tiny"
     quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     data = DigitsDataModule(limit_train=80, batch_size=16)
-    results = FusionTrainer(devices=1, **quiet).pipeline(ImageClassifier(), data, TINY, output=str(output))
+    results = run_pipeline(FusionTrainer(devices=1, **quiet), ImageClassifier(), data, TINY, output=str(output))
     assert results["seeds"] == [5] and results["failures"] == []
     return output / "seed_5", {row["name"]: row for row in results["networks"]}
 

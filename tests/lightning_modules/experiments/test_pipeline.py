@@ -29,6 +29,7 @@ from clafusion.lightning_modules.experiments import runner as pipeline
 from clafusion.lightning_modules.experiments.context import RunContext
 from clafusion.lightning_modules.experiments.jobs import Job
 from clafusion.lightning_modules.experiments.parsing import from_plain
+from clafusion.lightning_modules.experiments.pipeline import run_pipeline
 from clafusion.lightning_modules.experiments.plan import plan, stage_from
 from clafusion.lightning_modules.experiments.runner import ExperimentFailed
 from clafusion.lightning_modules.experiments.schema import Experiment
@@ -96,7 +97,7 @@ def run(output: Path, changes: dict[str, Any] | None = None, **arguments: Any) -
     quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     trainer = FusionTrainer(**{**quiet, "devices": 1, "save_every_n_steps": 1, **arguments})
     experiment = with_changes(changes or {})
-    return trainer.pipeline(model, DigitsDataModule(**data), experiment, output=str(output), **own)
+    return run_pipeline(trainer, model, DigitsDataModule(**data), experiment, output=str(output), **own)
 
 
 def networks(folder: Path) -> dict[str, Any]:
@@ -561,13 +562,13 @@ def test_a_cluster_that_takes_the_job_away_between_trainings_is_asked_to_requeue
         asked.append(command)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    def signalled(*args: Any) -> Any:
+    def signalled(*args: Any, **more: Any) -> Any:
         os.kill(os.getpid(), signal.SIGUSR1)
-        return original(*args)
+        return original(*args, **more)
 
-    original = fusing.fuse_checkpoints
+    original = fusing.fuse_and_record
     monkeypatch.setattr("clafusion.lightning_modules.checkpoints.last.subprocess.run", requeue)
-    monkeypatch.setattr(fusing, "fuse_checkpoints", signalled)
+    monkeypatch.setattr(fusing, "fuse_and_record", signalled)
     try:
         run(tmp_path / "x", {"finetune": None, "distill": None}, enable_checkpointing=False)
     finally:
@@ -579,8 +580,8 @@ def test_a_cluster_that_takes_the_job_away_between_trainings_is_asked_to_requeue
 
 
 def test_a_failing_stage_leaves_the_others(whole, tmp_path, capsys, monkeypatch):
-    original = fusing.fuse_checkpoints
-    monkeypatch.setattr(fusing, "fuse_checkpoints", lambda *_: 1 / 0)
+    original = fusing.fuse_and_record
+    monkeypatch.setattr(fusing, "fuse_and_record", lambda *_, **__: 1 / 0)
     with pytest.raises(ExperimentFailed, match=f"5 of {STAGES} stages have no result"):
         run(tmp_path / "x")
     results = json.loads((tmp_path / "x/results.json").read_text())
@@ -606,7 +607,7 @@ def test_a_failing_stage_leaves_the_others(whole, tmp_path, capsys, monkeypatch)
     assert accuracies(tmp_path / "x") == {key: None if key[:-2] in missing else v for key, v in expected.items()}
     assert "- fuse default, seed 0: ZeroDivisionError" in (tmp_path / "x/results.md").read_text()
     # Mended, the same command completes it.
-    monkeypatch.setattr(fusing, "fuse_checkpoints", original)
+    monkeypatch.setattr(fusing, "fuse_and_record", original)
     assert run(tmp_path / "x")["failures"] == [] and accuracies(tmp_path / "x") == expected
     assert not error.exists()
 
