@@ -140,7 +140,8 @@ class ImageClassifier(LightningModule):
         """The logits `[N, classes]` of images `[N, C, H, W]`."""
         if self._channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        return self._network()(images)
+        logits: Tensor = self._network()(images)
+        return logits
 
     def setup(self, stage: str) -> None:
         """Checks that the data fits the network, before anything is computed."""
@@ -165,7 +166,8 @@ class ImageClassifier(LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The class probabilities `[N, classes]` of a batch."""
         images, _ = batch
-        return self(images).softmax(dim=1)
+        probabilities: Tensor = self(images).softmax(dim=1)
+        return probabilities
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD, with a step schedule if there are milestones."""

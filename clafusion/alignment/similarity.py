@@ -113,6 +113,7 @@ def hsic_sums(
 def _basis(x: Tensor) -> Tensor:
     """An orthonormal basis of the column space."""
     rows = x.flatten(1).double()
+    u: Tensor
     u, s, _ = torch.linalg.svd(rows, full_matrices=False)
     tolerance = s.max() * max(rows.shape) * torch.finfo(torch.float64).eps
     return u[:, s > tolerance]

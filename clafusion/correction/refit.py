@@ -134,7 +134,8 @@ def _prior(together: Sequence[FoldedLayer]) -> Tensor:
     """The present weights of the layers side by side, [groups, neurons per group, inputs]."""
     weights, biases = zip(*(part.read() for part in together), strict=True)
     parts = [*weights, torch.stack(biases).sum(0)[:, None]] if _has_bias(together) else weights
-    return torch.cat(parts, 1).unflatten(0, (together[0].groups, -1))
+    prior: Tensor = torch.cat(parts, 1).unflatten(0, (together[0].groups, -1))
+    return prior
 
 
 def _refit(
@@ -162,7 +163,8 @@ def _refit(
 
 def _by_group(outputs: Tensor, prior: Tensor) -> Tensor:
     """[observations, neurons] as [groups, observations, neurons per group]."""
-    return outputs.unflatten(1, prior.shape[:2]).transpose(0, 1)
+    grouped: Tensor = outputs.unflatten(1, prior.shape[:2])
+    return grouped.transpose(0, 1)
 
 
 def _refit_head(

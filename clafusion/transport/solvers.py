@@ -6,6 +6,7 @@ each of its columns (an anchor neuron as a mixture of the other's neurons) sums 
 """
 
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import ot
@@ -22,7 +23,7 @@ ACCELERATED = 2**16
 #: Iterations of Sinkhorn's, at most.
 MOST_ITERATIONS = 10_000
 
-_NORMALIZERS = {
+_NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda cost: cost,
     "max": lambda cost: cost / cost.max().clamp_min(torch.finfo(cost.dtype).tiny),
     "mean": lambda cost: cost / cost.mean().clamp_min(torch.finfo(cost.dtype).tiny),

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 from jsonargparse import get_loader, set_loader
 
 from clafusion.old_names import NEW_NAMES
