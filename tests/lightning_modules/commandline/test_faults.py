@@ -22,6 +22,7 @@ from clafusion.lightning_modules.commands.export import export_file
 from clafusion.statistics import moments as statistics
 from clafusion.statistics.memory import CHUNK, DIVISORS, is_out_of_memory, within_memory
 from clafusion.statistics.samples import CPU_CHUNK
+from clafusion.tracing.execution import GraphRunner
 from tests.helpers import largest_difference, mlp, plain, vectors
 from tests.lightning_modules.checkpoints.test_resume import COMMAND, EPOCHS, differences, fit, result
 from tests.processes import clafusion, succeed
@@ -201,9 +202,16 @@ def test_out_of_memory_fewer_samples_are_run_at_once(monkeypatch, correction):
 def test_layers_are_aligned_with_fewer_samples_at_once(monkeypatch):
     parents, samples = [mlp([9, 8, 7], 0), mlp([9, 8], 1)], [vectors(64)]
     expected = align_layers(parents, samples, FusionOptions(layer_measure="cka"))
-    out_of_memory_above(16, monkeypatch)
-    monkeypatch.setattr("clafusion.alignment.layer_costs.observe", statistics.observe, raising=False)
-    assert align_layers(parents, samples).alignments == expected.alignments
+
+    class Limited(GraphRunner):
+        def observe(self, batch: torch.Tensor, names: Any) -> Any:
+            if len(batch) > CHUNK // 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            return super().observe(batch, names)
+
+    monkeypatch.setattr("clafusion.alignment.layer_costs.GraphRunner", Limited)
+    with pytest.warns(UserWarning, match="Out of memory; trying again with 1/2 of the samples at once"):
+        assert align_layers(parents, samples).alignments == expected.alignments
 
 
 @pytest.mark.filterwarnings("ignore:Out of memory; trying again")
