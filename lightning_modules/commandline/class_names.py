@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib import import_module
+from inspect import isclass
 from typing import Any
 
 import yaml
@@ -21,16 +22,19 @@ def present_name(name: str) -> str:
         ('clafusion.callbacks.FusionCallback', 'callbacks.MyCallback')
     """
     package, _, attribute = name.partition(".")
-    present = f"{NEW_NAMES.get(package)}.{attribute}"
-    return present if package in NEW_NAMES and _exists(present) and not _exists(name) else name
+    if package not in NEW_NAMES:
+        return name
+    present = f"{NEW_NAMES[package]}.{attribute}"
+    return present if isclass(_imported(present)) and _imported(name) is None else name
 
 
-def _exists(path: str) -> bool:
+def _imported(path: str) -> Any:
+    """Return what has that path; None if there is nothing."""
     module, _, name = path.rpartition(".")
     try:
-        return hasattr(import_module(module), name)
+        return getattr(import_module(module), name, None)
     except ImportError:
-        return False
+        return None
 
 
 def _with_present_names(value: Any) -> Any:
