@@ -1,123 +1,103 @@
 """A reader of CIFAR's pickled batches that runs nothing of what a pickle names.
 
-An unpickler calls what the file names. This one looks every name up in a short table of stand-ins, which make byte
-strings and arrays of integers; numpy's own functions are out of the file's reach.
+An unpickler calls what the file names. This one notes the calls; those that make byte strings and arrays of integers
+are carried out afterwards, and all others are refused.
 """
 
 import io
 import pickle
 import re
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from clafusion.errors import FusionError
 
-
-class _Integers:
-    """Stand-in for `numpy.dtype`: an integer type, whose byte order comes as its state."""
-
-    def __init__(self, code: str | bytes, *_: Any) -> None:
-        name = _text(code)
-        if not re.fullmatch(r"[iu][1248]", name):
-            raise pickle.UnpicklingError(f"its arrays are of type {name}")
-        self.dtype = np.dtype(name)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        order: Any = _text(state[1])
-        self.dtype = self.dtype.newbyteorder(order)
+_RECONSTRUCT = "numpy.core.multiarray._reconstruct"
+_FROMBUFFER = "numpy.core.numeric._frombuffer"
+_NAMES = {_RECONSTRUCT, _FROMBUFFER, "numpy.ndarray", "numpy.dtype", "_codecs.encode"}
+#: The instructions that make sets, which no such file holds.
+_SETS = pickle.EMPTY_SET + pickle.ADDITEMS + pickle.FROZENSET
 
 
-class _Array:
-    """Stand-in for an array, whose shape, type and content come as its state."""
+class _Call:
+    """A call that a pickle asks for, with the state that its result is to have."""
 
-    def __init__(self, *_: Any) -> None:
-        self.value = np.empty(0, np.uint8)
+    state: Any = None
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, integers, fortran, content = state
-        self.value = _filled_array(content, integers, shape, "F" if fortran else "C")
+    def __init__(self, name: str, *arguments: Any) -> None:
+        self.name, self.arguments = name, arguments
 
 
-def _filled_array(content: bytes, integers: _Integers, shape: tuple[int, ...], order: Any) -> "np.ndarray[Any, Any]":
-    return np.frombuffer(content, integers.dtype).reshape(shape, order=order)
+class _Entries(list[tuple[Any, Any]]):
+    """The entries of a dictionary; a real one can be made to look up a key for ever (tuples of tuples of tuples)."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.append((key, value))
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    """Stand-in for `_codecs.encode`, by which protocol 2 spells a byte string."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it encodes text as {encoding}")
-    return text.encode("latin1")
+def _load_empty_dict(unpickler: Any) -> None:
+    unpickler.append(_Entries())
 
 
-def _no_call(*_: Any) -> NoReturn:
-    """Stand-in for `numpy.ndarray`, which a pickle names but does not call."""
-    raise pickle.UnpicklingError("it builds an array in an unusual way")
+def _load_dict(unpickler: Any) -> None:
+    items = unpickler.pop_mark()
+    unpickler.append(_Entries(zip(items[::2], items[1::2], strict=True)))
 
 
-_STAND_INS: dict[str, Callable[..., Any]] = {
-    "numpy.dtype": _Integers,
-    "numpy.ndarray": _no_call,
-    "numpy.core.multiarray._reconstruct": _Array,
-    "numpy._core.multiarray._reconstruct": _Array,
-    "numpy.core.numeric._frombuffer": _filled_array,
-    "numpy._core.numeric._frombuffer": _filled_array,
-    "_codecs.encode": _latin1,
-}
-
-#: The instructions that look things up by their hash, and where those lie on the stack then.
-_HASHED = {
-    pickle.SETITEM: slice(-2, -1),
-    pickle.SETITEMS: slice(None, None, 2),
-    pickle.DICT: slice(None, None, 2),
-    pickle.ADDITEMS: slice(None),
-    pickle.FROZENSET: slice(None),
-}
-_LOAD: dict[int, Callable[[Any], None]] = dict(pickle._Unpickler.dispatch)
-
-
-def _with_text_keys(load: Callable[[Any], None], keys: slice) -> Callable[[Any], None]:
-    """Refuse keys that can take for ever to look up: tuples of tuples, sets of sets, numbers of equal hashes."""
-
-    def checked(unpickler: Any) -> None:
-        if not all(isinstance(key, bytes | str) for key in unpickler.stack[keys]):
-            raise pickle.UnpicklingError("it looks up other things than text")
-        load(unpickler)
-
-    return checked
-
-
-def _build(unpickler: Any) -> None:
-    target, state = unpickler.stack[-2:]
-    if not isinstance(target, _Array | _Integers):
+def _load_build(unpickler: Any) -> None:
+    state, call = unpickler.stack.pop(), unpickler.stack[-1]
+    if not isinstance(call, _Call):
         raise pickle.UnpicklingError("it changes the meaning of a name")
-    target.__setstate__(state)
-    unpickler.stack.pop()
+    call.state = state
 
 
 class _PlainUnpickler(pickle._Unpickler):
     """Python's unpickler as written in Python: a number in a file tells the one in C how much memory to fill."""
 
     dispatch = {
-        **_LOAD,
-        **{code[0]: _with_text_keys(_LOAD[code[0]], keys) for code, keys in _HASHED.items()},
-        pickle.BUILD[0]: _build,
+        **{code: load for code, load in pickle._Unpickler.dispatch.items() if code not in _SETS},
+        pickle.EMPTY_DICT[0]: _load_empty_dict,
+        pickle.DICT[0]: _load_dict,
+        pickle.BUILD[0]: _load_build,
         # Mutable bytes would take the memory that the file claims before they are read.
-        pickle.BYTEARRAY8[0]: _LOAD[pickle.BINBYTES8[0]],
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.dispatch[pickle.BINBYTES8[0]],
     }
 
-    def find_class(self, module: str, name: str) -> Callable[..., Any]:
-        stand_in = _STAND_INS.get(f"{module}.{name}")
-        if stand_in is None:
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
+        if full not in _NAMES:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which such a file does not need")
-        return stand_in
+        return partial(_Call, full)
 
 
-def _text(value: str | bytes) -> str:
-    """Python 2 wrote its text as bytes."""
-    return value.decode("ascii") if isinstance(value, bytes) else value
+def _value(value: Any) -> Any:
+    """Carry out a call that makes a byte string, an integer type or an array of integers; refuse any other."""
+    if not isinstance(value, _Call):
+        return value
+    match value.name, value.arguments, value.state:
+        case "_codecs.encode", (str(text), "latin1"), None:
+            return text.encode("latin1")
+        case "_codecs.encode", (_, str(encoding), *_), _:
+            raise pickle.UnpicklingError(f"it encodes text as {encoding}")
+        case "numpy.dtype", (code, *_), state:
+            name = _text(code)
+            if not re.fullmatch(r"[iu][1248]", name):
+                raise pickle.UnpicklingError(f"its arrays are of type {name}")
+            order: Any = _text(state[1])
+            return np.dtype(name).newbyteorder(order)
+        case name, _, (_, shape, _Call(name="numpy.dtype") as dtype, fortran, content) if name == _RECONSTRUCT:
+            return np.frombuffer(_value(content), _value(dtype)).reshape(shape, order="F" if fortran else "C")
+        case name, (content, _Call(name="numpy.dtype") as dtype, shape, order), None if name == _FROMBUFFER:
+            return np.frombuffer(content, _value(dtype)).reshape(shape, order=order)
+    raise pickle.UnpicklingError("it builds an array in an unusual way")
+
+
+def _text(value: Any) -> str:
+    """Return a text, which Python 2 wrote as bytes."""
+    return value if isinstance(value, str) else bytes.decode(value, "ascii")
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
@@ -136,7 +116,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
     """
     try:
         content = _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        return {_text(key): value.value if isinstance(value, _Array) else value for key, value in content.items()}
+        if not isinstance(content, _Entries):
+            raise pickle.UnpicklingError(f"it holds a {type(_value(content)).__name__}")
+        return {_text(_value(key)): _value(value) for key, value in content}
     # A damaged pickle may raise nearly anything, from IndexError to MemoryError.
     except Exception as error:
         reason = " ".join(str(error).split())

@@ -297,8 +297,11 @@ def equal_hashes(count: int) -> bytes:
         b"\x80\x02})q\x000" + b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(100)) + b"K\x01s.",
         towers(20),
         equal_hashes(10_000),
+        # The name of a codec is tuples of tuples: a message with it would be as long.
+        b"\x80\x02c_codecs\nencode\nU\x01a)q\x000%sh\x19\x86R."
+        % b"".join(b"h%ch%c\x86q%c0" % (n, n, n + 1) for n in range(25)),
     ],
-    ids=["memo", "bytes", "tuples", "sets", "numbers"],
+    ids=["memo", "bytes", "tuples", "sets", "numbers", "codec"],
 )
 def test_pickled_images_take_the_memory_that_they_have(content, tmp_path):
     Path("batch").write_bytes(content)
