@@ -864,9 +864,9 @@ def test_two_processes_killed_and_gone_on_give_what_one_gives(tmp_path):
     kill = [f"--trainer.callbacks+={KillIn.__module__}.KillIn", f"--trainer.callbacks.log={tmp_path / 'log'}"]
     kill += ["--trainer.callbacks.stage=finetune_fused_default", "--trainer.callbacks.batch=6"]
     kill += ["--trainer.callbacks.group=true", "--data.augment", "false"]
-    killed = launch(tmp_path, "cli", *command("x.yaml", *TWO, *kill))
+    killed = launch(tmp_path, "clafusion", *command("x.yaml", *TWO, *kill))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    end = launch(tmp_path, "cli", *command("x.yaml", *TWO, *kill))
+    end = launch(tmp_path, "clafusion", *command("x.yaml", *TWO, *kill))
     assert end.returncode == 0, end.stderr
     assert f"[{STAGES}/{STAGES}] " in end.stderr and end.stderr.count("[1/") == 1
     assert_as_on_one_process(tmp_path / "runs/tiny/seed_0", tmp_path / "one")
