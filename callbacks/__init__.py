@@ -1,4 +1,4 @@
-"""Lightning callbacks: what happens between the phases of a training."""
+"""Lightning callbacks: work between the phases of a training."""
 
 from clafusion.old_names import refuse_old_name
 

@@ -22,10 +22,10 @@ from clafusion.report.pages import fusion_report
 
 
 class FusionData(ImageData, Protocol):
-    """What the callback needs of a data module: images to fuse on, and labelled ones to see what came of it."""
+    """The part of a data module that the callback needs: images to fuse on, and labelled ones to evaluate on."""
 
     def validation_batches(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """All validation images and labels, the same on every rank."""
+        """Return all validation images and labels, the same on every rank."""
         ...
 
 
@@ -63,7 +63,7 @@ class FusionCallback(Callback):
         self._signal = HeldSignal(getattr(signal, "SIGUSR1", None))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Fuses, before the strategy wraps the module."""
+        """Fuse, before the strategy wraps the module."""
         if stage != "fit":
             return
         if not isinstance(pl_module, ImageClassifier):
@@ -93,7 +93,7 @@ class FusionCallback(Callback):
         pl_module.fusion = self.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuses to resume a training that began otherwise."""
+        """Refuse to resume a training that began otherwise."""
         if trainer.state.fn != "fit":
             return
         saved = checkpoint.get("callbacks", {}).get(self.state_key)
@@ -113,7 +113,7 @@ class FusionCallback(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses a module that had a network already; logs what a fusion gave."""
+        """Refuse a module that had a network already; log the record of a fusion."""
         if resumes_from(trainer) is not None:
             return
         if self.record is None or getattr(pl_module, "fusion", None) != self.record:
@@ -132,21 +132,21 @@ class FusionCallback(Callback):
             Pictures.of(fusion_report(shown).figures).log(trainer.loggers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Delivers a signal that arrived while fusing: now there are handlers."""
+        """Deliver a signal that arrived while fusing: now there are handlers."""
         self._signal.deliver()
 
     def state_dict(self) -> dict[str, Any]:
-        """How the network was fused, as plain containers."""
+        """Return how the network was fused, as plain containers."""
         return dict(self.record or {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over how the network was fused."""
+        """Take over how the network was fused."""
         self.record = cast(FusionRecord, state_dict)
 
     def _fuse(
         self, data: FusionData, device: torch.device, step: Step
     ) -> tuple[dict[str, Any], dict[str, Tensor], FusionRecord]:
-        """The architecture and the weights of the fused network, and the record."""
+        """Return the architecture and the weights of the fused network, and the record."""
         fusion, record = fuse_and_record(
             self.parents, data, self.options, device, step=step,
             evaluate=lambda parents, fusion: _validated([*parents, fusion.model], data, device),
@@ -157,7 +157,7 @@ class FusionCallback(Callback):
 
 
 def _validated(networks: list[nn.Module], data: FusionData, device: torch.device) -> list[NetworkRow]:
-    """The parents' validation accuracies, and that of the fused network, which comes last."""
+    """Return the validation accuracies of the parents and of the fused network, which comes last."""
     names = [*(f"parent {number}" for number in range(1, len(networks))), "fused"]
     return [
         {
@@ -171,7 +171,7 @@ def _validated(networks: list[nn.Module], data: FusionData, device: torch.device
 
 @torch.no_grad()
 def _accuracy(network: nn.Module, data: FusionData, device: torch.device) -> float | None:
-    """Share of the validation images that a network gets right; None without any."""
+    """Return the share of the validation images that a network gets right; None without any."""
     like = next(network.parameters())
     right = [
         network(images.to(device, like.dtype)).argmax(1).cpu() == labels for images, labels in data.validation_batches()
@@ -180,7 +180,7 @@ def _accuracy(network: nn.Module, data: FusionData, device: torch.device) -> flo
 
 
 def _measured(record: FusionRecord) -> dict[str, float]:
-    """The record's numbers under the names that loggers know them by."""
+    """Return the record's numbers under the names that loggers know them by."""
     accuracies = {f"{row['name'].replace(' ', '_')}_val_acc": row["val_acc"] for row in record["networks"]}
     found = {"fusion_seconds": record["seconds"], **accuracies}
     return {name: value for name, value in found.items() if value is not None}

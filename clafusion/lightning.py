@@ -197,7 +197,7 @@ class HookedCLI(LightningCLI):
 
 
 def cluster_environment(trainer: Trainer) -> Any:
-    """The cluster environment that a trainer runs in, such as SLURM's; None without one."""
+    """Return the cluster environment that a trainer runs in, such as SLURM's; None without one."""
     return trainer._accelerator_connector.cluster_environment
 
 

@@ -1,4 +1,4 @@
-"""The names that packages had in version 0.1, and what an import of one of them says.
+"""The names that packages had in version 0.1, and the message that an import of one of them gets.
 
 In 0.1 four names of ours stood beside `clafusion`; a program written for it begins with `from callbacks import ...`.
 Such an import fails with a line that names the present package, if it finds nothing else: a package of that name in the
@@ -20,7 +20,7 @@ NEW_NAMES = {
 
 
 def refuse_old_name(name: str) -> None:
-    """Refuse to be imported by an old name, as a folder of a checkout is found by Python in the current folder.
+    """Refuse the import of a package by its old name, by which Python finds the folders of a checkout.
 
     Args:
         name: The `__name__` of a package; only an old one is refused.

@@ -1,4 +1,4 @@
-"""Does the data fit the network, is there a checkpoint to resume? Asked before anything is computed."""
+"""Preconditions: the data fits the networks, and the networks fit each other."""
 
 import copy
 import warnings
@@ -18,18 +18,18 @@ _LARGEST, _MOST_OF_ONE = 2**28, 2**15
 
 
 class ImageData(Protocol):
-    """What fusing needs of a Lightning data module: the shape (C, H, W) of its images, and some without labels."""
+    """The part of a data module that fusing needs: the shape (C, H, W) of its images, and some without labels."""
 
     image_shape: tuple[int, int, int]
     num_classes: int
 
     def alignment_batches(self, num_samples: int, seed: int) -> Iterable[Tensor]:
-        """That many training images, chosen by the seed, in batches as the network gets them."""
+        """Return that many training images, chosen by the seed, in batches as the network gets them."""
         ...
 
 
 def check_images(network: nn.Module, data: ImageData, owner: str) -> int:
-    """Runs two blank images through a copy of the network.
+    """Run two blank images through a copy of the network.
 
     Args:
         network: Left as it is.
@@ -64,7 +64,7 @@ def check_images(network: nn.Module, data: ImageData, owner: str) -> int:
 
 
 def run(network: nn.Module, samples: Tensor) -> Any:
-    """The output of a network that may come from anyone's file.
+    """Return the output of a network that may come from anyone's file.
 
     A graph in a file can ask for layers without weights that blow an image up to any size; that is seen first.
 
@@ -93,7 +93,7 @@ def _shape(output: object) -> Any:
 
 
 def resumes_from(trainer: Trainer) -> Any:
-    """The checkpoint that a trainer is going to restore, or has restored; None if it begins anew.
+    """Return the checkpoint that a trainer is going to restore, or has restored; None if it begins anew.
 
     Lightning's own trainers do not know it before `on_fit_start`; a `FusionTrainer` does.
     """
@@ -101,7 +101,7 @@ def resumes_from(trainer: Trainer) -> Any:
 
 
 def _input_of(network: nn.Module) -> str:
-    """What the first layer with weights takes, in words."""
+    """Return the input of the first layer with weights, in words."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             return f"{module.in_features} values"
@@ -122,7 +122,7 @@ def load_parents(paths: list[str], data: ImageData) -> list[nn.Module]:
 
 
 def load_alike(paths: list[str], data: ImageData, role: str) -> list[nn.Module]:
-    """Loads networks, all of which take the data's images and tell the same number of classes apart.
+    """Load networks, all of which take the data's images and tell the same number of classes apart.
 
     Args:
         paths: Checkpoints of fit or fuse, or files of save_network.

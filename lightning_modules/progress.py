@@ -1,4 +1,4 @@
-"""What a long command is at, on a terminal; nothing elsewhere."""
+"""The progress of a long command, shown on a terminal and nowhere else."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from typing import Any
 
 from clafusion.tracking import tracking
 
-#: Called with what is done next, in words.
+#: Called with the next step, in words.
 Step = Callable[[str], None]
 #: The colour of Lightning's progress bars.
 _COLOUR = "#6206E0"
@@ -14,7 +14,7 @@ _COLOUR = "#6206E0"
 
 @contextmanager
 def steps(quiet: bool) -> Iterator[Step]:
-    """Shows the step that is being done and how long it has taken, in the style of Lightning's progress bars.
+    """Show the step that is being done and how long it has taken, in the style of Lightning's progress bars.
 
     While the library loops over layers, sets of neurons or batches, a bar shows how far it is.
 

@@ -1,12 +1,13 @@
 """The report on one fusion, from what `fusion.json` holds."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from clafusion.report.charts import heat_map, layer_pairs, line_chart, neuron_map
 from clafusion.report.html import Figure, Line, Report, document, render
 
-Record = dict[str, Any]
+Record = Mapping[str, Any]
 #: Layers of a stage, at most: a file may claim what it likes.
 _DEEPEST = 10_000
 _MEASURES = {"variance_ratio": "variance ratio", "cka": "linear CKA"}

@@ -5,7 +5,7 @@ write the pages from plain values alone; `svg_files` and `rasterised` turn their
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import UndefinedError
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-def fusion_report(record: dict[str, Any]) -> Report:
+def fusion_report(record: Mapping[str, Any]) -> Report:
     """Return the report on one fusion.
 
     Args:

@@ -29,7 +29,7 @@ def present_name(name: str) -> str:
 
 
 def _imported(path: str) -> Any:
-    """Return what has that path; None if there is nothing."""
+    """Return the object of that path; None if there is none."""
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name, None)

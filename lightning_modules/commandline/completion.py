@@ -22,7 +22,7 @@ class PrintCompletion(argparse.Action):
         )  # fmt: skip
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Prints it."""
+        """Print the script."""
         commands = parser._subcommands_action.choices
         for name, command in commands.items():
             _prepare(command, name)
@@ -32,7 +32,7 @@ class PrintCompletion(argparse.Action):
 
 
 def _prepare(parser: ArgumentParser, name: str) -> None:
-    """Says what the types of the arguments do not say: which are files, and what may stand without a name."""
+    """Add what the types of the arguments do not say: which are files, and which may stand without a name."""
     import shtab
 
     if name == "pipeline":

@@ -1,4 +1,4 @@
-"""What reaches the terminal while a command runs: no advertising, and warnings in one line."""
+"""Remarks and warnings on the terminal: Lightning's advertising is left out, a warning is one line."""
 
 import logging
 import re
@@ -37,7 +37,7 @@ _CHATTERING = (
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leave out what Lightning says that helps nobody here; everything else is shown."""
+    """Leave out those remarks and warnings of Lightning that help nobody here."""
 
     def worth_saying(record: logging.LogRecord) -> bool:
         return not _CHATTER.match(record.getMessage())

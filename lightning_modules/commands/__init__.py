@@ -1,1 +1,1 @@
-"""What the commands do: fuse, transfer, convert, export, and the records and figures that they write."""
+"""The commands fuse, transfer, convert and export, and the records and figures that they write."""

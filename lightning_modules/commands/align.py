@@ -1,4 +1,4 @@
-"""Which layers of the networks of checkpoints correspond: `clafusion fuse --align_only`."""
+"""The corresponding layers of the networks of checkpoints: `clafusion fuse --align_only`."""
 
 import time
 from typing import Any, cast

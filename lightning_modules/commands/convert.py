@@ -71,7 +71,7 @@ class _WithRemarks(ImageClassifier):
     remarks: dict[str, Any]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the remarks, if there are any."""
+        """Add the remarks, if there are any."""
         super().on_save_checkpoint(checkpoint)
         if self.remarks:
             checkpoint[_KEY] = self.remarks
@@ -80,7 +80,7 @@ class _WithRemarks(ImageClassifier):
 def convert_file(
     input: str, output: str, to: Literal["ours", "published"] = "ours", overwrite: bool = False
 ) -> dict[str, Any]:
-    """Converts checkpoints of the published code and of torchvision into ours, and ours into published ones.
+    """Convert checkpoints of the published code and of torchvision into ours, and ours into published ones.
 
     The outputs of the network stay what they were. The architecture is inferred from the names and shapes of the
     weights; nothing in the file is run. Prints what was recognised.
@@ -119,7 +119,7 @@ def convert_file(
 
 
 def _load(path: str) -> _Loaded:
-    """The network in a file of any of the known kinds."""
+    """Return the network in a file of any of the known kinds."""
     if "://" not in path and Path(path).suffix not in (*_PICKLED, _SAFE):
         raise FusionError(f"Expected a file named {_names((*_PICKLED, _SAFE))}, got {path}; rename it if it is one")
     file = local_file(path)
@@ -150,7 +150,7 @@ def _load_pickled(file: Path) -> _Loaded:
 
 
 def _foreign(state: object, file: Path, remarks: dict[str, Any]) -> _Loaded:
-    """The network of a state dict that is not ours."""
+    """Return the network of a state dict that is not ours."""
     if not isinstance(state, Mapping):
         raise FusionError(
             f"Expected model_state_dict in {file} to be a dict, got {type(state).__name__}; save it again"
@@ -170,7 +170,7 @@ def _foreign(state: object, file: Path, remarks: dict[str, Any]) -> _Loaded:
 
 
 def _unwrapped(state: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """The weights without the name of the attribute that held the whole network, such as `model.` or `module.`."""
+    """Return the weights without the name of the attribute that held the network, such as `model.` or `module.`."""
     heads = {str(name).partition(".")[0] for name in state}
     if len(heads) != 1 or not all(str(name).count(".") > 1 for name in state):
         return state
@@ -184,7 +184,7 @@ def _save_ours(loaded: _Loaded, output: str) -> None:
 
 
 def _published(loaded: _Loaded) -> dict[str, Any]:
-    """The content of a checkpoint of the published code; what is not known is None."""
+    """Return the content of a checkpoint of the published code; what is not known is None."""
     state = {name: tensor.contiguous().clone() for name, tensor in published_state(loaded.network).items()}
     known = loaded.remarks
     return {
@@ -196,14 +196,14 @@ def _published(loaded: _Loaded) -> dict[str, Any]:
 
 
 def _remarks(content: object) -> dict[str, Any]:
-    """What a published checkpoint says besides its weights."""
+    """Return what a published checkpoint says besides its weights."""
     if not isinstance(content, Mapping):
         return {}
     return {name: _plain(content[name]) for name in _REMARKS if name in content}
 
 
 def _plain(value: Any) -> Any:
-    """A value of a file as plain containers, numbers and words, which our checkpoints may hold."""
+    """Return a value of a file as plain containers, numbers and words, which our checkpoints may hold."""
     if isinstance(value, _Arguments):
         return _plain(getattr(value, "values", {}))
     if isinstance(value, torch.Tensor) and value.numel() == 1:
@@ -220,7 +220,7 @@ def _names(suffixes: tuple[str, ...]) -> str:
 
 
 def _in_words(architecture: Mapping[str, Any]) -> str:
-    """The architecture in one line, without what is as by default."""
+    """Return the architecture in one line, without the defaults."""
     if architecture["name"] == "graph":
         return f"a network of {len(architecture['nodes'])} operations"
     shown = {name: value for name, value in architecture.items() if name != "name" and value not in (None, False)}

@@ -22,7 +22,7 @@ _BATCH = {0: torch.export.Dim.DYNAMIC}
 
 
 def export_file(input: str, output: str, shape: list[int], overwrite: bool = False) -> None:
-    """Exports a network to torch.export or ONNX, for any batch size, and checks that its outputs stay what they were.
+    """Export a network to torch.export or ONNX, for any batch size, and check that its outputs stay the same.
 
     Args:
         input: A checkpoint of fit, fuse or transfer, or a file of save_network.
@@ -55,7 +55,7 @@ def export_file(input: str, output: str, shape: list[int], overwrite: bool = Fal
 
 
 def _samples(network: nn.Module, shape: Sequence[int], path: str) -> tuple[Tensor, Tensor]:
-    """Three random samples that the network accepts, and what it gives for them."""
+    """Return three random samples that the network accepts, and its outputs for them."""
     if not shape or min(shape) < 1:
         raise FusionError(f"Expected a shape of numbers from 1, got {list(shape)}; give --shape '[3, 32, 32]'")
     like = next(network.parameters())

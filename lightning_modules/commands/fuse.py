@@ -182,7 +182,7 @@ def fuse_checkpoints(
             parents, datamodule, fusion, device, output=output, report=report_here, evaluate=evaluate, step=step
         )
     if trainer.is_global_zero:
-        shown = fusion_report(dict(record)) if report else None
+        shown = fusion_report(record) if report else None
         pictures = Pictures.of(shown.figures if shown and figures else ())
         pages = {page: writer(shown.html)} if shown else {}
         write_together({path: prepared(model, fused.model, record), file: writer(as_json(record)), **pages})

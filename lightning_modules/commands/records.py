@@ -1,4 +1,4 @@
-"""What a record holds besides its results (versions, seeds, memory, checksums), and how it is written."""
+"""Versions, seeds, memory and checksums, which every record holds besides its results; records as JSON."""
 
 import json
 import os
