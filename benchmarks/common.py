@@ -20,7 +20,7 @@ COLOURS = ("#0b6bcb", "#c2410c", "#15803d", "#7e22ce")
 
 
 def in_fresh_process(script: str, case: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs `script --case JSON`, which prints one line of JSON last, so that nothing is warm or still in memory."""
+    """Run `script --case JSON`, which prints one line of JSON last, so that nothing is warm or still in memory."""
     command = [sys.executable, script, "--case", json.dumps(case)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -95,7 +95,7 @@ def print_machine() -> None:
 
 
 def plot(path: str, title: str, x: str, y: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Draws lines over two logarithmic axes as SVG."""
+    """Draw lines over two logarithmic axes as SVG."""
     points = [point for line in lines.values() for point in line]
     ends = [(math.log2(min(values)), math.log2(max(values))) for values in zip(*points, strict=True)]
 

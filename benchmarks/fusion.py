@@ -107,7 +107,7 @@ def measure(
 
 @contextmanager
 def timed_phases(device: str) -> Iterator[dict[str, float]]:
-    """Wraps the phases of `fuse`; the seconds of each appear in what is given."""
+    """Wrap the phases of `fuse`; the seconds of each appear in what is given."""
     found = dict.fromkeys(PHASES, 0.0)
     kept = {name: getattr(module, attribute) for name, (module, attribute) in PHASES.items()}
 
@@ -146,7 +146,7 @@ def one_at_a_time(
 
 
 def with_straightforward(run: Callable[[], object], taken: dict[str, float]) -> None:
-    """Runs a fusion whose statistics are collected the straightforward way."""
+    """Run a fusion whose statistics are collected the straightforward way."""
     kept = maps.paired_moments, balance.bypass_of
     maps.paired_moments, balance.bypass_of = one_at_a_time, lambda *_: {}
     taken["fuse"] = seconds(run)
@@ -178,7 +178,7 @@ def _ratio(found: Mapping[str, Any]) -> float:
 
 
 def row(found: Mapping[str, Any], unit: str = "CPU s", **first: object) -> dict[str, object]:
-    """What most tables say about a case."""
+    """The columns that most tables have of a case."""
     return {
         **first,
         f"bare, {unit}": found["bare"],

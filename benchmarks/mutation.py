@@ -51,7 +51,7 @@ class Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.util.spec_from_loader(name, self, origin="changed") if name == self.name else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Runs the source."""
+        """Run the source."""
         exec(compile(self.source, f"{self.name} (changed)", "exec"), module.__dict__)
 
 
@@ -102,7 +102,7 @@ def difference(source: str, changed: str) -> str:
 
 
 def main(packages: Sequence[str] = PACKAGES, mutants_each: int = 40, seed: int = 0) -> None:
-    """Prints what survives, and a table.
+    """Print what survives, and a table.
 
     Args:
         packages: Of `clafusion`.

@@ -266,7 +266,7 @@ def table(results: Iterable[Mapping[str, Any]], part: str) -> str:
 
 
 def once(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `compute` returns, from the file if it was computed before."""
+    """Return the result of `compute`, from the file if it was computed before."""
     if not path.exists():
         result = compute()
         temporary = path.with_suffix(".part")
@@ -298,7 +298,7 @@ def main(
     finetune_epochs: int = 1,
     threads: int = 1,
 ) -> None:
-    """Runs the experiments and prints both tables.
+    """Run the experiments and print both tables.
 
     Args:
         experiments: Names; none given: all.

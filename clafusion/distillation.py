@@ -61,7 +61,7 @@ def distillation_loss(
 
 
 def check_distillation(temperature: float, alpha: float, reduction: str) -> None:
-    """Refuses settings of `distillation_loss` outside their domain.
+    """Refuse settings of `distillation_loss` outside their domain.
 
     Raises:
         FusionError: See `distillation_loss`.

@@ -36,7 +36,7 @@ class MeanLoss(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, loss: Tensor, count: int) -> None:
-        """Adds the mean loss of `count` images."""
+        """Add the mean loss of `count` images."""
         self.total += loss.to(self.total) * count
         self.count += count
 
@@ -114,7 +114,7 @@ class ImageClassifier(LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "ImageClassifier":
-        """Loads a checkpoint as Lightning does, but always safely: nothing in the file is run.
+        """Load a checkpoint as Lightning does, but always safely: nothing in the file is run.
 
         Args:
             checkpoint_path: A local file.
@@ -128,7 +128,7 @@ class ImageClassifier(LightningModule):
         return super().load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True})
 
     def set_network(self, network: nn.Module) -> None:
-        """Makes `network` the one that is trained and saved.
+        """Make `network` the one that is trained and saved.
 
         Raises:
             FusionError: The network cannot be described as plain data.
@@ -144,7 +144,7 @@ class ImageClassifier(LightningModule):
         return logits
 
     def setup(self, stage: str) -> None:
-        """Checks that the data fits the network, before anything is computed."""
+        """Check that the data fits the network, before anything is computed."""
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if self.network is not None and hasattr(datamodule, "image_shape"):
             check_images(self.network, datamodule, "the network")
@@ -156,11 +156,11 @@ class ImageClassifier(LightningModule):
         return self._learnt(cross_entropy(self(images), labels), len(labels))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to `val_loss` and `val_acc`."""
+        """Add a batch to `val_loss` and `val_acc`."""
         self._evaluate(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to `test_loss` and `test_acc`."""
+        """Add a batch to `test_loss` and `test_acc`."""
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -184,7 +184,7 @@ class ImageClassifier(LightningModule):
         return [optimizer], [schedule]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds how the network was fused, if it was.
+        """Add how the network was fused, if it was.
 
         Raises:
             FusionError: The training has diverged; the checkpoint before is kept.
@@ -199,7 +199,7 @@ class ImageClassifier(LightningModule):
             checkpoint["fusion"] = self.fusion
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Builds the network if there is none yet; lets this module's recipe win over the checkpoint's."""
+        """Build the network if there is none yet; let this module's recipe win over the checkpoint's."""
         saved = checkpoint.get("hyper_parameters", {})
         if "architecture" not in saved:
             raise FusionError("Expected a checkpoint of ImageClassifier, got one without architecture; choose another")
@@ -221,7 +221,7 @@ class ImageClassifier(LightningModule):
             self._override_recipe(checkpoint)
 
     def _override_recipe(self, checkpoint: dict[str, Any]) -> None:
-        """Writes this module's recipe over the one in the states of the optimizer and of the schedule."""
+        """Write this module's recipe over the one in the states of the optimizer and of the schedule."""
         schedules = checkpoint.get("lr_schedulers", [])
         epoch = schedules[0]["last_epoch"] if schedules else checkpoint["epoch"]
         lr = self.lr * self.gamma ** sum(milestone <= epoch for milestone in self.milestones)
@@ -232,14 +232,14 @@ class ImageClassifier(LightningModule):
             state.update(milestones=Counter(self.milestones), gamma=self.gamma, base_lrs=[self.lr], _last_lr=[lr])
 
     def _prepare(self) -> None:
-        """Makes the network as fast as was asked for, in place: the names of its weights stay as they are."""
+        """Make the network as fast as was asked for, in place: the names of its weights stay as they are."""
         if self.network is not None and self._channels_last:
             self.network.to(memory_format=torch.channels_last)
         if self.network is not None and self._compiled:
             self.network.compile()
 
     def _learnt(self, loss: Tensor, count: int) -> Tensor:
-        """Adds the mean loss of `count` images to `train_loss`; returns the loss."""
+        """Add the mean loss of `count` images to `train_loss` and return the loss."""
         mean = self._metric("train_loss")
         if mean.update_count == 0:
             # Once an epoch is enough, and half a millisecond cheaper in every other step.

@@ -70,7 +70,7 @@ class Distiller(ImageClassifier):
         self.hparams.update(architecture=architecture, milestones=self.milestones, teachers=self.teachers)
 
     def setup(self, stage: str) -> None:
-        """Reads the student, if it comes from a file, and the teachers, and checks that all fits the data."""
+        """Read the student, if it comes from a file, and the teachers, and check that all fits the data."""
         if stage == "fit":
             self._load_student()
         super().setup(stage)
@@ -88,12 +88,12 @@ class Distiller(ImageClassifier):
         return self._learnt(loss, len(labels))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the teachers' checksums, besides what every classifier adds."""
+        """Add the teachers' checksums, besides what every classifier adds."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[_TAUGHT_BY] = self._taught_by
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses to go on with other teachers than the training began with.
+        """Refuse to go on with other teachers than the training began with.
 
         Raises:
             FusionError: The file of a teacher is another one.
@@ -107,11 +107,11 @@ class Distiller(ImageClassifier):
             )
 
     def teardown(self, stage: str) -> None:
-        """Lets the teachers go."""
+        """Let the teachers go."""
         self._teacher = ()
 
     def _load_student(self) -> None:
-        """Starts from the student's file; a training that is resumed has its network from its checkpoint."""
+        """Start from the student's file; a training that is resumed has its network from its checkpoint."""
         if self.student is None or resumes_from(self.trainer) is not None:
             return
         if self.network is not None:

@@ -144,7 +144,7 @@ def map_units(
 
 
 def _structures(source: nn.Module, target: nn.Module, samples: Tensor | None) -> tuple[Structure, Structure]:
-    """Of source and target, with the same stages; without samples each is traced on some of its own."""
+    """Return the structures of source and target; without samples, each is traced on made-up ones."""
     named = {"the source": source, "the target": target}
     check_alike(list(named.values()), list(named))
     a, b = (trace_as(net, example_for(net) if samples is None else samples, name) for name, net in named.items())

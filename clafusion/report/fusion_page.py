@@ -165,7 +165,7 @@ def _map(record: Record, k: int, space: str, cost: float, picture: Record | None
 
 
 def _steps(record: Record, parent: Record) -> list[tuple[str, Record, str]]:
-    """What the features of a parent are compared with: by name, with its values and its style."""
+    """Return the controls of a parent's features, each with its name, values and style."""
     if not parent["before"]:
         return [("fused", parent["after"], "after")]
     correction = record["options"]["correction"]

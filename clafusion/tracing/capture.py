@@ -84,7 +84,7 @@ def segments(module: fx.GraphModule) -> Iterator[Sequence[fx.Node]]:
 
 
 def _position(user: fx.Node, position: dict[fx.Node, int]) -> int:
-    """Where a user stands among the tensor nodes; the graph's output comes after all; a size is read at once."""
+    """Return the place of a user among the tensor nodes; the graph's output comes after all; a size is read at once."""
     if user.op == "output":
         return len(position)
     return position.get(user, -1)

@@ -74,7 +74,7 @@ OUT_OF_PLACE: dict[Any, Any] = {
 
 
 def operation_name(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    """How a person would call the operation of a node: `Conv2d`, `torch.cat`, `.permute()`."""
+    """Return the everyday name of the operation of a node: `Conv2d`, `torch.cat`, `.permute()`."""
     if node.op == "call_module":
         return type(modules[str(node.target)]).__name__
     if node.op == "call_method":

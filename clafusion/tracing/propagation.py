@@ -132,7 +132,7 @@ def _can_be_identity(
 
 
 def _signal(found: Propagation, node: fx.Node) -> Signal:
-    """What the channels of a node's output index, given those of its inputs."""
+    """Return what the channels of a node's output index, given those of its inputs."""
     if node.op == "placeholder":
         return Signal("input")
     inputs = [found.signals[source] for source in node.all_input_nodes if source in found.signals]

@@ -36,7 +36,7 @@ class Job:
 
     @property
     def key(self) -> tuple[int, str]:
-        """What it is known by among the jobs of an experiment."""
+        """The key of the job among those of an experiment."""
         return self.seed, self.stage.name
 
     @property
@@ -100,7 +100,7 @@ class PreparedExperiment:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What its folder is known by."""
+        """The identity of the experiment's folder."""
         return {"experiment": self.experiment.name, "scale": self.scale}
 
     def jobs(self) -> Iterator[Job]:

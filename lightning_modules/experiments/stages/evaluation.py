@@ -57,7 +57,7 @@ class EvaluateStage(Stage):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How the networks are combined; nothing for one network."""
+        """The combination of the networks; nothing for one network."""
         return super().settings if self.combination else {}
 
     def _run(self, context: RunContext, folder: Path, inputs: Mapping[str, Path]) -> EvaluationResult:

@@ -157,7 +157,7 @@ def _balanced_file(parent: str) -> str:
 
 
 def _balancing(options: FusionOptions) -> Hashable:
-    """What a balanced network depends on; one after another, parents are balanced with what the weights made."""
+    """The settings that a balanced network depends on; in an iterative fusion these include the weights."""
     weights = options.weights if options.many == "iterative" else None
     return weights, *(getattr(options, name) for name in _BALANCING)
 
