@@ -4,7 +4,7 @@ import base64
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ _LIMIT = 256 * 256
 _INK = (37, 99, 235)
 
 
-def neuron_map(picture: dict[str, Any], label: str, caption: Caption) -> Figure:
+def neuron_map(picture: Mapping[str, Any], label: str, caption: Caption) -> Figure:
     """Draw the picture of a map, as `measurements.map_picture` packed it.
 
     Raises:
