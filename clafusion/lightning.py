@@ -171,10 +171,6 @@ class HookedCLI(LightningCLI):
         """Change the parsed configuration by the checkpoint that it names."""
         super()._parse_ckpt_path()
 
-    def seed(self) -> None:
-        """Seed all random numbers from the configuration."""
-        super()._set_seed()
-
     def fixed_arguments(self, command: str) -> dict[str, Any]:
         """Return arguments for the trainer's method besides those of the configuration."""
         return {}
@@ -187,7 +183,8 @@ class HookedCLI(LightningCLI):
         self.take_from_checkpoint()
 
     def _set_seed(self) -> None:
-        self.seed()
+        if "seed_everything" in self.config[self.subcommand]:
+            super()._set_seed()
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), **self.fixed_arguments(subcommand)}

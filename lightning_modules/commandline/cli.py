@@ -173,11 +173,6 @@ class FusionCLI(HookedCLI):
         self.config = self.parser.parse_args(self.arguments)
         self.config[command]["ckpt_path"] = path
 
-    def seed(self) -> None:
-        """Seed all random numbers, for the commands that use any."""
-        if _has_classes(self.config["subcommand"]):
-            super().seed()
-
     def instantiate_classes(self) -> None:
         """Make the module, the data and the trainer, for the commands that need them."""
         if self.subcommand in FUNCTIONS:
@@ -192,18 +187,15 @@ class FusionCLI(HookedCLI):
         """Run a function, or the method of the trainer; what was asked of a function is kept beside its results."""
         if command not in FUNCTIONS:
             super().run(command)
-        elif not _has_classes(command):
-            self._call(command, self.config)
-        else:
-            with saving_request(command, self.config[command], self.parser_of(command), self.trainer.is_global_zero):
-                self._call(
-                    command, self.config_init, trainer=self.trainer, model=self.model, datamodule=self.datamodule
-                )
-
-    def _call(self, command: str, config: Any, **classes: Any) -> None:
-        function = FUNCTIONS[command]
-        names = signature(function).parameters.keys() - classes.keys()
-        function(**classes, **{name: config[command][name] for name in names})
+            return
+        classes: dict[str, Any] = {}
+        config, writes = self.config[command], True
+        if _has_classes(command):
+            classes = {"trainer": self.trainer, "model": self.model, "datamodule": self.datamodule}
+            config, writes = self.config_init[command], self.trainer.is_global_zero
+        names = signature(FUNCTIONS[command]).parameters.keys() - classes.keys()
+        with saving_request(command, self.config[command], self.parser_of(command), writes):
+            FUNCTIONS[command](**classes, **{name: config[name] for name in names})
 
 
 def _has_classes(command: str | None) -> bool:
