@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,9 @@ def at_scale(arguments: Sequence[str]) -> list[str]:
     Args:
         arguments: Those of `pipeline`, the experiment by its file.
     """
-    followers = [*arguments[1:], ""]
     config: dict[str, Any] = {}
     scale, end = None, 0
-    for place, (argument, follower) in enumerate(zip(arguments, followers, strict=True), 1):
+    for place, (argument, follower) in enumerate(zip_longest(arguments, arguments[1:], fillvalue=""), 1):
         option, equals, value = argument.partition("=")
         if option in ("-c", "--config"):
             config |= catalogue.read(value if equals else follower)

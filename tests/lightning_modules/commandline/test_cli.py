@@ -543,6 +543,7 @@ def test_other_errors_keep_their_traceback(mlp_checkpoints, monkeypatch):
         (["fus"], "Expected a command, such as fuse (clafusion --help lists them), got 'fus'\n"),
         (["fuse"], "Expected A.ckpt B.ckpt and -o NAME.ckpt, got none; give it, see clafusion fuse --help\n"),
         (["report"], "Expected INPUT, got none; give it, see clafusion report --help\n"),
+        (["pipeline"], "Expected --experiment, got none; give it, see clafusion pipeline --help\n"),
         (
             ["fuse", "a", "b", "-o", "c.ckpt", "--data.data_dir", "d"],
             "Expected an option that the data module has, got --data.data_dir; name the module by --data, such as "
