@@ -81,7 +81,7 @@ def test_lightning_leaves_these_samplers_in_their_place(tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 8, 100])
 def test_the_accuracy_on_33_images_is_the_same_on_2_processes(tmp_path, batch_size):
     (tmp_path / "few.py").write_text(
-        "from datamodules import DigitsDataModule\n"
+        "from clafusion.datamodules import DigitsDataModule\n"
         "class Few(DigitsDataModule):\n"
         "    def read(self):\n"
         "        train, test = super().read()\n"
