@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false
 SHORT = [*QUIET, "--trainer.enable_model_summary", "false", "--trainer.max_epochs", "1"]
 MODULES = "CIFARDataModule, DigitsDataModule, ImageFolderDataModule, MNISTDataModule, TinyImageNetDataModule"
 FEW = ["--fusion.num_samples", "70"]
+MLP = {"name": "MLP", "in_features": 64, "hidden": [4], "num_classes": 10}
 
 
 @pytest.fixture(autouse=True)
@@ -322,6 +324,23 @@ def test_a_checkpoint_says_what_kind_of_module_it_is(monkeypatch, given, class_n
     assert type(made["model"]).__name__ == class_name
     assert {name: made["model"].hparams[name] for name in expected} == expected
     assert made["model"].network is not None
+
+
+class Own(ImageClassifier):
+    """A class of the user's own, with an argument of its own."""
+
+    def __init__(self, share: float = 0.0, **recipe: Any) -> None:
+        super().__init__(**recipe)
+        self.share = share
+
+
+def test_a_class_of_ones_own_takes_its_arguments_from_the_checkpoint(monkeypatch):
+    save_checkpoint(Own(share=0.25, lr=0.06, architecture=MLP), "own.ckpt")
+    made = {}
+    monkeypatch.setattr(FusionTrainer, "fit", lambda self, model, **kwargs: made.update(model=model))
+    run("fit", "--ckpt_path", "own.ckpt", "--model", f"{__name__}.Own", "--model.momentum", "0.5", *SHORT)
+    model = made["model"]
+    assert (type(model), model.share, model.lr, model.momentum) == (Own, 0.25, 0.06, 0.5)
 
 
 def test_a_distilled_checkpoint_is_tested_without_its_teachers():
