@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -99,9 +100,9 @@ def _carry_out(prepared: PreparedExperiment) -> ExperimentResults:
         _attend(context, job, f"[{number}/{len(jobs)}] {job.words}", outcomes, group)
         # The results so far can be looked at after every seed.
         if number % len(prepared.plan.stages) == 0:
-            on_rank_zero(trainer.strategy, lambda: _write(_results(prepared, outcomes), output, context.report))
-    if prepared.figures:
-        on_rank_zero(trainer.strategy, lambda: _draw(output))
+            figures = prepared.figures and number == len(jobs)
+            results = _results(prepared, outcomes)
+            on_rank_zero(trainer.strategy, partial(_write, results, output, context.report, figures))
     results = _results(prepared, outcomes)
     if trainer.is_global_zero and not context.quiet:
         print_table(results, output, context.report)
@@ -125,16 +126,15 @@ def _results(prepared: PreparedExperiment, outcomes: Outcomes) -> ExperimentResu
     }
 
 
-def _write(results: ExperimentResults, output: Path, report: bool) -> None:
+def _write(results: ExperimentResults, output: Path, report: bool, figures: bool) -> None:
+    """Write the tables and the report, and the figures of the report one by one."""
     write_tables(results, output)
-    if report:
-        write_text(output / "report.html", report_on(output / "results.json").html)
-
-
-def _draw(output: Path) -> None:
-    """Write the figures of the report one by one, once everything is in it."""
-    pictures = Pictures.of(report_on(output / "results.json").figures)
-    pictures.write(folder_beside(output / "report.html"))
+    if not report:
+        return
+    page, shown = output / "report.html", report_on(output / "results.json")
+    write_text(page, shown.html)
+    if figures:
+        Pictures.of(shown.figures).write(folder_beside(page))
 
 
 def _attend(context: RunContext, job: Job, words: str, outcomes: Outcomes, group: FailureGroup) -> None:
