@@ -1,6 +1,7 @@
-"""The version: setup.cfg says it, and everything else takes it from there."""
+"""The version: the package says it, and its metadata take it from there."""
 
 from configparser import ConfigParser
+from importlib.metadata import version
 
 import clafusion
 from tests.helpers import ROOT
@@ -9,5 +10,6 @@ from tests.helpers import ROOT
 def test_the_version_is_that_of_the_package():
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    assert clafusion.__version__ == setup["metadata"]["version"]
+    assert setup["metadata"]["version"] == "attr: clafusion.__version__"
+    assert clafusion.__version__ == version("clafusion")
     assert not [name for name in vars(clafusion) if name in ("version", "explain_old_names")]
