@@ -11,20 +11,19 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "types"
 
 
-def lay_out(folder: Path = FOLDER) -> Path:
-    """Make the folder anew and return it."""
+def lay_out() -> None:
+    """Make the folder anew."""
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")
     mapped = dict(line.split(" = ") for line in config["options"]["package_dir"].strip().splitlines())
-    shutil.rmtree(folder, ignore_errors=True)
-    whole = folder / "clafusion"
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    whole = FOLDER / "clafusion"
     whole.mkdir(parents=True)
     for path in (ROOT / mapped.pop("clafusion")).iterdir():
         if path.name != "__pycache__":
             (whole / path.name).symlink_to(path)
     for name, top in mapped.items():
         whole.joinpath(*name.split(".")[1:]).symlink_to(ROOT / top)
-    return folder
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ class NetworkRow(TypedDict, total=False):
 
 
 class FusionSummary(TypedDict):
-    """What `Fusion.summary` returns; docs/report.md explains every key."""
+    """What `Fusion.summary` returns."""
 
     options: dict[str, Any]
     num_samples: int
