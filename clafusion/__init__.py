@@ -22,7 +22,9 @@ from clafusion.fusion.averaging import average
 from clafusion.fusion.fuse import Fusion, fuse
 from clafusion.old_names import explain_old_names as _explain_old_names
 from clafusion.options import FusionOptions
-from clafusion.tracing.structure import Structure, trace
+from clafusion.tracing.reading import trace
+from clafusion.tracing.rules import register_operation
+from clafusion.tracing.structure import Structure
 from clafusion.transport.solvers import transport_map
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "map_units",
     "merge_layers",
     "networks",
+    "register_operation",
     "restore",
     "save_network",
     "trace",

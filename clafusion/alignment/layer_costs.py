@@ -1,6 +1,6 @@
 """The dissimilarity of each layer of one network to each layer of another, stage by stage."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +11,14 @@ from clafusion.errors import FusionError
 from clafusion.statistics.moments import Moments
 from clafusion.statistics.samples import chunks, collect
 from clafusion.tracing.execution import GraphRunner, as_input
-from clafusion.tracing.structure import Structure, Unit, check_same_stages, structure_of
+from clafusion.alignment.stages import StagePair, check_same_stages
+from clafusion.tracing.reading import structure_of
+from clafusion.tracing.structure import Structure, Unit
 from clafusion.tracking import tracked
 from clafusion.transport.solvers import ground_cost, transport_plan
 
+#: Stages by number.
+StagePairs = Mapping[int, StagePair]
 MEASURES = ("cka", "cca", "wasserstein", "neurons", "index")
 
 
@@ -46,14 +50,14 @@ def layer_costs(
     samples = collect(batches, num_samples)
     a, b = structure_of(deep, samples), structure_of(shallow, samples)
     check_same_stages(a, b)
-    return list(stage_costs(a, b, samples, range(len(a.stages)), measure, debiased).values())
+    pairs = dict(enumerate(zip(a.stages, b.stages, strict=True)))
+    return list(stage_costs(a, b, samples, pairs, measure, debiased).values())
 
 
 def stage_costs(
-    deep: Structure, shallow: Structure, samples: Tensor, stages: Collection[int], measure: str, debiased: bool
+    deep: Structure, shallow: Structure, samples: Tensor, pairs: StagePairs, measure: str, debiased: bool
 ) -> dict[int, Tensor]:
-    """`layer_costs` of the stages with the given numbers, from structures and collected samples."""
-    pairs = {number: (deep.stages[number], shallow.stages[number]) for number in stages}
+    """`layer_costs` of stages by number, from structures and collected samples."""
     if measure in ("neurons", "index"):
         return {number: _difference(deep, shallow, *pair, measure) for number, pair in pairs.items()}
     if len(samples) < MIN_SAMPLES:
@@ -67,17 +71,20 @@ def stage_costs(
     raise FusionError(f"Expected a measure of {', '.join(MEASURES)}, got {measure!r}")
 
 
-StagePairs = dict[int, tuple[tuple[Unit, ...], tuple[Unit, ...]]]
-
-
 def _difference(
     deep: Structure, shallow: Structure, rows_: tuple[Unit, ...], columns: tuple[Unit, ...], measure: str
 ) -> Tensor:
     def value(structure: Structure, units: tuple[Unit, ...]) -> Tensor:
-        widths = [structure.sizes[unit.output.space] for unit in units]
+        widths = [_width(structure, unit) for unit in units]
         return torch.tensor(widths if measure == "neurons" else range(len(units)), dtype=torch.float64)
 
     return (value(deep, rows_)[:, None] - value(shallow, columns)[None, :]).square()
+
+
+def _width(structure: Structure, unit: Unit) -> int:
+    """The number of neurons whose features a unit gives."""
+    found = structure.neurons_at(unit.features)
+    return 1 if found is None else sum(structure.sizes[space] for space in found[1].spaces)
 
 
 def _cka_costs(
@@ -90,7 +97,7 @@ def _cka_costs(
         of_deep = {name: gram(value) for name, value in _features(deep, chunk, pairs, 0)}
         of_shallow = {name: gram(value) for name, value in _features(shallow, chunk, pairs, 1)}
         for number, (ours, theirs) in pairs.items():
-            grams = [of_deep[unit.output.pre] for unit in ours], [of_shallow[unit.output.pre] for unit in theirs]
+            grams = [of_deep[unit.features] for unit in ours], [of_shallow[unit.features] for unit in theirs]
             sums[number] = hsic_sums(*grams, debiased, onto=sums.get(number))
     return {number: 1 - cka_from_hsic(*parts) for number, parts in sums.items()}
 
@@ -101,7 +108,7 @@ def _cca_costs(deep: Structure, shallow: Structure, samples: Tensor, pairs: Stag
     of_shallow = dict(_features(shallow, samples, pairs, 1))
     costs = {}
     for number, (ours, theirs) in pairs.items():
-        values = [[1 - cca(of_deep[a.output.pre], of_shallow[b.output.pre]) for b in theirs] for a in ours]
+        values = [[1 - cca(of_deep[a.features], of_shallow[b.features]) for b in theirs] for a in ours]
         costs[number] = torch.stack([torch.stack(row) for row in values])
     return costs
 
@@ -112,21 +119,21 @@ def _wasserstein_costs(deep: Structure, shallow: Structure, samples: Tensor, pai
     batches = chunks(samples)
     for chunk in tracked(batches, "comparing layers", len(batches)):
         of_shallow = dict(_features(shallow, chunk, pairs, 1))
-        partners = {a.output.pre: theirs for ours, theirs in pairs.values() for a in ours}
+        partners = {a.features: theirs for ours, theirs in pairs.values() for a in ours}
         for name, value in _features(deep, chunk, pairs, 0):
             for unit in partners[name]:
-                key = name, unit.output.pre
-                sums[key] = Moments.of(value, of_shallow[unit.output.pre], onto=sums.get(key))
+                key = name, unit.features
+                sums[key] = Moments.of(value, of_shallow[unit.features], onto=sums.get(key))
     distances = {}
     for key, moments in tracked(sums.items(), "matching the neurons of layers", len(sums)):
         cost = ground_cost(moments, "euclidean") / moments.count**0.5
         distances[key] = (transport_plan(cost) * cost).sum()
     return {
-        number: torch.stack([torch.stack([distances[a.output.pre, b.output.pre] for b in theirs]) for a in ours])
+        number: torch.stack([torch.stack([distances[a.features, b.features] for b in theirs]) for a in ours])
         for number, (ours, theirs) in pairs.items()
     }
 
 
 def _features(structure: Structure, chunk: Tensor, pairs: StagePairs, side: int) -> Iterable[tuple[str, Tensor]]:
-    names = {unit.output.pre for pair in pairs.values() for unit in pair[side]}
-    return GraphRunner(structure.module).observe(as_input(chunk, structure.module), names)
+    names = {unit.features for pair in pairs.values() for unit in pair[side]}
+    return GraphRunner(structure.capture).observe(as_input(chunk, structure.capture), names)

@@ -1,6 +1,6 @@
 """The map between the layers of two parents, stage by stage, and the costs that it was chosen by."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from clafusion.alignment.dynamic_programming import align, chain, clamp_pins, is_forced, random_map
 from clafusion.alignment.layer_costs import stage_costs
 from clafusion.alignment.parents import check_parents, template_of, trace_all, with_anchor
+from clafusion.alignment.stages import FORBIDDEN, Alignment, StagePair, allowed, pair_stages
 from clafusion.errors import FusionError
 from clafusion.options import FusionOptions
 from clafusion.statistics.memory import within_memory
@@ -18,8 +19,6 @@ from clafusion.tracing.structure import Structure
 
 #: Per stage a matrix of layer dissimilarities [deep, shallow]; None: not measured, since the map is forced.
 StageCosts = tuple[Tensor | None, ...]
-#: Per stage (the head last), for every unit of the shallow network the unit of the deep one that it stands for.
-Alignment = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -113,27 +112,34 @@ def measure_stages(
     deep: Structure, shallow: Structure, samples: Tensor, options: FusionOptions, forced: bool = False
 ) -> StageCosts:
     """The layer costs of every stage whose map depends on them, or of the `forced` ones, too."""
+    pairs = pair_stages(deep, shallow)
 
-    def is_open(stage: int) -> bool:
-        depths = len(deep.stages[stage]), len(shallow.stages[stage])
-        return options.mapping == "optimal" and not is_forced(*depths, *_pins(deep, shallow, stage, options))
+    def is_open(pair: StagePair) -> bool:
+        depths = len(pair[0]), len(pair[1])
+        return options.mapping == "optimal" and not is_forced(*depths, *_pins(pair, options))
 
-    stages = [number for number in range(len(deep.stages)) if forced or is_open(number)]
-    costs = stage_costs(deep, shallow, samples, stages, options.layer_measure, options.debiased) if stages else {}
-    return tuple(costs.get(number) for number in range(len(deep.stages)))
+    chosen = {n: pair for n, pair in enumerate(pairs) if pair[1] and (forced or is_open(pair))}
+    costs = stage_costs(deep, shallow, samples, chosen, options.layer_measure, options.debiased) if chosen else {}
+    return tuple(costs.get(number) for number in range(len(pairs)))
 
 
 def align_stages(deep: Structure, shallow: Structure, costs: StageCosts, options: FusionOptions) -> Alignment:
     """For every stage the units of the deep network that those of the shallow one stand for."""
     alignment = []
-    for number, (ours, theirs) in enumerate(zip(deep.stages, shallow.stages, strict=True)):
-        pins, seed = _pins(deep, shallow, number, options), options.seed + number
-        alignment.append(map_stage(len(ours), len(theirs), costs[number], pins, options.mapping, seed))
+    for number, (pair, cost) in enumerate(zip(pair_stages(deep, shallow), costs, strict=True)):
+        barred, pins, seed = allowed(pair, options.balance == "insert"), _pins(pair, options), options.seed + number
+        alignment.append(map_stage(len(pair[0]), len(pair[1]), cost, pins, options.mapping, seed, barred))
     return tuple(alignment)
 
 
 def map_stage(
-    rows: int, columns: int, cost: Tensor | None, pins: tuple[int, int], mapping: str, seed: int
+    rows: int,
+    columns: int,
+    cost: Tensor | None,
+    pins: tuple[int, int],
+    mapping: str,
+    seed: int,
+    barred: Tensor | None = None,
 ) -> tuple[int, ...]:
     """The map of one stage.
 
@@ -144,23 +150,38 @@ def map_stage(
         pins: leading and trailing columns matched by force; a random map has the leading ones only, a chain none.
         mapping: `optimal`, `chain` or `random`.
         seed: of the random map.
+        barred: added to the cost, so that some pairs are not chosen and some rows are; None: nothing.
 
     Returns:
         For every column its row, strictly increasing.
     """
+    if not columns:
+        return ()
     if mapping == "chain":
         return chain(rows, columns)
-    if mapping == "random":
+    some_barred = barred is not None and bool((barred >= FORBIDDEN).any())
+    if mapping == "random" and not some_barred:
         return random_map(rows, columns, pins[0], seed)
-    return align(torch.zeros(rows, columns) if cost is None else cost, *pins)
+    if mapping == "random":
+        cost = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed))
+    total = torch.zeros(rows, columns, dtype=torch.float64) if cost is None else cost.double()
+    return align(total if barred is None else total + barred.to(total.device), *pins)
 
 
-def _pins(deep: Structure, shallow: Structure, stage: int, options: FusionOptions) -> tuple[int, int]:
+def _pins(pair: StagePair, options: FusionOptions) -> tuple[int, int]:
     """The pins of a stage; where units are inserted, those that cannot be identities must be matched."""
+    ours, theirs = pair
     fixed = 0
     if options.balance == "insert":
-        flags = [unit.insertable for unit in deep.stages[stage]]
+        flags = [unit.insertable for unit in ours]
         fixed = flags.index(True) if True in flags else len(flags)
     elif options.mapping == "random":
         return 0, 0
-    return clamp_pins(len(shallow.stages[stage]), max(options.pin_first, fixed), options.pin_last)
+    first, last = clamp_pins(len(theirs), max(options.pin_first, fixed), options.pin_last)
+    if not theirs:
+        return 0, 0
+    # A pin is of no use between units that do different things.
+    alike = [one.signature == other.signature for one, other in zip(ours, theirs, strict=False)]
+    behind = [one.signature == other.signature for one, other in zip(reversed(ours), reversed(theirs), strict=False)]
+    first = next((n for n in range(first) if not alike[n]), first)
+    return first, next((n for n in range(last) if not behind[n]), last)

@@ -6,12 +6,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from clafusion.alignment.stages import pair_stages
 from clafusion.errors import FusionError
 from clafusion.options import FusionOptions, normalized
 from clafusion.statistics.samples import all_finite, check_finite, chunks
-from clafusion.tracing.execution import as_input
+from clafusion.tracing.execution import GraphRunner, as_input
 from clafusion.tracing.parameters import state_of
-from clafusion.tracing.structure import Structure, check_same_stages, structure_of
+from clafusion.tracing.reading import structure_of
+from clafusion.tracing.structure import Structure
 
 
 def check_parents(models: Sequence[nn.Module], options: FusionOptions) -> None:
@@ -39,7 +41,7 @@ def check_alike(models: Sequence[nn.Module], names: Sequence[str]) -> None:
     """
     kinds = set()
     for model, called in zip(models, names, strict=True):
-        check_finite(model, called)
+        check_finite(state_of(model), called)
         first = next(model.parameters(), None)
         if first is None:
             raise FusionError(f"Expected networks with parameters, got none in {called}")
@@ -53,11 +55,14 @@ def with_anchor(structures: Sequence[Structure], samples: Tensor, options: Fusio
     """The options with an index as anchor: the smallest of those that agree most often with the parents' ensemble."""
     if options.anchor != "agreement":
         return options
-    networks = [structure.module for structure in structures]
-    weights = normalized(options.weights, len(networks))
-    agreements = torch.zeros(len(networks), dtype=torch.int64)
+    runners = [GraphRunner(structure.capture) for structure in structures]
+    weights = normalized(options.weights, len(runners))
+    agreements = torch.zeros(len(runners), dtype=torch.int64)
     for chunk in chunks(samples):
-        answers = [network(as_input(chunk, network)).softmax(1) for network in networks]
+        answers = [
+            dict(runner.observe(as_input(chunk, runner.capture), [runner.capture.logits]))[runner.capture.logits].softmax(1)
+            for runner in runners
+        ]
         together = sum(weight * answer for weight, answer in zip(weights, answers, strict=True)).argmax(1)
         agreements += torch.stack([(answer.argmax(1) == together).sum() for answer in answers]).cpu()
     return replace(options, anchor=int(agreements.argmax()))
@@ -83,7 +88,7 @@ def trace_all(models: Sequence[nn.Module], samples: Tensor) -> list[Structure]:
             raise FusionError(
                 f"Expected finite outputs, got NaN or infinity from parent {number}; check its weights and the samples"
             )
-    classes = [structure.sizes[structure.output] for structure in structures]
+    classes = [structure.logits.shape[1] for structure in structures]
     if len(set(classes)) > 1:
         raise FusionError(f"Expected parents with the same number of classes, got {classes}; choose others")
     return structures
@@ -95,22 +100,40 @@ def template_of(structures: Sequence[Structure], options: FusionOptions) -> int:
     Raises:
         FusionError: if the stages cannot be matched one to one, or no parent is so in all of them.
     """
-    for k, structure in enumerate(structures[1:], 1):
-        check_same_stages(structures[0], structure, ("parent 0", f"parent {k}"))
-    depths = [tuple(len(stage) for stage in structure.stages) for structure in structures]
-    extreme = tuple(map(max if options.balance == "insert" else min, zip(*depths, strict=True)))
-    if options.anchor != "agreement" and depths[options.anchor] == extreme:
+    candidates = [k for k in range(len(structures)) if _contains(structures, k, options)]
+    if options.anchor != "agreement" and options.anchor in candidates:
         return options.anchor
-    if extreme not in depths:
+    if not candidates:
+        for k, structure in enumerate(structures[1:], 1):
+            _pair_either_way(structures[0], structure, k)
         word = "deepest" if options.balance == "insert" else "shallowest"
-        raise FusionError(
-            f"Expected one parent to be {word} in every stage, got stages of {[list(d) for d in depths]} units"
-        )
-    candidates = [k for k, depth in enumerate(depths) if depth == extreme]
+        depths = [[len(stage) for stage in structure.stages] for structure in structures]
+        raise FusionError(f"Expected one parent to be {word} in every stage, got stages of {depths} units")
     return max(candidates, key=lambda k: _fingerprint(structures[k]))
+
+
+def _contains(structures: Sequence[Structure], k: int, options: FusionOptions) -> bool:
+    """Whether a parent is the deepest (`insert`) or the shallowest (`merge`) in every stage."""
+    for structure in structures:
+        deep, shallow = (structures[k], structure) if options.balance == "insert" else (structure, structures[k])
+        try:
+            pairs = pair_stages(deep, shallow)
+        except FusionError:
+            return False
+        if any(len(ours) < len(theirs) for ours, theirs in pairs):
+            return False
+    return True
+
+
+def _pair_either_way(one: Structure, other: Structure, k: int) -> None:
+    """Refuse two parents of which neither has the stages of the other."""
+    try:
+        pair_stages(other, one, "parent 0")
+    except FusionError:
+        pair_stages(one, other, f"parent {k}")
 
 
 def _fingerprint(structure: Structure) -> tuple[int, float]:
     """Rank networks by what they are and not by where they stand, so that the order of the parents does not matter."""
-    tensors = list(state_of(structure.module).values())
+    tensors = list(structure.capture.tensors.values())
     return sum(tensor.numel() for tensor in tensors), sum(float(tensor.double().sum()) for tensor in tensors)

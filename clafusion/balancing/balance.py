@@ -1,17 +1,25 @@
-"""Balancing: every parent at one depth, by insertion or by merging, and which of them really has which unit."""
+"""Balancing: every parent seen at one depth, and which of them really has which unit."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
-from clafusion.alignment.layer_maps import Alignment, deep_and_shallow
-from clafusion.balancing.insertion import bypass_of, inserted
+from clafusion.alignment.layer_maps import deep_and_shallow
+from clafusion.alignment.stages import Alignment, pair_stages
+from clafusion.balancing.correspondence import correspond, itself
 from clafusion.balancing.merging import merged
-from clafusion.balancing.verification import check_inserted
+from clafusion.errors import FusionError
 from clafusion.options import FusionOptions
-from clafusion.tracing.capture import independent_copy
-from clafusion.tracing.structure import Structure, structure_of
-from clafusion.transport.balanced import Balanced, BalancedParent
+from clafusion.tracing.comparison import TOLERANCE, difference, few_of
+from clafusion.tracing.execution import GraphRunner, as_input
+from clafusion.tracing.exporting import operation_of
+from clafusion.tracing.reading import structure_of
+from clafusion.tracing.resizing import room_for
+from clafusion.tracing.structure import Structure, Unit
+from clafusion.tracing.units import IDEMPOTENT
+from clafusion.transport.balanced import Balanced, Correspondence
 
 
 def balance(
@@ -22,55 +30,98 @@ def balance(
     samples: Tensor,
     options: FusionOptions,
     first_shares: Mapping[str, float] | None = None,
-) -> Balanced:
-    """Bring every parent to the depth of one of them, the template.
+) -> tuple[Balanced, nn.Module, Structure]:
+    """Pair every parent with one of them, the template.
 
     Args:
         models: the parents; left as they are.
         structures: of the parents.
         template: index of the parent whose depth the result has.
         alignments: per parent, which layers correspond to the template's.
-        samples: inputs, to merge layers by, and to check that inserted ones change nothing.
-        options: `balance`, `relu`, `streams` and `anchor` are read.
+        samples: inputs, to merge layers by, and to check that identities change nothing.
+        options: `balance`, `relu` and `anchor` are read.
         first_shares: how much of each of its units the first parent has; None: all of it.
 
+    Returns:
+        The parents side by side, and a network with room for the result, with its structure.
+
     Raises:
-        FusionError: if layers cannot be inserted or merged, or inserted ones change the function of a parent.
+        FusionError: if parents cannot be paired or merged, or an identity would change the function of a parent.
     """
-    return Balanced(
-        tuple(
-            _balanced(models[template], structures[template], structure, alignment, samples, options, f"parent {k}")
-            if k != template
-            else BalancedParent(independent_copy(models[k]), structure)
-            for k, (structure, alignment) in enumerate(zip(structures, alignments, strict=True))
-        ),
-        owners_by_unit(structures, template, alignments, first_shares, options),
-        options.anchor_index,
-        template,
+    deepest = structures[template]
+    parents = tuple(
+        itself(structure) if k == template else _paired(models, structures, template, k, alignments[k], samples, options)
+        for k, structure in enumerate(structures)
     )
+    anchor = parents[options.anchor_index]
+    sizes = {
+        name: anchor.structure.sizes[anchor.spaces[name]] if name in anchor.spaces else size
+        for name, size in deepest.sizes.items()
+    }
+    network, room = room_for(models[template], deepest, sizes, samples)
+    owners = owners_by_unit(structures, template, alignments, first_shares, options)
+    return Balanced(parents, owners, options.anchor_index, template, room.axes), network, room
 
 
-def _balanced(
-    model: nn.Module,
-    template: Structure,
-    parent: Structure,
+def _paired(
+    models: Sequence[nn.Module],
+    structures: Sequence[Structure],
+    template: int,
+    k: int,
     alignment: Alignment,
     samples: Tensor,
     options: FusionOptions,
-    called: str,
-) -> BalancedParent:
-    """One parent at the depth of the template, a network of its class."""
-    deep, shallow = deep_and_shallow(template, parent, options)
+) -> Correspondence:
+    """One parent seen from the template."""
+    called = f"parent {k}"
     if options.balance == "merge":
-        network = merged(model, deep, shallow, alignment, samples, options.relu).requires_grad_(True)
-        return BalancedParent(network, structure_of(network, samples))
-    zero_branches = options.streams == "per_layer"
-    network = inserted(model, deep, shallow, alignment, zero_branches).requires_grad_(True)
-    structure = structure_of(network, samples)
-    check_inserted(structure, shallow, alignment, samples, called)
-    stages = zip(deep.stages, alignment, strict=True)
-    new = {unit.name for stage, places in stages for place, unit in enumerate(stage) if place not in places}
-    return BalancedParent(network, structure, bypass_of(structure, new, zero_branches))
+        deep, shallow = deep_and_shallow(structures[template], structures[k], options)
+        network = merged(models[template], deep, shallow, alignment, samples, options.relu)
+        structure = structure_of(network, samples)
+        found = correspond(structures[template], structure, _same_depth(structure), called)
+        return replace(found, merged=network)
+    found = correspond(structures[template], structures[k], alignment, called)
+    check_identities(structures[template], found, samples, called)
+    return found
+
+
+def _same_depth(structure: Structure) -> Alignment:
+    return [range(len(stage)) for stage in structure.stages]
+
+
+@torch.no_grad()
+def check_identities(template: Structure, parent: Correspondence, samples: Tensor, called: str) -> None:
+    """Refuse an activation that changes the stream of a parent which it would be inserted into.
+
+    Args:
+        template: the structure with all units.
+        parent: one without some of them.
+        samples: inputs; the first few are run.
+        called: what the message calls the parent.
+    """
+    missing = [unit for unit in template.units if unit.name not in parent.units]
+    wanted = {parent.nodes[unit.input] for unit in missing}
+    run = GraphRunner(parent.structure.capture).observe(as_input(few_of(samples), parent.structure.capture), wanted)
+    streams = dict(run)
+    for unit in missing:
+        stream = streams[parent.nodes[unit.input]]
+        passed = _activated(template, unit, stream)
+        error = difference(stream, passed)
+        if not error <= TOLERANCE.get(stream.dtype, 1e-3):
+            raise FusionError(
+                f"Expected inserted layers to leave {called}'s function as it is, got features that differ by "
+                f"{error:.1e} (relative) behind {unit.name!r}; only ReLU-like activations pass an identity"
+            )
+
+
+def _activated(template: Structure, unit: Unit, stream: Tensor) -> Tensor:
+    """A stream behind the activations that end a unit."""
+    nodes = {node.name: node for node in template.capture.graph.nodes}
+    for name in unit.nodes[unit.nodes.index(unit.features) + 1 if unit.features in unit.nodes else 0 :]:
+        node = nodes[name]
+        if operation_of(node) in IDEMPOTENT:
+            stream = node.target(stream, *node.args[1:], **node.kwargs)
+    return stream
 
 
 def owners_by_unit(
@@ -89,6 +140,6 @@ def owners_by_unit(
         for place, unit in enumerate(units):
             owners[unit.name] = {k: 1.0 for k in everybody if place in alignments[k][stage]}
             if first_shares is not None and 0 in owners[unit.name]:
-                theirs = structures[0].stages[stage][alignments[0][stage].index(place)]
+                theirs = pair_stages(structures[template], structures[0])[stage][1][alignments[0][stage].index(place)]
                 owners[unit.name][0] = first_shares[theirs.name]
     return owners

@@ -1,94 +1,206 @@
-"""Corresponding units and layers of two networks, and the state of one under the names of the other."""
+"""Which nodes, parameters and neurons of a parent stand for those of the template, the parent that has every unit.
 
-from torch import Tensor, nn
+Nothing is built: a unit that the parent lacks is an identity, so that the parent's stream before it stands for the
+stream behind it.
+"""
 
-from clafusion.alignment.layer_maps import Alignment
+
+from clafusion.alignment.stages import Alignment, pair_stages
 from clafusion.errors import FusionError
-from clafusion.tracing.parameters import State, state_of
-from clafusion.tracing.structure import Layer, Structure, Unit, check_same_stages
+from clafusion.tracing.signatures import first_difference
+from clafusion.tracing.spaces import Axis
+from clafusion.tracing.structure import Structure, Unit
+from clafusion.transport.balanced import Correspondence
 
 
-def matched_units(deep: Structure, shallow: Structure, alignment: Alignment) -> dict[str, Unit]:
-    """The unit of the shallow network that stands in each matched unit of the deep one, by the latter's name.
-
-    Raises:
-        FusionError: if the alignment is not a strictly increasing map per stage, or matched units have other layers.
-    """
-    check_same_stages(deep, shallow)
-    if len(alignment) != len(deep.stages):
-        raise FusionError(f"Expected an alignment of {len(deep.stages)} stages, got {len(alignment)}")
-    partners: dict[str, Unit] = {}
-    for ours, theirs, places in zip(deep.stages, shallow.stages, alignment, strict=True):
-        increasing = all(low < high for low, high in zip(places, places[1:], strict=False))
-        if len(places) != len(theirs) or not increasing or not all(0 <= place < len(ours) for place in places):
-            raise FusionError(
-                f"Expected {len(theirs)} strictly increasing indices below {len(ours)}, got {list(places)} for the "
-                f"stage of {ours[0].name!r}"
-            )
-        for unit, place in zip(theirs, places, strict=True):
-            partners[ours[place].name] = unit
-    return partners
+def itself(structure: Structure) -> Correspondence:
+    """The template seen from itself."""
+    names = [node.name for node in structure.capture.graph.nodes]
+    return Correspondence(
+        structure,
+        {unit.name: unit for unit in structure.units},
+        dict(zip(names, names, strict=True)),
+        {name: name for name in structure.capture.tensors},
+        {name: name for name in structure.spaces.spaces},
+    )
 
 
-def match_layers(ours: Unit, theirs: Unit, shortcuts: bool = True) -> list[tuple[Layer, Layer]]:
-    """Pair the layers of two units; an inserted residual unit has no shortcut, whatever its model has.
+def correspond(template: Structure, parent: Structure, alignment: Alignment, called: str) -> Correspondence:
+    """Pair a parent with the template.
 
     Args:
-        ours: a unit of one network.
-        theirs: a unit of the other.
-        shortcuts: whether to pair the layers of our projection shortcut, too.
+        template: the structure of the parent that has every unit.
+        parent: the structure of another one.
+        alignment: per stage of the template, the unit of it that each unit of the parent's stage stands for.
+        called: what messages call the parent.
 
     Raises:
-        FusionError: if the units have other layers.
+        FusionError: if matched units do not do the same, no identity can stand for a missing one, or neurons do not
+            correspond one to one.
     """
-    sides = [[layer for layer in unit.layers if not layer.shortcut] for unit in (ours, theirs)]
-    projections = [[layer for layer in unit.layers if layer.shortcut] for unit in (ours, theirs)]
-    if shortcuts and projections[0]:
-        sides = [side + projection for side, projection in zip(sides, projections, strict=True)]
-    kinds = [[layer.kind for layer in side] for side in sides]
-    if kinds[0] != kinds[1]:
-        raise FusionError(
-            f"Expected matched units with the same layers, got {', '.join(kinds[0])} in {ours.name!r} and "
-            f"{', '.join(kinds[1])} in {theirs.name!r}"
-        )
-    return list(zip(*sides, strict=True))
+    units = matched_units(template, parent, alignment, called)
+    draft = _Draft(template, parent, called)
+    for unit in template.units:
+        draft.add_transition(unit, units.get(unit.name))
+        if unit.name in units:
+            draft.add_unit(unit, units[unit.name])
+        else:
+            draft.add_identity(unit)
+    draft.nodes[template.capture.logits] = parent.capture.logits
+    draft.add_blocks()
+    return Correspondence(parent, units, draft.nodes, draft.parameters, draft.spaces, draft.identities)
 
 
-def copied_state(a: Structure, b: Structure, ours: Unit, theirs: Unit, source: State) -> dict[str, Tensor]:
-    """The state of a matched unit, under the deep network's names."""
-    state = {}
-    if any(layer.shortcut for layer in ours.layers) != any(layer.shortcut for layer in theirs.layers):
-        raise FusionError(
-            f"Expected both of {ours.name!r} and {theirs.name!r} to have a projection shortcut, or neither"
-        )
-    for layer, other in match_layers(ours, theirs):
-        _check_geometry(a.module.get_submodule(layer.name), b.module.get_submodule(other.name), layer, other)
-        names = [key.removeprefix(f"{other.name}.") for key in source if key.rpartition(".")[0] == other.name]
-        state.update({f"{layer.name}.{name}": source[f"{other.name}.{name}"] for name in names})
-    return state
+def matched_units(
+    template: Structure, parent: Structure, alignment: Alignment, called: str, merging: bool = False
+) -> dict[str, Unit]:
+    """By unit of the template the unit of the parent that stands for it.
 
+    Args:
+        template: the deeper structure.
+        parent: the shallower one.
+        alignment: per stage of the template, the unit of it that each unit of the parent stands for.
+        called: what messages call the parent.
+        merging: whether a unit of the template without a partner is folded into its successor.
 
-def _check_geometry(ours: nn.Module, theirs: nn.Module, layer: Layer, other: Layer) -> None:
-    for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode", "eps"):
-        values = getattr(ours, key, None), getattr(theirs, key, None)
-        if values[0] != values[1]:
+    Raises:
+        FusionError: if the alignment is not a strictly increasing map per stage, or matched units do not do the same.
+    """
+    stages = pair_stages(template, parent, called)
+    if len(alignment) != len(stages):
+        raise FusionError(f"Expected an alignment of {len(stages)} stages, got {len(alignment)}")
+    units: dict[str, Unit] = {}
+    for (ours, theirs), rows in zip(stages, alignment, strict=True):
+        increasing = all(low < high for low, high in zip(rows, rows[1:], strict=False))
+        if len(rows) != len(theirs) or not increasing or not all(0 <= row < len(ours) for row in rows):
             raise FusionError(
-                f"Expected matched layers of equal {key}, got {values[0]} in {layer.name!r} and {values[1]} in "
-                f"{other.name!r}"
+                f"Expected {len(theirs)} strictly increasing indices below {len(ours)}, got {list(rows)} for the stage "
+                f"of {ours[0].name!r}"
+            )
+        for unit, row in zip(theirs, rows, strict=True):
+            if ours[row].signature != unit.signature:
+                raise FusionError(unlike(ours[row], unit, called))
+            units[ours[row].name] = unit
+    if merging:
+        return units
+    missing = next((unit for unit in template.units if unit.name not in units and not unit.insertable), None)
+    if missing is not None:
+        raise FusionError(
+            f"Expected {called} to have a unit for {missing.name!r} of the deepest parent, since no identity can stand "
+            "in its place (only ReLU-like activations pass one), got none; choose parents of equal depth there"
+        )
+    return units
+
+
+def unlike(ours: Unit, theirs: Unit, called: str) -> str:
+    """The message that two units do not do the same."""
+    a, b = first_difference(ours.signature, theirs.signature)
+    return f"Expected {called} to do in {theirs.name!r} what the deepest parent does in {ours.name!r}, got {b} for {a}"
+
+
+class _Draft:
+    """A correspondence under construction."""
+
+    def __init__(self, template: Structure, parent: Structure, called: str) -> None:
+        self.template, self.parent, self.called = template, parent, called
+        self.nodes: dict[str, str] = {template.capture.entry: parent.capture.entry}
+        self.parameters: dict[str, str] = {}
+        self.spaces: dict[str, str] = {}
+        self.identities: dict[str, str] = {}
+
+    def add_transition(self, unit: Unit, partner: Unit | None) -> None:
+        """Pair the operations before a unit; those before a unit that the parent lacks are the parent's own there."""
+        ours = self.template.transitions[unit.name]
+        if partner is None:
+            if ours.nodes:
+                raise FusionError(f"Expected {self.called} to have a unit behind {ours.nodes[-1]!r}, got none")
+            return
+        theirs = self.parent.transitions[partner.name]
+        if ours.signature != theirs.signature:
+            a, b = first_difference(ours.signature, theirs.signature)
+            raise FusionError(
+                f"Expected {self.called} to do before {partner.name!r} what the deepest parent does before "
+                f"{unit.name!r}, got {b} for {a}"
+            )
+        self.nodes.update(zip(ours.nodes, theirs.nodes, strict=True))
+
+    def add_unit(self, ours: Unit, theirs: Unit) -> None:
+        """Pair what is in two units that do the same."""
+        self.nodes.update(zip(ours.nodes, theirs.nodes, strict=True))
+        self.nodes.setdefault(ours.input, theirs.input)
+        if len(ours.parameters) != len(theirs.parameters):
+            raise FusionError(
+                f"Expected {theirs.name!r} of {self.called} to have {len(ours.parameters)} parameters as {ours.name!r} "
+                f"has, got {len(theirs.parameters)} (bias or norm)"
+            )
+        for name, other in zip(ours.parameters, theirs.parameters, strict=True):
+            self.parameters[name] = other
+            axes = zip(self.template.axes[name], self.parent.axes[other], strict=False)
+            if len(self.template.axes[name]) != len(self.parent.axes[other]):
+                raise FusionError(f"Expected {other!r} of {self.called} to have as many dimensions as {name!r}")
+            for axis, their_axis in axes:
+                self._pair_axes(name, other, axis, their_axis)
+
+    def add_identity(self, unit: Unit) -> None:
+        """Let the stream before a unit that the parent lacks stand for the stream behind it."""
+        stream = self.nodes[unit.input]
+        self.nodes[unit.output] = stream
+        ends = [node for layer in unit.layers for node in (layer.total, layer.pre, layer.post) if node is not None]
+        if unit.kind == "residual":
+            ends = [node for node in ends if node == unit.features or node == unit.output]
+        self.nodes.update(dict.fromkeys(ends, stream))
+        if unit.kind != "plain":
+            return
+        layer = unit.layers[0]
+        before, behind = self.template.read(layer), self.template.written(layer)
+        assert behind is not None
+        ours = behind.spaces[0] if before is None else before.spaces[0]
+        self.identities[unit.name] = self.spaces[ours]
+        self._pair(behind.spaces[0], self.spaces[ours], unit.name, unit.name)
+        self.nodes[layer.node] = stream
+
+    def add_blocks(self) -> None:
+        """Pair the spaces of blocks, such as attention heads, by what is in them."""
+        for name, other in list(self.spaces.items()):
+            ours, theirs = self.template.spaces.spaces[name].parent, self.parent.spaces.spaces[other].parent
+            while ours is not None and theirs is not None:
+                self._pair(ours, theirs, name, other)
+                ours, theirs = self.template.spaces.spaces[ours].parent, self.parent.spaces.spaces[theirs].parent
+            if (ours is None) != (theirs is None):
+                raise FusionError(
+                    f"Expected the neurons of {other!r} of {self.called} to be in blocks as those of {name!r} are, got "
+                    "them otherwise (heads or groups)"
+                )
+
+    def _pair_axes(self, name: str, other: str, ours: Axis | None, theirs: Axis | None) -> None:
+        patterns = [_pattern(axis) for axis in (ours, theirs)]
+        if patterns[0] != patterns[1]:
+            raise FusionError(
+                f"Expected {other!r} of {self.called} to index its neurons as {name!r} does, got "
+                f"{_in_words(patterns[1])} for {_in_words(patterns[0])}"
+            )
+        if ours is not None and theirs is not None:
+            for one, another in zip(ours.spaces, theirs.spaces, strict=True):
+                self._pair(one, another, name, other)
+
+    def _pair(self, ours: str, theirs: str, name: str, other: str) -> None:
+        if self.spaces.setdefault(ours, theirs) != theirs:
+            raise FusionError(
+                f"Expected the neurons of {other!r} of {self.called} to be tied as those of {name!r} are, got them in "
+                f"{theirs!r} and {self.spaces[ours]!r}"
             )
 
 
-def check_shapes(network: nn.Module, state: State) -> None:
-    """Refuse a state that does not have exactly the tensors of a network.
+def _pattern(axis: Axis | None) -> tuple[tuple[int, ...], int] | None:
+    """How often the neurons of each space occur along an axis, and how many entries are fixed."""
+    if axis is None:
+        return None
+    turns = tuple(int(axis.turn[axis.of == place].max()) + 1 for place in range(len(axis.spaces)))
+    return turns, int((axis.of < 0).sum())
 
-    Raises:
-        FusionError: if a tensor is missing, left over, or of another shape.
-    """
-    for name, tensor in state_of(network).items():
-        if name not in state:
-            raise FusionError(f"Expected both networks to have {name!r}, got it in the deeper one only (bias or norm)")
-        if state[name].shape != tensor.shape:
-            raise FusionError(f"Expected {name!r} of shape {list(tensor.shape)}, got {list(state[name].shape)}")
-    extra = next((name for name in state if name not in state_of(network)), None)
-    if extra is not None:
-        raise FusionError(f"Expected both networks to have {extra!r}, got it in the shallower one only (bias or norm)")
+
+def _in_words(pattern: tuple[tuple[int, ...], int] | None) -> str:
+    if pattern is None:
+        return "fixed entries"
+    fixed = f" and {pattern[1]} fixed entries" if pattern[1] else ""
+    return f"{len(pattern[0])} sets of neurons, {', '.join(map(str, pattern[0]))} entries each{fixed}"

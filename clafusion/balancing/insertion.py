@@ -1,39 +1,41 @@
-"""Balancing by insertion: the shallow network grows to the depth of the deep one and computes what it did before.
+"""Insertion: the shallow network grows to the deep one's depth, by units that are identities."""
 
-An alignment names, for every stage (the head included), the unit of the deep network that each unit of the shallow one
-stands for.
-"""
-
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from clafusion.alignment.layer_maps import Alignment
-from clafusion.balancing.correspondence import check_shapes, copied_state, match_layers, matched_units
-from clafusion.balancing.verification import check_inserted
+from clafusion.alignment.stages import Alignment
+from clafusion.balancing.correspondence import correspond
 from clafusion.errors import FusionError
-from clafusion.tracing.execution import Bypass
-from clafusion.tracing.parameters import load_state, resized, state_of
-from clafusion.tracing.structure import Layer, Structure, Unit, structure_of
+from clafusion.tracing.comparison import TOLERANCE, difference, few_of
+from clafusion.tracing.example import example_for
+from clafusion.tracing.execution import as_input
+from clafusion.tracing.exporting import logits_of
+from clafusion.tracing.parameters import load_state, state_of
+from clafusion.tracing.reading import structure_of
+from clafusion.tracing.resizing import room_for
+from clafusion.tracing.structure import Structure, Unit
+from clafusion.transport.balanced import Correspondence
+from clafusion.transport.identities import neutral_value
 
 
 @torch.no_grad()
 def insert_identities(
-    shallow: nn.Module,
     deep: nn.Module,
+    shallow: nn.Module,
     alignment: Alignment,
     example: Tensor | None = None,
     zero_branches: bool = False,
 ) -> nn.Module:
-    """Grow a network to the depth of another one; it computes what it did before.
+    """Grow a network to the depth of another one without changing its function.
 
-    Every unmatched unit becomes an identity. Plain: `eye` or Dirac weight, neutral norm, zero bias. Residual: the layer
-    that closes the branch is zero and the inner ones are Dirac, so that finetuning can wake the branch.
+    A unit without a partner becomes an identity: a plain one an identity matrix or kernel, a residual one a branch
+    whose last layer is zero; norms become neutral.
 
     Args:
-        shallow: the network to grow; left as it is.
         deep: the network whose depth (and layer names) the result has; left as it is.
+        shallow: the network whose function it has; left as it is.
         alignment: per stage, the unit of `deep` that each unit of `shallow` becomes.
         example: samples [batch, ...]; None: made up from the first layer.
         zero_branches: make the inner layers of an inserted residual unit zero as well, as published.
@@ -42,127 +44,76 @@ def insert_identities(
         A network of the class of `deep`, with the widths of `shallow`, in eval mode.
 
     Raises:
-        FusionError: if the networks do not fit, if an unmatched unit cannot be an identity, or if the result differs
-            from `shallow` as a function (its activations are not ReLU-like).
+        FusionError: if the networks do not fit, if an unmatched unit cannot be an identity, if the class of `deep`
+            cannot have the widths of `shallow`, or if the result differs from `shallow` as a function (its activations
+            are not ReLU-like).
     """
     example = example_for(shallow) if example is None else example
     a, b = structure_of(deep, example), structure_of(shallow, example)
-    network = inserted(deep, a, b, alignment, zero_branches)
-    check_inserted(structure_of(network, example), b, alignment, example, "the network")
-    return network
+    return inserted(deep, a, b, alignment, example, zero_branches)
 
 
-def inserted(deep: nn.Module, a: Structure, b: Structure, alignment: Alignment, zero_branches: bool) -> nn.Module:
-    """`insert_identities` from structures, without the check of the function."""
-    partners = matched_units(a, b, alignment)
+def inserted(
+    deep: nn.Module, a: Structure, b: Structure, alignment: Alignment, samples: Tensor, zero_branches: bool = False
+) -> nn.Module:
+    """`insert_identities` from structures."""
+    parent = correspond(a, b, alignment, "the shallow network")
+    network, room = room_for(deep, a, _sizes(a, parent), samples)
+    state = dict(room.capture.tensors)
     for unit in a.units:
-        if unit.name not in partners and not unit.insertable:
-            raise FusionError(
-                f"Expected unit {unit.name!r} to be matched, since no identity can stand in its place; pin it"
-            )
-    network = resized(deep, a, _inserted_sizes(a, b, partners))
-    source = state_of(b.module)
-    state: dict[str, Tensor] = {}
-    for unit in a.units:
-        if unit.name in partners:
-            state.update(copied_state(a, b, unit, partners[unit.name], source))
+        if unit.name in parent.units:
+            state.update({name: b.capture.tensors[parent.parameters[name]] for name in unit.parameters})
         else:
-            state.update(_identity(network, unit, zero_branches))
-    check_shapes(network, state)
-    return load_state(network, state)
+            state.update(_identity(unit, a, room.capture.tensors, zero_branches))
+    load_state(network, {**state_of(network), **state})
+    few = as_input(few_of(samples), b.capture)
+    error = difference(b.run(few), logits_of(network(few)))
+    if not error <= TOLERANCE.get(few.dtype, 1e-3):
+        raise FusionError(
+            f"Expected inserted layers to leave the network's function as it is, got logits that differ by {error:.1e} "
+            "(relative); only ReLU-like activations pass an identity"
+        )
+    return network.requires_grad_(True)
 
 
-def _inserted_sizes(a: Structure, b: Structure, partners: Mapping[str, Unit]) -> dict[str, int]:
-    """The width that every space of the deep network has once the shallow one's units are in it."""
-    sizes = {a.input: b.sizes[b.input]}
-    for stage in a.stages:
-        known = [partners[unit.name] for unit in stage if unit.name in partners]
-        for unit in stage:
-            # An inserted block is as wide inside as the shallow network's block before it (or after, if there is none).
-            model = partners.get(unit.name, known[0])
-            known = [model] if unit.name in partners else known
-            if unit.kind == "residual" or unit.name in partners:
-                for layer, theirs in match_layers(unit, model):
-                    sizes.setdefault(layer.space, b.sizes[theirs.space])
-            else:
-                sizes.setdefault(unit.output.space, sizes[_input_space(a, unit)])
-    return sizes
+def _sizes(a: Structure, parent: Correspondence) -> dict[str, int]:
+    """The width of every space of the deep network once the shallow one's units are in it.
+
+    An inserted unit is as wide inside as the shallow network's unit of its kind before it, or else after it.
+    """
+    sizes = {name: parent.structure.sizes[other] for name, other in parent.spaces.items()}
+    for number, unit in enumerate(a.units):
+        if unit.name in parent.units:
+            continue
+        alike = [one for one in a.units if one.name in parent.units and one.signature == unit.signature]
+        before = [one for one in a.units[:number] if one in alike]
+        model = before[-1] if before else next(iter(alike), None)
+        pairs = zip(unit.parameters, model.parameters, strict=True) if model is not None else ()
+        for name, other in pairs:
+            for axis, another in zip(a.axes[name], a.axes[other], strict=True):
+                for space, known in zip(axis.spaces, another.spaces, strict=True) if axis and another else ():
+                    sizes.setdefault(space, sizes[known])
+    return {name: sizes.get(name, size) for name, size in a.sizes.items()}
 
 
-def _input_space(structure: Structure, unit: Unit) -> str:
-    axis = structure.axes[f"{unit.branch[0].name}.weight"][1]
-    return structure.input if axis is None else axis.space
-
-
-def _identity(network: nn.Module, unit: Unit, zero_branches: bool) -> dict[str, Tensor]:
-    """The state of an inserted unit."""
+def _identity(unit: Unit, a: Structure, room: Mapping[str, Tensor], zero_branches: bool) -> dict[str, Tensor]:
+    """The parameters of an inserted unit."""
+    layers = {name: layer for layer in unit.layers for name in (layer.weight, layer.bias)}
     state: dict[str, Tensor] = {}
-    for layer in unit.layers:
-        module = network.get_submodule(layer.name)
-        silent = _is_silent(unit, layer, zero_branches)
-        for key, value in state_of(module).items():
-            state[f"{layer.name}.{key}"] = _identity_value(module, layer, key, value, silent)
+    for name in unit.parameters:
+        like, layer = room[name], layers.get(name)
+        if name in unit.closing or (zero_branches and layer is not None):
+            state[name] = torch.zeros_like(like)
+        elif layer is not None and name == layer.weight:
+            state[name] = _eye(like)
+        else:
+            state[name] = neutral_value(name, a, like)
     return state
 
 
-def _is_silent(unit: Unit, layer: Layer, zero_branches: bool) -> bool:
-    """Whether a layer of an inserted unit gives nothing but zeros."""
-    return unit.kind == "residual" and (layer.name == unit.closing or (zero_branches and layer.weighted))
-
-
-def _identity_value(module: nn.Module, layer: Layer, key: str, value: Tensor, silent: bool) -> Tensor:
-    fresh = torch.zeros_like(value)
-    if layer.kind == "norm":
-        # Dividing by sqrt(var + eps) must change nothing.
-        neutral = {"weight": 0.0 if silent else 1.0, "running_var": 1 - getattr(module, "eps", 0.0)}
-        return fresh.fill_(neutral[key]) if key in neutral else fresh
-    if key != "weight" or silent:
-        return fresh
-    if layer.kind == "linear":
-        return nn.init.eye_(fresh)
-    # As `nn.init.dirac_`, at once instead of filter by filter; a depthwise filter has one input.
-    middle = fresh[:, :, fresh.shape[2] // 2, fresh.shape[3] // 2]
-    middle.fill_diagonal_(1) if getattr(module, "groups", 1) == 1 else middle.fill_(1)
-    return fresh
-
-
-def bypass_of(structure: Structure, inserted_units: Collection[str], zero_branches: bool) -> dict[str, Bypass]:
-    """The nodes of inserted units that need not be computed. Valid where `check_inserted` has found nothing.
-
-    Args:
-        structure: of a network that `inserted` has made.
-        inserted_units: the names of the units that are identities.
-        zero_branches: as it was inserted with.
-    """
-    inputs = {node.name: node.all_input_nodes for node in structure.module.graph.nodes}
-    bypass: dict[str, Bypass] = {}
-    for unit in structure.units:
-        if unit.name not in inserted_units:
-            continue
-        for layer in (layer for layer in unit.layers if layer.weighted):
-            if _is_silent(unit, layer, zero_branches):
-                bypass[layer.node] = Bypass(unit.input, silent=True)
-            elif unit.kind == "plain":
-                bypass[layer.node] = Bypass(inputs[layer.node][0].name)
-        if unit.kind == "residual":
-            bypass[unit.output.post] = Bypass(unit.output.pre)
-            bypass[unit.output.pre] = Bypass(unit.input)  # the same node where no activation follows
-    return bypass
-
-
-def example_for(model: nn.Module) -> Tensor:
-    """Random samples of a shape that the network accepts, guessed from its first layer."""
-    first = next((m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)), None)
-    if first is None:
-        raise FusionError(f"Expected a network with a Linear or Conv2d, got {type(model).__name__}")
-    generator = torch.Generator().manual_seed(0)
-    if isinstance(first, nn.Linear):
-        return torch.randn(2, first.in_features, generator=generator)
-    for size in (32, 64, 128):
-        example = torch.randn(2, first.in_channels, size, size, generator=generator)
-        try:
-            structure_of(model, example)
-            return example
-        except FusionError:
-            continue
-    return torch.randn(2, first.in_channels, 224, 224, generator=generator)
+def _eye(like: Tensor) -> Tensor:
+    """An identity matrix or kernel of the shape of a weight, which need not be square."""
+    weight = torch.zeros_like(like)
+    middle = weight[(slice(None), slice(None), *((length - 1) // 2 for length in like.shape[2:]))]
+    middle.fill_(1) if like.shape[1] == 1 < len(like) else middle.fill_diagonal_(1)
+    return weight

@@ -6,13 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clafusion.alignment.layer_maps import Alignment
-from clafusion.balancing.correspondence import check_shapes, copied_state, match_layers, matched_units
+from clafusion.alignment.stages import Alignment
+from clafusion.balancing.correspondence import matched_units
 from clafusion.errors import FusionError
 from clafusion.statistics.samples import check_features, chunks, collect
 from clafusion.tracing.execution import GraphRunner, as_input
-from clafusion.tracing.parameters import State, load_state, resized, state_of
-from clafusion.tracing.structure import Structure, Unit, structure_of
+from clafusion.tracing.parameters import State, load_state, state_of
+from clafusion.tracing.reading import structure_of
+from clafusion.tracing.resizing import room_for
+from clafusion.tracing.structure import Structure, Unit
 
 
 @torch.no_grad()
@@ -53,49 +55,58 @@ def merged(
     shallow: nn.Module, a: Structure, b: Structure, alignment: Alignment, samples: Tensor, relu: str
 ) -> nn.Module:
     """`merge_layers` from structures and collected samples."""
-    partners = matched_units(a, b, alignment)
+    partners = matched_units(a, b, alignment, "the shallow network", merging=True)
     dropped = [unit for unit in a.units if unit.name not in partners]
     _check_mergeable(a, dropped)
-    gates = _gates(a, [unit.output.pre for unit in dropped], samples, relu)
-    source = state_of(a.module)
-    sizes = {b.input: a.sizes[a.input]}
+    gates = _gates(a, [unit.features for unit in dropped], samples, relu)
+    source = a.capture.tensors
+    sizes = dict(b.sizes)
     state: dict[str, Tensor] = {}
     carried: tuple[Tensor, Tensor] | None = None
     for unit in a.units:
         if unit.name not in partners:
-            carried = _fold(source, unit, carried, gates[unit.output.pre])
+            carried = _fold(source, unit, carried, gates[unit.features])
             continue
         theirs = partners[unit.name]
-        for layer, other in match_layers(unit, theirs):
-            sizes[other.space] = a.sizes[layer.space]
-        copied = copied_state(b, a, theirs, unit, source)
+        sizes.update(_sizes(a, b, unit, theirs))
+        copied = dict(zip(theirs.parameters, (source[name] for name in unit.parameters), strict=True))
         state.update(copied if carried is None else _folded_into(copied, theirs, carried))
         carried = None
-    network = resized(shallow, b, sizes)
-    check_shapes(network, state)
-    return load_state(network, state)
+    network, _ = room_for(shallow, b, sizes, samples)
+    return load_state(network, {**state_of(network), **state}).requires_grad_(True)
+
+
+def _sizes(a: Structure, b: Structure, unit: Unit, theirs: Unit) -> dict[str, int]:
+    """The widths that a unit of the deep network brings to the shallow one."""
+    sizes = {}
+    for name, other in zip(unit.parameters, theirs.parameters, strict=True):
+        axis, another = a.axes[name][0], b.axes[other][0]
+        for space, own in zip(another.spaces, axis.spaces, strict=True) if axis and another else ():
+            sizes[space] = a.sizes[own]
+    return sizes
 
 
 def _check_mergeable(structure: Structure, dropped: Sequence[Unit]) -> None:
     order = structure.units
     followers = [order[order.index(unit) + 1] for unit in dropped]
     for unit in (*dropped, *followers):
-        if [layer.kind for layer in unit.layers] != ["linear"] or (
-            unit in dropped and unit.output.activation != "ReLU"
+        bare = len(unit.parameters) == sum((one.weight is not None) + (one.bias is not None) for one in unit.layers)
+        if [layer.kind for layer in unit.layers] != ["linear"] or not bare or (
+            unit in dropped and unit.layers[-1].activation != "relu"
         ):
             kinds = ", ".join(layer.kind for layer in unit.layers)
             raise FusionError(
                 f"Expected to merge Linear layers with ReLU, got {unit.name!r} ({kinds}, activation "
-                f"{unit.output.activation}); balance this pair with insert"
+                f"{unit.layers[-1].activation if unit.layers else None}); balance this pair with insert"
             )
 
 
 def _gates(structure: Structure, nodes: Sequence[str], samples: Tensor, relu: str) -> dict[str, Tensor]:
     """The factors in [0, 1] that stand for the ReLU of each merged layer, per neuron."""
     sums: dict[str, Tensor] = {}
-    runner = GraphRunner(structure.module)
+    runner = GraphRunner(structure.capture)
     for chunk in chunks(samples):
-        for name, value in runner.observe(as_input(chunk, structure.module), nodes):
+        for name, value in runner.observe(as_input(chunk, structure.capture), nodes):
             part = torch.stack([value.double().sum(0), (value > 0).double().sum(0)])
             sums[name] = sums[name] + part if name in sums else part
     check_features(*sums.values())

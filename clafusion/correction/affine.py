@@ -1,57 +1,74 @@
-"""A weighted layer with the norm behind it folded in: in eval mode one affine map, to be read and written."""
+"""Affine layers of a captured network, with the norm or the scale behind them folded in, to be read and written."""
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx
 
-from clafusion.tracing.operations import is_norm
-from clafusion.tracing.parameters import state_of
 from clafusion.tracing.structure import Layer, Structure
 
 
 @dataclass(frozen=True)
 class FoldedLayer:
-    """`y = W x + b`, computed by a Linear or Conv2d and perhaps a BatchNorm behind it.
+    """`y = W x + b`, computed by a Linear or a convolution, and perhaps a BatchNorm or a scale per neuron behind it.
 
     Attributes:
-        module: the Linear or Conv2d.
-        norm: the BatchNorm that follows, or None.
-        input: the graph node that it reads.
-        output: the graph node of y.
+        layer: the layer.
+        operation: its graph node.
+        weight: W before the norm or the scale, as the network has it.
+        bias: b likewise, or None.
+        norm: weight, bias, running mean and running variance of the BatchNorm, or None.
+        eps: of the BatchNorm.
+        scale: the factor of every neuron, [neurons], or None.
     """
 
-    module: nn.Linear | nn.Conv2d
-    norm: nn.BatchNorm1d | nn.BatchNorm2d | None
-    input: str
-    output: str
+    layer: Layer
+    operation: fx.Node
+    weight: Tensor
+    bias: Tensor | None
+    norm: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    eps: float
+    scale: Tensor | None
+
+    @property
+    def output(self) -> str:
+        """The graph node of y, before the scale."""
+        return self.layer.norm or self.layer.node
+
+    @property
+    def dim(self) -> int:
+        """The dimension of its input and of its output along which neurons lie."""
+        return -1 if self.layer.kind == "linear" else 1
 
     @property
     def has_bias(self) -> bool:
         """Whether b can be other than zero."""
-        return self.norm is not None or self.module.bias is not None
+        return self.norm is not None or self.bias is not None
 
     @property
     def groups(self) -> int:
         """Groups of a convolution; 1 for a Linear."""
-        return self.module.groups if isinstance(self.module, nn.Conv2d) else 1
+        groups = (*self.operation.args, *[1] * 7)[6] if self.layer.kind != "linear" else 1
+        assert isinstance(groups, int)
+        return groups
 
     @property
     def fan_in(self) -> int:
         """Inputs of one neuron."""
-        return self.module.weight[0].numel()
+        return self.weight[0].numel()
 
     def read(self) -> tuple[Tensor, Tensor]:
         """W [neurons, fan-in] and b [neurons], float64."""
-        weight = self.module.weight.detach().double().flatten(1)
-        bias = weight.new_zeros(len(weight)) if self.module.bias is None else self.module.bias.detach().double()
-        if self.norm is None:
-            return weight, bias
-        state = {name: tensor.double() for name, tensor in state_of(self.norm).items()}
-        gain = state["weight"] / (state["running_var"] + self.norm.eps).sqrt()
-        return gain[:, None] * weight, state["bias"] + gain * (bias - state["running_mean"])
+        weight = self.weight.detach().double().flatten(1)
+        bias = weight.new_zeros(len(weight)) if self.bias is None else self.bias.detach().double()
+        if self.norm is not None:
+            gain, shift, mean, variance = (tensor.detach().double() for tensor in self.norm)
+            factor = gain / (variance + self.eps).sqrt()
+            weight, bias = factor[:, None] * weight, shift + factor * (bias - mean)
+        if self.scale is not None:
+            weight, bias = self.scale.double()[:, None] * weight, self.scale.double() * bias
+        return weight, bias
 
     def write(self, weight: Tensor, bias: Tensor, moments: tuple[Tensor, Tensor] | None) -> None:
         """Overwrite the layer in place so that it computes `weight x + bias`.
@@ -63,69 +80,101 @@ class FoldedLayer:
                 that training goes on smoothly. None where there is no norm.
         """
         with torch.no_grad():
-            self.module.weight.copy_(weight.reshape(self.module.weight.shape))
+            if self.scale is not None:
+                # A neuron that is scaled to nothing cannot be given anything.
+                scale = self.scale.double()
+                alive = scale.abs() > torch.finfo(self.scale.dtype).eps * scale.abs().max()
+                factor = torch.where(alive, 1 / scale, 0.0)
+                before, offset = self.weight.double().flatten(1), 0.0 if self.bias is None else self.bias.double()
+                weight = torch.where(alive[:, None], factor[:, None] * weight, before)
+                bias = torch.where(alive, factor * bias, offset)
+            self.weight.copy_(weight.reshape(self.weight.shape))
             if self.norm is None or moments is None:
-                if self.module.bias is not None:
-                    self.module.bias.copy_(bias)
+                if self.bias is not None:
+                    self.bias.copy_(bias)
                 return
-            if self.module.bias is not None:
-                self.module.bias.zero_()
-            state = state_of(self.norm)
-            state["running_mean"].copy_(moments[0])
-            state["running_var"].copy_(moments[1].clamp_min(0))
+            if self.bias is not None:
+                self.bias.zero_()
+            gain, shift, mean, variance = self.norm
+            mean.copy_(moments[0])
+            variance.copy_(moments[1].clamp_min(0))
             # Weight and bias undo the stored mean and variance, their rounding included.
-            state["weight"].copy_((state["running_var"].double() + self.norm.eps).sqrt())
-            state["bias"].copy_(state["running_mean"].double() + bias)
+            gain.copy_((variance.double() + self.eps).sqrt())
+            shift.copy_(mean.double() + bias)
+
+    def keep(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Its tensors and copies of them, to undo what is written."""
+        tensors = (self.weight, self.bias, *(self.norm or ()))
+        return tuple((tensor, tensor.detach().clone()) for tensor in tensors if tensor is not None)
 
 
-def folded_layer(structure: Structure, layer: Layer) -> FoldedLayer:
-    """A layer of a structure with the norm that follows it directly; writing to it changes the network."""
-    modules = dict(structure.module.named_modules())
-    node = next(node for node in structure.module.graph.nodes if node.name == layer.node)
-    user = next(iter(node.users))
-    followed = len(node.users) == 1 and is_norm(user, modules)
-    norm = cast(nn.BatchNorm2d, modules[str(user.target)]) if followed else None
-    return FoldedLayer(
-        cast(nn.Conv2d, modules[layer.name]), norm, node.all_input_nodes[0].name, user.name if followed else node.name
-    )
+def folded_layer(structure: Structure, layer: Layer, with_scale: bool = False) -> FoldedLayer:
+    """A layer of a structure with what follows it directly; writing to it changes the network.
+
+    Args:
+        structure: of the network.
+        layer: one that has a weight of its own.
+        with_scale: whether y is meant behind the scale.
+    """
+    tensors, names = structure.capture.tensors, structure.capture.names
+    nodes = structure.nodes
+    assert layer.weight is not None
+    norm, eps = None, 0.0
+    if layer.norm is not None:
+        node = nodes[layer.norm]
+        found = [tensors[names[one.name]] for one in node.args[1:5] if isinstance(one, fx.Node)]
+        norm, eps = (found[0], found[1], found[2], found[3]), float(node.args[7])  # type: ignore[arg-type]
+    scale = tensors[layer.scale].detach().flatten() if with_scale and layer.scale is not None else None
+    bias = tensors[layer.bias] if layer.bias is not None else None
+    if scale is not None:
+        scale = scale.expand(len(tensors[layer.weight]))
+    return FoldedLayer(layer, nodes[layer.node], tensors[layer.weight], bias, norm, eps, scale)
 
 
-def design_rows(module: nn.Linear | nn.Conv2d, inputs: Tensor, observations: Tensor) -> Tensor:
+def design_rows(part: FoldedLayer, inputs: Tensor, observations: Tensor) -> Tensor:
     """The inputs of the neurons of a layer at some observations: what each output is a linear function of.
 
     Args:
-        module: a Linear, or a Conv2d of any kernel, stride, padding, dilation and grouping.
+        part: a Linear, or a convolution of any kernel, stride, padding, dilation and grouping.
         inputs: a batch of its inputs.
-        observations: their indices; they are counted sample by sample, then by output row and column.
+        observations: their indices; they are counted in the order of the output without its neurons.
 
     Returns:
         [observations, groups, fan-in].
     """
-    if isinstance(module, nn.Linear):
-        return inputs[observations, None, :]
-    left, right, top, bottom = _padding(module)
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded = F.pad(inputs, (left, right, top, bottom), mode=mode)
-    height, width = (
-        (extent - dilation * (kernel - 1) - 1) // stride + 1
-        for extent, kernel, stride, dilation in zip(
-            padded.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True
+    if part.layer.kind == "linear":
+        return inputs.flatten(0, -2)[observations, None, :] if inputs.ndim > 2 else inputs[observations, None, :]
+    kernel = part.weight.shape[2:]
+    stride, padding, dilation = _geometry(part, len(kernel))
+    padded = F.pad(inputs, [side for pair in reversed(padding) for side in pair])
+    extents = [
+        (extent - one_dilation * (one_kernel - 1) - 1) // one_stride + 1
+        for extent, one_dilation, one_kernel, one_stride in zip(
+            padded.shape[2:], dilation, kernel, stride, strict=True
         )
-    )
-    sample, y, x = observations // (height * width), observations // width % height, observations % width
-    offsets = [
-        torch.arange(kernel, device=inputs.device) * dilation
-        for kernel, dilation in zip(module.kernel_size, module.dilation, strict=True)
     ]
-    rows = (y * module.stride[0])[:, None, None] + offsets[0][None, :, None]
-    columns = (x * module.stride[1])[:, None, None] + offsets[1][None, None, :]
-    patches = padded.movedim(1, -1)[sample[:, None, None], rows, columns]  # [observations, kernel, kernel, channels]
-    return patches.movedim(-1, 1).reshape(len(observations), module.groups, -1)
+    rest, places = observations, []
+    for extent in reversed(extents):
+        places.insert(0, rest % extent)
+        rest = rest // extent
+    index: list[Tensor] = [rest.reshape(-1, *[1] * len(kernel))]
+    for dim, (place, one_kernel) in enumerate(zip(places, kernel, strict=True)):
+        offsets = torch.arange(one_kernel, device=inputs.device) * dilation[dim]
+        shape = [1] * (len(kernel) + 1)
+        shape[dim + 1] = one_kernel
+        index.append((place * stride[dim]).reshape(-1, *[1] * len(kernel)) + offsets.reshape(shape))
+    patches = padded.movedim(1, -1)[tuple(index)]  # [observations, *kernel, channels]
+    return patches.movedim(-1, 1).reshape(len(observations), part.groups, -1)
 
 
-def _padding(module: nn.Conv2d) -> tuple[int, int, int, int]:
-    """Left, right, top, bottom."""
-    if isinstance(module.padding, str):
-        return tuple(module._reversed_padding_repeated_twice)  # type: ignore[return-value]
-    vertical, horizontal = module.padding
-    return horizontal, horizontal, vertical, vertical
+def _geometry(part: FoldedLayer, dims: int) -> tuple[list[int], list[tuple[int, int]], list[int]]:
+    """Stride, padding on both sides, and dilation of a convolution, per dimension."""
+    defaults = [[1] * dims, [0] * dims, [1] * dims]
+    given = [*part.operation.args[3:6], *defaults[len(part.operation.args[3:6]) :]]
+    stride, dilation = (list(one) * (dims if len(one) == 1 else 1) for one in (given[0], given[2]))  # type: ignore[arg-type]
+    if isinstance(given[1], str):
+        reach = [one * (size - 1) for one, size in zip(dilation, part.weight.shape[2:], strict=True)]
+        total = reach if given[1] == "same" else [0] * dims
+        return stride, [(one // 2, one - one // 2) for one in total], dilation
+    padding = list(given[1]) * (dims if len(given[1]) == 1 else 1)  # type: ignore[arg-type]
+    return stride, [(one, one) for one in padding], dilation

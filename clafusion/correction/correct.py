@@ -17,82 +17,134 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from clafusion.correction.affine import folded_layer
-from clafusion.correction.refit import refit_unit
+from clafusion.correction.refit import refit_step
 from clafusion.correction.rescaling import add_missing_biases, match_moments
+from clafusion.correction.steps import Step, earliest, steps_of
 from clafusion.correction.targets import Targets
 from clafusion.errors import FusionError
 from clafusion.statistics.samples import batch_size, check_finite, chunks
 from clafusion.tracing.execution import Cursor, GraphRunner
-from clafusion.tracing.structure import Structure, structure_of
+from clafusion.tracing.exporting import operation_of
+from clafusion.tracing.parameters import state_of
+from clafusion.tracing.reading import structure_of
+from clafusion.tracing.structure import Structure
+from clafusion.tracing.units import LAYERS, NORMS
 from clafusion.tracking import tracked
+from clafusion.transport.moving import moved_parameter, parameter_of
 
 _WORDS = {"rescale": "rescaling layers", "repair": "repairing layers", "refit": "refitting layers"}
 
 
-def correct(model: nn.Module, targets: Targets, samples: Tensor) -> None:
+def correct(model: nn.Module, structure: Structure, targets: Targets, samples: Tensor) -> Structure:
     """Correct a fused network in place, as `correction` of the options says.
 
     Args:
         model: the fused network.
+        structure: its structure, which shares its tensors.
         targets: made of its parents; of the options `correction`, `ridge`, `memory_budget` and `seed` are read.
-        samples: unlabelled inputs. Of every network one activation per sample is held at a time.
+        samples: unlabelled inputs. Of every network the activations that are alive at one place are held at a time.
+
+    Returns:
+        The structure of the corrected network; a repair may have given it biases.
 
     Raises:
         FusionError: if activations or the corrected parameters are not finite.
 
     Warns:
-        UserWarning: if a layer is refit from fewer observations than it has unknowns, or if a norm is left as it is.
+        UserWarning: if a layer is refit from fewer observations than it has unknowns, or if a layer or a norm is left
+            as it is.
     """
     options = targets.options
     if options.correction == "none":
-        return
+        return structure
     if options.correction == "repair":
+        before = len(list(model.parameters()))
         add_missing_biases(model)
-    structure = structure_of(model, samples)
-    count = sum(layer.weighted for layer in structure.layers)
-    if options.correction == "refit":  # projection shortcuts together with the branch that they are added to
-        count = sum(len(unit.branch) for unit in structure.units)
-    layers = tracked(_layer_by_layer(structure, targets, samples), _WORDS[options.correction], count)
-    scarce = [line for line in layers if line]
+        if len(list(model.parameters())) != before:
+            structure = structure_of(model, samples)
+    if options.correction == "refit":
+        _average_with_lead(structure, targets)
+    steps = steps_of(structure) if options.correction == "refit" else list(_one_by_one(structure))
+    layers = tracked(_layer_by_layer(structure, steps, targets, samples), _WORDS[options.correction], len(steps))
+    notes = [line for line in layers if line]
     _warn(
-        scarce,
+        [line for line in notes if " for the " in line],
         "Expected at least as many observations as inputs to refit every layer from, got {}; the ridge decides the "
         "rest, pass more samples",
     )
     _warn(
-        _lone_norms(structure),
-        "Expected every norm directly behind a Linear or Conv2d, got {} elsewhere; it stays averaged, everything else "
-        "is corrected",
+        [*(line for line in notes if " for the " not in line), *_left_alone(structure)],
+        "Expected layers and norms that can be corrected, got {}; this stays averaged, everything else is corrected",
     )
-    check_finite(model, f"the fused network after {options.correction}", structure)
+    check_finite(state_of(model), f"the fused network after {options.correction}", structure.axes)
+    return structure
 
 
-def _layer_by_layer(structure: Structure, targets: Targets, samples: Tensor) -> Iterator[str | None]:
+def _one_by_one(structure: Structure) -> Iterator[Step]:
+    """Every layer by itself, at its own output."""
+    for unit in structure.units:
+        for layer in unit.layers:
+            if layer.weight is not None:
+                dim = -1 if layer.kind == "linear" else 1
+                yield Step(unit, (layer,), layer.norm or layer.node, dim, False)
+
+
+def _layer_by_layer(
+    structure: Structure, steps: Sequence[Step], targets: Targets, samples: Tensor
+) -> Iterator[str | None]:
     """Correct layer after layer, and yield after each what there is to say about it."""
-    options = targets.options
-    runners = [GraphRunner(structure.module), *targets.balanced.runners]
+    options, parents = targets.options, targets.balanced.parents
+    runners = [GraphRunner(structure.capture), *targets.balanced.runners]
     parts = chunks(samples, batch_size(runners, options.memory_budget))
     fused, *cursors = (Cursor(runner, parts) for runner in runners)
     generator = torch.Generator().manual_seed(options.seed)
-    for unit in structure.units:
-        for cursor in (fused, *cursors):
-            cursor.advance([unit.input])
+    for number, step in enumerate(steps):
+        rest = steps[number:]
+        fused.advance(earliest(structure, rest))
+        for cursor, parent in zip(cursors, parents, strict=True):
+            ahead = [parent.nodes[one.node] for one in rest if one.node in parent.nodes]
+            if ahead:
+                cursor.advance(min(ahead, key=cursor.runner.order.__getitem__))
         try:
             if options.correction == "refit":
-                yield from refit_unit(structure, unit, fused, cursors, targets, generator, options.ridge)
+                yield refit_step(structure, step, fused, cursors, targets, generator, options.ridge)
             else:
-                yield from match_moments(structure, unit, fused, cursors, targets, shift=options.correction == "repair")
+                match_moments(structure, step, fused, cursors, targets, shift=options.correction == "repair")
+                yield None
         except FusionError as error:
-            raise FusionError(f"{options.correction} of {unit.name!r}: {error}") from error
+            raise FusionError(f"{options.correction} of {step.last.name!r}: {error}") from error
 
 
-def _lone_norms(structure: Structure) -> list[str]:
-    """The norms that no layer takes along when it is corrected."""
-    modules = dict(structure.module.named_modules())
-    taken = [folded_layer(structure, layer).norm for layer in structure.layers if layer.weighted]
-    norms = [layer.name for layer in structure.layers if layer.kind == "norm"]
-    return [repr(name) for name in norms if not any(modules[name] is norm for norm in taken)]
+@torch.no_grad()
+def _average_with_lead(structure: Structure, targets: Targets) -> None:
+    """Let class tokens and positions, which are added as they are, have the anchor's lead: their average is their refit."""
+    balanced = targets.balanced
+    known = {name for node in structure.nodes.values() if operation_of(node) in LAYERS | NORMS | {"mul"}
+             for name in (structure.capture.names.get(used.name) for used in node.all_input_nodes) if name}
+    for unit in structure.units:
+        for name in unit.parameters:
+            if name in known or name not in structure.capture.parameters:
+                continue
+            weights = targets.led(balanced.inner_weights(unit, targets.weights))
+            tensors = {k: parameter_of(balanced, k, name) for k in weights}
+            found = {k: tensor for k, tensor in tensors.items() if tensor is not None}
+            if len(found) == len(weights):
+                total = sum(
+                    weights[k] * moved_parameter(balanced, k, name, tensor.double(), targets.maps[k], targets.options)
+                    for k, tensor in found.items()
+                )
+                assert isinstance(total, Tensor)
+                structure.capture.tensors[name].copy_(total)
+
+
+def _left_alone(structure: Structure) -> list[str]:
+    """The layers whose weights are computed, and the BatchNorms that no layer takes along when it is corrected."""
+    taken = {layer.norm for layer in structure.layers if layer.weight is not None}
+    lone = [name for name, node in structure.nodes.items() if operation_of(node) == "batch_norm" and name not in taken]
+    norms = [structure.capture.names.get(used.name, "").rpartition(".")[0] for name in lone
+             for used in structure.nodes[name].all_input_nodes[1:2]]
+    computed = [f"{layer.name!r}, whose weight is computed" for layer in structure.layers if layer.weight is None]
+    return [*computed, *(f"the norm {name!r}, which follows no layer directly" for name in norms)]
 
 
 def _warn(names: Sequence[str], message: str) -> None:

@@ -122,20 +122,20 @@ class RidgeSystem:
                 added = torch.cat([added[:, :-1], coefficients[:, -1:] - shift], 1)
         return prior.double() + added.transpose(1, 2)
 
-    def regress(self, target: Tensor, prior: Tensor) -> Tensor:
+    def regress(self, residual: Tensor, prior: Tensor) -> Tensor:
         r"""The weights :math:`\arg\min_W \lVert X W^\top - T \rVert^2 + \lambda \lVert W - W_0 \rVert^2`.
 
         The ridge makes the system definite however few or dependent the observations are.
 
         Args:
-            target: T, [groups, observations, outputs].
+            residual: the error of the prior weights :math:`T - X W_0^\top`, [groups, observations, outputs].
             prior: :math:`W_0`, [groups, outputs, inputs].
 
         Returns:
             [groups, outputs, inputs], float64.
         """
         prior = prior.double()
-        return self.weights(prior, self.step(target - self.apply(prior), self.nothing(prior)))
+        return self.weights(prior, self.step(residual, self.nothing(prior)))
 
     def nothing(self, prior: Tensor) -> Tensor:
         """The coefficients that leave prior weights as they are."""
@@ -153,25 +153,23 @@ class RidgeSystem:
         return sum(parts, torch.zeros((), dtype=torch.float64, device=values.device))
 
 
-def rectified_regression(system: RidgeSystem, target: Tensor, offset: Tensor, prior: Tensor) -> Tensor:
+def rectified_regression(system: RidgeSystem, target: Tensor, base: Tensor, prior: Tensor) -> Tensor:
     r"""Ridge regression of what a ReLU lets through: a negative target asks for no more than a negative output.
 
-    Minimises :math:`\sum r^2 + \lambda \lVert W - W_0 \rVert^2`, where with :math:`y = x W^\top + \text{offset}` the
-    error r is :math:`t - y` where the target is positive and :math:`\max(y, 0)` elsewhere. The objective is convex and
+    Minimises :math:`\sum r^2 + \lambda \lVert W - W_0 \rVert^2`, where with the output y the error r is :math:`t - y` where the target is positive and :math:`\max(y, 0)` elsewhere. The objective is convex and
     its curvature is at most that of plain regression, so that each step solves the same factorised system. It begins
     with the weights of plain regression; the steps are accelerated (Nesterov 1983, as in Beck and Teboulle 2009).
 
     Args:
         system: of the inputs.
         target: pre-activations to reach, [groups, observations, outputs].
-        offset: what is added to the layer's output before the ReLU, broadcast to the target.
+        base: the output with the prior weights, and with all that is added to it before the ReLU.
         prior: weights to be pulled towards, [groups, outputs, inputs].
 
     Returns:
         [groups, outputs, inputs], float64.
     """
     prior = prior.double()
-    base = system.apply(prior) + offset
     coefficients = system.step(target - base, system.nothing(prior))
     active, target, base = target > 0, target.to(system.x.dtype), base.to(system.x.dtype)
     previous, momentum = coefficients, 1.0
@@ -184,7 +182,14 @@ def rectified_regression(system: RidgeSystem, target: Tensor, offset: Tensor, pr
     return system.weights(prior, coefficients)
 
 
-def soft_label_regression(x: Tensor, probabilities: Tensor, prior: Tensor, ridge: float, intercept: bool) -> Tensor:
+def soft_label_regression(
+    x: Tensor,
+    probabilities: Tensor,
+    prior: Tensor,
+    ridge: float,
+    intercept: bool,
+    offset: Tensor | float = 0.0,
+) -> Tensor:
     r"""Softmax regression on soft labels, by majorisation with a fixed curvature (Boehning 1992).
 
     Minimises the cross entropy of `softmax(x W^T)` to the given probabilities plus the ridge. The Hessian is bounded by
@@ -196,6 +201,7 @@ def soft_label_regression(x: Tensor, probabilities: Tensor, prior: Tensor, ridge
         prior: weights to start from and to be pulled towards, [classes, inputs].
         ridge: as in `RidgeSystem.of`.
         intercept: whether the last input is the constant one.
+        offset: what else is added to the logits, [observations, classes].
 
     Returns:
         [classes, inputs], float64.
@@ -203,7 +209,7 @@ def soft_label_regression(x: Tensor, probabilities: Tensor, prior: Tensor, ridge
     # Half the Gram matrix plus the penalty is half of this system.
     system = RidgeSystem.of(x.double()[:, None, :], 2 * ridge, intercept)
     prior = prior.double()[None]
-    base, coefficients = system.apply(prior), system.nothing(prior)
+    base, coefficients = system.apply(prior) + offset, system.nothing(prior)
     for _ in range(SOFT_LABEL_STEPS):
         error = probabilities - (base + system.outputs(coefficients)).softmax(-1)
         coefficients = coefficients + system.step(2 * error, coefficients)

@@ -5,8 +5,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from clafusion.correction.steps import Step
 from clafusion.options import FusionOptions
-from clafusion.tracing.structure import Layer, Unit
+from clafusion.tracing.parameters import axis_move
+from clafusion.tracing.spaces import Axis
+from clafusion.tracing.structure import Structure
 from clafusion.transport.balanced import Balanced, Maps
 
 
@@ -27,19 +30,40 @@ class Targets:
     weights: Sequence[float]
     options: FusionOptions
 
-    def shares(self, layer: Layer, unit: Unit) -> dict[int, float]:
-        """The share of each parent in the target of a layer, summing to one; a parent without the layer has none."""
-        anchor, is_head = self.balanced.anchor, layer.space == self.balanced.structure.output
-        if self.options.head == "anchor" and is_head:
+    def is_head(self, step: Step) -> bool:
+        """Whether a step gives the logits."""
+        return step.node == self.balanced.structure.capture.logits
+
+    def shares(self, step: Step) -> dict[int, float]:
+        """The share of each parent in the target of a step, summing to one; a parent that lacks it has none."""
+        anchor = self.balanced.anchor
+        if self.options.head == "anchor" and self.is_head(step):
             return {anchor: 1.0}
-        owned = self.balanced.target_weights(layer, unit, self.weights)
-        if not is_head and self.options.correction == "refit":
+        layer = step.last
+        owned = self.balanced.layer_weights(layer, step.unit, self.weights)
+        owned = {k: weight for k, weight in owned.items() if step.node in self.balanced.parents[k].nodes}
+        return self.led(owned, not self.is_head(step) and not self._writes_logits(step))
+
+    def led(self, owned: dict[int, float], hidden: bool = True) -> dict[int, float]:
+        """Weights of some parents as shares, with the lead of the anchor where something hidden is refit."""
+        if hidden and self.options.correction == "refit":
             lead = 1 + (self.options.anchor_lead - 1) * (len(owned) - 1)
-            owned = {k: weight * (lead if k == anchor else 1.0) for k, weight in owned.items()}
+            owned = {k: weight * (lead if k == self.balanced.anchor else 1.0) for k, weight in owned.items()}
         total = sum(owned.values())
         return {k: weight / total if total else 1 / len(owned) for k, weight in owned.items()}
 
-    def moved(self, k: int, layer: Layer, features: Tensor) -> Tensor:
-        """Rows of a parent's features carried onto the fused network's neurons, float64."""
-        mapping = self.maps[k].get(layer.space)
-        return features.double() if mapping is None else features.double() @ mapping
+    def moved(self, k: int, step: Step, features: Tensor, result: Structure) -> Tensor:
+        """Rows of a parent's features at a step carried onto the fused network's neurons, float64."""
+        parent = self.balanced.parents[k]
+        old = _axis(parent.structure, parent.nodes[step.node], step.dim)
+        move = axis_move(old, _axis(result, step.node, step.dim), self.maps[k], parent.spaces)
+        return features.double() if move is None else move.apply(features.double(), 1)
+
+    def _writes_logits(self, step: Step) -> bool:
+        axis = self.balanced.structure.written(step.last)
+        return axis is not None and self.balanced.structure.output in axis.spaces
+
+
+def _axis(structure: Structure, node: str, dim: int) -> Axis | None:
+    axes = structure.spaces.of_node(node)
+    return None if axes is None else axes[dim]

@@ -8,20 +8,24 @@ from torch import Tensor, nn
 from clafusion.errors import FusionError
 from clafusion.options import FusionOptions, normalized
 from clafusion.statistics.samples import check_finite
-from clafusion.tracing.capture import independent_copy
-from clafusion.tracing.parameters import add_moved, load_state, resized, state_of
-from clafusion.tracing.structure import Layer, Unit
+from clafusion.tracing.parameters import add_moved, independent_copy, load_state, state_of
+from clafusion.tracing.structure import Structure, Unit
 from clafusion.transport.balanced import Balanced, Maps
-from clafusion.transport.neuron_maps import axis_maps
+from clafusion.transport.moving import moved_parameter, parameter_moves, parameter_of
 
 
 def moved_average(
-    balanced: Balanced, maps: Sequence[Maps], weights: Sequence[float], options: FusionOptions
-) -> nn.Module:
-    """Average the moved parents into a network with the anchor's widths and the balanced depth.
+    balanced: Balanced,
+    room: Structure,
+    maps: Sequence[Maps],
+    weights: Sequence[float],
+    options: FusionOptions,
+) -> None:
+    """Average the moved parents into a network with the anchor's widths and the template's depth.
 
     Args:
         balanced: the parents; left as they are.
+        room: the structure of the network, whose parameters are overwritten.
         maps: per parent the maps of its neurons.
         weights: per parent, summing to one.
         options: `streams` and `head` are read.
@@ -29,60 +33,47 @@ def moved_average(
     Raises:
         FusionError: if a parameter of the result is not finite.
     """
-    structure = balanced.structure
-    network = resized(balanced.parents[balanced.anchor].network, structure, _sizes(balanced, options))
-    fused = state_of(network)
-    states = [state_of(parent.network) for parent in balanced.parents]
-    for unit in structure.units:
-        for layer in unit.layers:
-            for name in (key for key in structure.axes if key.rpartition(".")[0] == layer.name):
-                shares = _shares(balanced, unit, layer, name, weights, options)
-                tensors = [state[name] for state in states]
-                _add_up(fused[name], balanced, name, tensors, maps, shares, options)
-    check_finite(network, "the fused network", structure)
-    return network
+    for unit in balanced.structure.units:
+        for name in unit.parameters:
+            shares = _shares(balanced, unit, name, weights, options)
+            with torch.no_grad():
+                _add_up(room.capture.tensors[name], balanced, name, maps, shares, options)
+    named = {name: room.capture.tensors[name] for name in balanced.layout}
+    check_finite(named, "the fused network", room.axes)
 
 
 def _add_up(
     fused: Tensor,
     balanced: Balanced,
     name: str,
-    tensors: Sequence[Tensor],
     maps: Sequence[Maps],
     shares: Sequence[float],
     options: FusionOptions,
 ) -> None:
-    """Fill in one parameter of the result, which is zero so far; a counter of batches is the anchor's."""
+    """Fill in one parameter of the result; a counter of batches, and any other whole numbers, are the template's."""
     if not fused.is_floating_point():
-        fused.copy_(tensors[balanced.anchor])
         return
-    total = fused.to(torch.promote_types(fused.dtype, torch.float32))
+    total = torch.zeros_like(fused, dtype=torch.promote_types(fused.dtype, torch.float32))
+    layer = balanced.layer_of.get(name)
+    in_groups = layer is not None and layer.kind == "grouped" and name == layer.weight
     for k, share in enumerate(shares):
-        if share:
-            axes = balanced.structures[k].axes[name]
-            add_moved(total, share, tensors[k], axes, axis_maps(axes, maps[k], options))
-    if total is not fused:
-        fused.copy_(total)
-
-
-def _sizes(balanced: Balanced, options: FusionOptions) -> dict[str, int]:
-    """The widths of the result: the anchor's, and the template's inside units that the anchor lacks."""
-    sizes = dict(balanced.structure.sizes)
-    shared = options.streams == "shared"
-    for unit in balanced.structure.units:
-        for layer in unit.layers:
-            owner = balanced.reference(balanced.owners_of(layer, unit, shared))
-            sizes[layer.space] = balanced.structures[owner].sizes[layer.space]
-    return sizes
+        tensor = parameter_of(balanced, k, name) if share else None
+        if tensor is None:
+            continue
+        if in_groups:
+            total.add_(moved_parameter(balanced, k, name, tensor.to(total.dtype), maps[k], options), alpha=share)
+        else:
+            add_moved(total, share, tensor, parameter_moves(balanced, k, name, maps[k], options))
+    fused.copy_(total)
 
 
 def _shares(
-    balanced: Balanced, unit: Unit, layer: Layer, name: str, weights: Sequence[float], options: FusionOptions
+    balanced: Balanced, unit: Unit, name: str, weights: Sequence[float], options: FusionOptions
 ) -> list[float]:
     r"""The share of every parent in one parameter.
 
     Most parameters are plainly averaged: parent k has the share :math:`w_k`. But let the parents have the shares
-    :math:`s_k` of a residual unit :math:`x + V \phi(U x)`: 1 or 0, where it is an inserted identity with :math:`V = 0`,
+    :math:`s_k` of a residual unit :math:`x + V \phi(U x)`: 1 or 0, where it is an identity with :math:`V = 0`,
     or something between in an average of networks of which some had it. Then
 
     .. math:: U = \sum_k \frac{w_k s_k}{\sum_j w_j s_j} U_k, \qquad V = \sum_k w_k V_k
@@ -92,12 +83,14 @@ def _shares(
     """
     everybody = range(len(balanced.parents))
     inside = balanced.inner_weights(unit, weights)
-    if options.head == "anchor" and layer.space == balanced.structure.output:
+    axes = balanced.layout[name]
+    writes_logits = bool(axes) and axes[0] is not None and balanced.structure.output in axes[0].spaces
+    if options.head == "anchor" and writes_logits:
         return [float(k == balanced.anchor) for k in everybody]
     whole = inside == dict(enumerate(weights))
-    if options.streams == "per_layer" or unit.kind == "plain" or whole:
+    if unit.kind != "residual" or whole:
         return list(weights)
-    if layer.name == unit.closing and name.endswith((".weight", ".bias")):
+    if name in unit.closing or (options.streams == "per_layer" and name in balanced.layer_of):
         return [weights[k] if k in inside else 0.0 for k in everybody]
     total = sum(inside.values())
     if total == 0:

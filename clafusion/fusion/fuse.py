@@ -5,33 +5,30 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clafusion.alignment.layer_maps import (
-    Alignment,
-    StageCosts,
-    align_stages,
-    as_lists,
-    deep_and_shallow,
-    measure_stages,
-)
+from clafusion.alignment.layer_maps import StageCosts, align_stages, as_lists, deep_and_shallow, measure_stages
 from clafusion.alignment.parents import check_parents, template_of, trace_all, with_anchor
+from clafusion.alignment.stages import Alignment
 from clafusion.balancing.balance import balance
+from clafusion.balancing.insertion import inserted
 from clafusion.correction.correct import correct
 from clafusion.correction.rescaling import add_missing_biases
 from clafusion.correction.targets import Targets
 from clafusion.errors import FusionError
 from clafusion.fusion.averaging import moved_average
 from clafusion.fusion.record import FusionSummary
-from clafusion.fusion.verification import check_maps, check_moved, check_outputs
+from clafusion.fusion.verification import check_free, check_maps, check_moved, check_outputs
 from clafusion.options import FusionOptions, normalized
 from clafusion.statistics.memory import within_memory
 from clafusion.statistics.samples import collect
-from clafusion.tracing.capture import independent_copy
-from clafusion.tracing.structure import Structure, structure_of
+from clafusion.tracing.parameters import independent_copy
+from clafusion.tracing.reading import structure_of
+from clafusion.tracing.structure import Structure
 from clafusion.transport.balanced import Balanced, Maps
 from clafusion.transport.neuron_maps import neuron_maps
 
@@ -42,9 +39,11 @@ class Fusion:
 
     Attributes:
         model: the fused network, in eval mode.
-        balancing: the parents at the fused network's depth, and which of them has which unit; where they were fused one
-            after another, each as it was fused, and no owners.
-        structures: of the parents as they were given.
+        structure: its structure before a correction, which shares its tensors.
+        balancing: what of each parent corresponds to what of the template, and which of them has which unit; where they
+            were fused one after another, each as it was fused, and no owners.
+        parents: copies of the networks as they were given.
+        structures: of these.
         alignments: per parent and stage (the head last) the unit of the template that each of its units became
             (`insert`), or the unit of it that each of the template's stands for (`merge`).
         layer_costs: per parent and stage the matrix of layer dissimilarities [deep, shallow], or None where the map was
@@ -54,10 +53,13 @@ class Fusion:
         weights: per parent, summing to one.
         options: what was asked for, with the anchor that was chosen.
         num_samples: how many samples were measured on.
+        steps: where the parents were fused one after another, for each the step that added it, and its place there.
     """
 
     model: nn.Module
+    structure: Structure = field(repr=False)
     balancing: Balanced = field(repr=False)
+    parents: tuple[nn.Module, ...] = field(repr=False)
     structures: tuple[Structure, ...] = field(repr=False)
     alignments: tuple[Alignment, ...]
     layer_costs: tuple[StageCosts, ...]
@@ -66,11 +68,28 @@ class Fusion:
     weights: tuple[float, ...]
     options: FusionOptions
     num_samples: int
+    steps: tuple[tuple["Fusion", int], ...] = field(default=(), repr=False)
 
-    @property
+    @cached_property
     def balanced(self) -> tuple[nn.Module, ...]:
-        """Every parent at the fused network's depth, in the order of the parents."""
-        return tuple(parent.network for parent in self.balancing.parents)
+        """Every parent at the fused network's depth, in the order of the parents, as networks of their own.
+
+        Raises:
+            FusionError: if the template's class cannot have a parent's widths.
+        """
+        if self.steps:
+            return tuple(step.balanced[place] for step, place in self.steps)
+        return tuple(self._balanced(k) for k in range(len(self.parents)))
+
+    def _balanced(self, k: int) -> nn.Module:
+        merged, deep = self.balancing.parents[k].merged, self.parents[self.template]
+        if k == self.template or merged is not None:
+            return self.parents[k] if merged is None else merged
+        samples = torch.zeros(2, *self.balancing.structure.nodes[self.balancing.structure.capture.entry].meta["shape"][1:])
+        pair = self.balancing.structure, self.structures[k]
+        return inserted(
+            deep, *pair, self.alignments[k], samples.to(pair[0].capture.reference), self.options.streams == "per_layer"
+        )
 
     @property
     def template(self) -> int:
@@ -121,12 +140,15 @@ def fuse(models: Sequence[nn.Module], batches: Iterable[Any], options: FusionOpt
     if len(samples) < 2:
         raise FusionError(f"Expected at least 2 samples to measure on, got {len(samples)}; pass more")
     weights = normalized(options.weights, len(models))
+    parents = [independent_copy(model) for model in models]
 
     def compute() -> Fusion:
-        structures = trace_all(models, samples)
+        structures = trace_all(parents, samples)
+        for number, structure in enumerate(structures):
+            check_free(structure, f"parent {number}")
         anchored = with_anchor(structures, samples, options)
-        one_by_one = anchored.many == "iterative" and len(models) > 2
-        return (_fuse_one_by_one if one_by_one else _fuse_at_once)(models, structures, samples, weights, anchored)
+        one_by_one = anchored.many == "iterative" and len(parents) > 2
+        return (_fuse_one_by_one if one_by_one else _fuse_at_once)(parents, structures, samples, weights, anchored)
 
     return within_memory(compute)
 
@@ -145,18 +167,18 @@ def _fuse_at_once(
     pairs = [deep_and_shallow(structures[template], structure, options) for structure in structures]
     layer_costs = tuple(measure_stages(*pair, samples, options) for pair in pairs)
     alignments = tuple(align_stages(*pair, each, options) for pair, each in zip(pairs, layer_costs, strict=True))
-    balanced = balance(models, structures, template, alignments, samples, options, first_shares)
+    balanced, model, structure = balance(models, structures, template, alignments, samples, options, first_shares)
     # Which neurons correspond.
     maps, costs = neuron_maps(balanced, samples, options)
     check_maps(balanced, maps)
-    check_moved(balanced, maps, samples, options)
+    check_moved(balanced, maps, samples)
     # One network, and its features given back what averaging took.
-    model = moved_average(balanced, maps, weights, options)
-    correct(model, Targets(balanced, maps, weights, options), samples)
-    check_outputs(model, samples)
+    moved_average(balanced, structure, maps, weights, options)
+    corrected = correct(model, structure, Targets(balanced, maps, weights, options), samples)
+    check_outputs(model, corrected, samples)
     return Fusion(
-        model.requires_grad_(True), balanced, tuple(structures), alignments, layer_costs, maps, costs, tuple(weights),
-        options, len(samples),
+        model.requires_grad_(True), structure, balanced, tuple(models), tuple(structures), alignments, layer_costs,
+        maps, costs, tuple(weights), options, len(samples),
     )  # fmt: skip
 
 
@@ -195,8 +217,10 @@ def _fuse_one_by_one(
         name: tuple(getattr(step, name)[i] for step, i in told)
         for name in ("alignments", "layer_costs", "maps", "costs")
     }
-    balanced = Balanced(tuple(step.balancing.parents[i] for step, i in told), {}, anchor, template)
+    last = steps[others[-1]]
+    parents = tuple(step.balancing.parents[i] for step, i in told)
+    balanced = Balanced(parents, {}, anchor, template, last.balancing.layout)
     return Fusion(
-        current, balanced, tuple(structures), **by_parent, weights=tuple(weights), options=options,
-        num_samples=len(samples),
+        current, last.structure, balanced, tuple(models), tuple(structures), **by_parent, weights=tuple(weights),
+        options=options, num_samples=len(samples), steps=tuple(told),
     )  # fmt: skip

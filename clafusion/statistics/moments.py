@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from clafusion.statistics.samples import CPU_CHUNK, chunks, rows
-from clafusion.tracing.execution import GraphRunner, in_step, working_precision
+from clafusion.tracing.execution import Ahead, GraphRunner, working_precision
 from clafusion.tracking import tracked
 
+K = TypeVar("K")
 #: Observations whose products are summed in single precision before they are added to sums in float64.
 BLOCK = 4096
 
@@ -113,30 +115,64 @@ class NeuronSums:
         return mean, (self.squares / self.count - mean.square()).clamp_min(0)
 
 
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """Where the neurons of one set are in what a network computes.
+
+    Attributes:
+        network: index of the network.
+        node: whose output they are in.
+        dim: the dimension of the output along which they lie.
+        entries: their places along it, [turns, neurons], every turn an observation of its own; None: all, in order.
+    """
+
+    network: int
+    node: str
+    dim: int
+    entries: Tensor | None
+
+    def of(self, output: Tensor) -> Tensor:
+        """The features, [observations, neurons, positions]."""
+        if self.dim == 1 and self.entries is None:
+            return output
+        last = output.movedim(self.dim, -1)
+        if self.entries is None:
+            return last.flatten(0, -2)
+        turns, neurons = self.entries.shape
+        picked = last.flatten(0, -2)[:, self.entries.flatten().to(output.device)]
+        return picked.unflatten(1, (turns, neurons)).movedim(1, 2)
+
+
 @torch.no_grad()
 def paired_moments(
     runners: Sequence[GraphRunner],
-    pairs: Mapping[str, Sequence[tuple[int, int]]],
+    wanted: Mapping[K, tuple[Observation, Observation]],
     samples: Tensor,
     size: int = CPU_CHUNK,
-) -> dict[tuple[str, int, int], Moments]:
-    """The joint moments of the features of pairs of networks that share one graph.
+) -> dict[K, Moments]:
+    """The joint moments of the features of pairs of networks.
 
     Args:
-        runners: of networks with equal node names.
-        pairs: for every node to observe, the pairs of networks to relate there.
+        runners: of the networks.
+        wanted: what to relate, by any key.
         samples: inputs.
         size: how many of them to run at once.
 
     Returns:
-        For every (node, network, other network) the moments of the features of the two.
+        By key the moments of the two.
     """
-    order = [name for name in runners[0].nodes if pairs.get(name)]
-    sums: dict[tuple[str, int, int], Moments] = {}
+    # In the order of the first network's graph, so that little has to be kept until the others have caught up.
+    keys = sorted(wanted, key=lambda key: [runners[one.network].order[one.node] for one in wanted[key]])
+    involved = sorted({one.network for pair in wanted.values() for one in pair})
+    names: dict[int, list[str]] = {k: [] for k in involved}
+    for key in keys:
+        for one in wanted[key]:
+            names[one.network].append(one.node)
+    sums: dict[K, Moments] = {}
     parts = chunks(samples, size)
     for chunk in tracked(parts, "measuring neurons", len(parts)):
-        for name, outputs in zip(order, in_step(runners, order, chunk), strict=True):
-            for one, other in pairs[name]:
-                key = name, one, other
-                sums[key] = Moments.of(outputs[one], outputs[other], onto=sums.get(key))
+        ahead = {k: Ahead(runners[k], chunk, names[k]) for k in involved}
+        for key in keys:
+            x, y = (one.of(ahead[one.network].take(one.node)) for one in wanted[key])
+            sums[key] = Moments.of(x, y, onto=sums.get(key))
     return sums

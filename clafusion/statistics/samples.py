@@ -1,16 +1,15 @@
 """The samples that everything is measured on: collected, checked, cut into chunks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clafusion.errors import FusionError
 from clafusion.statistics.memory import samples_at_once
 from clafusion.tracing.execution import GraphRunner
-from clafusion.tracing.parameters import state_of
-from clafusion.tracing.structure import Structure
+from clafusion.tracing.spaces import Axis
 
 #: Samples run at once, at most: more gain nothing.
 CPU_CHUNK, ACCELERATOR_CHUNK = 64, 1024
@@ -54,18 +53,20 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite() or tensor.isfinite().all())
 
 
-def check_finite(model: nn.Module, called: str, structure: Structure | None = None) -> None:
+def check_finite(
+    state: Mapping[str, Tensor], called: str, axes: Mapping[str, Sequence[Axis | None]] | None = None
+) -> None:
     """Refuse a network with a parameter or buffer that is not finite.
 
     Args:
-        model: the network.
-        called: what the message calls it.
-        structure: tells the neuron spaces.
+        state: the parameters and buffers by name.
+        called: what the message calls the network.
+        axes: tell the neuron spaces.
     """
-    for name, tensor in state_of(model).items():
+    for name, tensor in state.items():
         if not all_finite(tensor):
-            axes = structure.axes.get(name, ()) if structure is not None else ()
-            space = next((f" (neuron space {axis.space!r})" for axis in axes if axis is not None), "")
+            own = (axes or {}).get(name, ())
+            space = next((f" (neuron space {axis.spaces[0]!r})" for axis in own if axis is not None), "")
             raise FusionError(f"Expected finite weights, got NaN or infinity in {name!r}{space} of {called}")
 
 
@@ -85,7 +86,7 @@ def batch_size(runners: Sequence[GraphRunner], memory_budget: int) -> int:
         runners: of the networks.
         memory_budget: MiB for the activations that are alive at once, as `GraphRunner.live_numbers` counts them.
     """
-    parameters = [next(runner.module.parameters()) for runner in runners]
+    parameters = [runner.capture.reference for runner in runners]
     each = [runner.live_numbers() * p.element_size() for runner, p in zip(runners, parameters, strict=True)]
     most = CPU_CHUNK if parameters[0].device.type == "cpu" else ACCELERATOR_CHUNK
     return samples_at_once(min(most, memory_budget * 2**20 // max(1, sum(each))))
@@ -97,6 +98,6 @@ def chunks(samples: Tensor, size: int | None = None) -> tuple[Tensor, ...]:
     return samples.tensor_split(max(1, -(-len(samples) // size)))
 
 
-def rows(features: Tensor) -> Tensor:
-    """One row per sample and position: [samples, channels, ...] becomes [observations, channels]."""
-    return features if features.ndim == 2 else features.movedim(1, -1).reshape(-1, features.shape[1])
+def rows(features: Tensor, dim: int = 1) -> Tensor:
+    """One row per sample and position: neurons along a dimension become [observations, neurons]."""
+    return features if features.ndim == 2 and dim == 1 else features.movedim(dim, -1).flatten(0, -2)

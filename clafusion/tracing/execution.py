@@ -2,65 +2,51 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.func import functional_call
+from torch import Tensor, fx
 
-#: From the name of a parameter or buffer and its tensor to the tensor that a layer uses in its place.
-Change = Callable[[str, Tensor], Tensor]
+from clafusion.tracing.exporting import Capture
 
-
-@dataclass(frozen=True)
-class Bypass:
-    """A substitute for the output of a node that is not computed.
-
-    Attributes:
-        source: an earlier node, whose output is repeated.
-        silent: zeros of the node's own shape instead, for as many samples.
-    """
-
-    source: str
-    silent: bool = False
+#: From the name of a parameter, buffer or constant to its tensor.
+Fetch = Callable[[str], Tensor]
 
 
-class GraphRunner(fx.Interpreter):
+class GraphRunner:
     """Runs a captured network, node by node; every output is dropped after its last use.
 
     The tensors of the network may be changed in place between runs.
 
     Args:
-        module: the captured network, or with `graph` any network that has its layers.
-        graph: the graph to run it by; None: its own.
-        bypass: the nodes that are not computed, and what stands for their outputs.
-        change: of the parameters and buffers that the layers use; None: none.
+        capture: the captured network.
+        fetch: gives the tensors to run it with, when their turn comes; None: those of the capture.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        graph: fx.Graph | None = None,
-        bypass: Mapping[str, Bypass] | None = None,
-        change: Change | None = None,
-    ) -> None:
-        super().__init__(module, garbage_collect_values=False, graph=graph)
-        self.bypass, self.change = bypass or {}, change
-        self.nodes: dict[str, fx.Node] = {node.name: node for node in self.graph.nodes}
-        # The nodes that each node reads, in the order of the graph.
-        self.reads = {name: [one.name for one in node.all_input_nodes] for name, node in self.nodes.items()}
-        self.reads |= {name: [bypass.source] for name, bypass in self.bypass.items()}
+    def __init__(self, capture: Capture, fetch: Fetch | None = None) -> None:
+        self.capture = capture
+        self.fetch: Fetch = capture.tensors.__getitem__ if fetch is None else fetch
+        self.nodes: dict[str, fx.Node] = {node.name: node for node in capture.graph.nodes if node.op != "output"}
+        self.order = {name: place for place, name in enumerate(self.nodes)}
+        # The nodes that each node reads; tensors of the network are fetched and not kept.
+        self.reads = {
+            name: [one.name for one in node.all_input_nodes if one.name not in capture.names]
+            for name, node in self.nodes.items()
+        }
+
+    def with_ones(self, name: str | None) -> "GraphRunner":
+        """The same with ones in the place of one of the tensors."""
+        fetch = self.fetch
+        return GraphRunner(self.capture, lambda key: torch.ones_like(fetch(key)) if key == name else fetch(key))
 
     def observe(self, batch: Tensor, names: Collection[str]) -> Iterator[tuple[str, Any]]:
         """Run a batch and yield (node, output) for the nodes in `names`, in graph order.
 
-        Only what these need is run. Each output is yielded the moment it is computed, so that networks with the same
-        graph can be run in step without ever holding more than a few activations.
+        Only what these need is run. Each output is yielded the moment it is computed, so that networks can be run side
+        by side without ever holding more than a few activations.
         """
-        self.args_iter = iter([batch])
-        yield from self.resume({}, names)
+        yield from self.resume({self.capture.entry: batch}, names)
 
     def resume(self, held: Mapping[str, Any], names: Collection[str]) -> Iterator[tuple[str, Any]]:
         """As `observe`, from the outputs of some nodes, which are held."""
@@ -78,7 +64,8 @@ class GraphRunner(fx.Interpreter):
 
     def live_numbers(self) -> int:
         """Numbers of one sample that are held at once, at most, in a run of the whole network."""
-        sizes = {node.name: math.prod(node.meta["shape"][1:]) for node in tensor_nodes(self.graph)}
+        sizes = {name: math.prod(node.meta["shape"]) for name, node in self.nodes.items() if is_tensor(node)}
+        sizes = {name: size for name, size in sizes.items() if name not in self.capture.names}
         reads = {name: [used for used in self.reads[name] if used in sizes] for name in sizes}
         last_use = _last_uses(reads)
         alive = most = 0
@@ -88,14 +75,11 @@ class GraphRunner(fx.Interpreter):
             alive -= sum(sizes[used] for used in {name, *reads[name]} if last_use[used] == name)
         return most
 
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a layer, on changed parameters if there is a change."""
-        module = self.fetch_attr(target)
-        tensors = (*module.named_parameters(), *module.named_buffers())
-        if self.change is None or not tensors:
-            return module(*args, **kwargs)
-        state = {key: self.change(f"{target}.{key}", tensor) for key, tensor in tensors}
-        return functional_call(module, state, args, kwargs)
+    def alive_before(self, name: str) -> frozenset[str]:
+        """The nodes before one node, in graph order, whose outputs it or a later one reads."""
+        place = self.order[name]
+        readers = (reader for reader, position in self.order.items() if position >= place)
+        return frozenset(used for reader in readers for used in self.reads[reader] if self.order[used] < place)
 
     def _steps(self, held: Collection[str], names: Collection[str]) -> list[str]:
         """The nodes that it takes to get from what is held to the nodes in `names`, in graph order."""
@@ -106,22 +90,22 @@ class GraphRunner(fx.Interpreter):
             if name not in needed:
                 needed.add(name)
                 missing += () if name in held else self.reads[name]
-        return [name for name in self.nodes if name in needed]
+        return sorted(needed, key=self.order.__getitem__)
 
     def _output(self, name: str, outputs: Mapping[str, Any]) -> Any:
-        node = self.nodes[name]
-        if name in self.bypass:
-            source = outputs[self.bypass[name].source]
-            shape = node.meta["shape"][1:]
-            return source.new_zeros(()).expand(len(source), *shape) if self.bypass[name].silent else source
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: outputs[used.name])
-        return getattr(self, node.op)(node.target, args, kwargs)
+        node, names = self.nodes[name], self.capture.names
+        if name in names:
+            return self.fetch(names[name])
+
+        def value(used: fx.Node) -> Any:
+            return self.fetch(names[used.name]) if used.name in names else outputs[used.name]
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 class Cursor:
     """A network halted somewhere, with the activations of all samples that the rest is computed from.
-
-    It holds the nodes that the last `advance` named and nothing else.
 
     Args:
         runner: runs the network.
@@ -130,13 +114,11 @@ class Cursor:
 
     def __init__(self, runner: GraphRunner, batches: Sequence[Tensor]) -> None:
         self.runner = runner
-        entry = next(name for name, node in runner.nodes.items() if node.op == "placeholder")
-        self.states: list[dict[str, Tensor]] = [{entry: as_input(batch, runner.module)} for batch in batches]
+        self.place = runner.capture.entry
+        self.states: list[dict[str, Any]] = [{self.place: as_input(batch, runner.capture)} for batch in batches]
         self.sizes = [len(batch) for batch in batches]
 
-    def look_ahead(
-        self, names: Collection[str], given: Mapping[str, Tensor] | None = None
-    ) -> Iterator[dict[str, Tensor]]:
+    def look_ahead(self, names: Collection[str], given: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
         """The outputs of nodes, chunk by chunk; nothing of it is kept.
 
         Args:
@@ -146,17 +128,37 @@ class Cursor:
         for state in self.states:
             yield dict(self.runner.resume({**state, **(given or {})}, names))
 
-    def advance(self, names: Collection[str]) -> None:
-        """Move on to where exactly these nodes are held, from which all that is asked for later must follow."""
+    def advance(self, name: str) -> None:
+        """Move on to just before a node: all is held that it and the nodes after it read. Never back."""
+        if self.runner.order[name] <= self.runner.order[self.place]:
+            return
+        alive = self.runner.alive_before(name)
         for number, state in enumerate(self.states):
-            self.states[number] = dict(self.runner.resume(state, names))
+            self.states[number] = dict(self.runner.resume(state, alive))
+        self.place = name
 
 
-def in_step(runners: Sequence[GraphRunner], names: Collection[str], batch: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Run networks with one graph side by side on one batch; yield the outputs of each node in `names`, in order."""
-    runs = [runner.observe(as_input(batch, runner.module), names) for runner in runners]
-    for outputs in zip(*runs, strict=True):
-        yield tuple(value for _, value in outputs)
+class Ahead:
+    """A network that runs no further than it is asked to, side by side with others, on one batch.
+
+    Args:
+        runner: of the network.
+        batch: the samples.
+        names: of the nodes that will be taken, each as often as it is named; an output is kept until then.
+    """
+
+    def __init__(self, runner: GraphRunner, batch: Tensor, names: Sequence[str]) -> None:
+        self.run = runner.observe(as_input(batch, runner.capture), frozenset(names))
+        self.left = {name: names.count(name) for name in names}
+        self.kept: dict[str, Tensor] = {}
+
+    def take(self, name: str) -> Tensor:
+        """The output of a node."""
+        while name not in self.kept:
+            reached, value = next(self.run)
+            self.kept[reached] = value
+        self.left[name] -= 1
+        return self.kept[name] if self.left[name] else self.kept.pop(name)
 
 
 def _last_uses(reads: Mapping[str, Collection[str]]) -> dict[str, str]:
@@ -164,9 +166,9 @@ def _last_uses(reads: Mapping[str, Collection[str]]) -> dict[str, str]:
     return {used: name for name, inputs in reads.items() for used in (name, *inputs)}
 
 
-def tensor_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes of a captured network whose output is a tensor, in graph order."""
-    return [node for node in graph.nodes if node.op != "output" and node.meta["shape"] is not None]
+def is_tensor(node: fx.Node) -> bool:
+    """Whether the output of a node is one tensor."""
+    return isinstance(node.meta.get("val"), Tensor)
 
 
 def working_precision(*tensors: Tensor) -> torch.dtype:
@@ -175,6 +177,6 @@ def working_precision(*tensors: Tensor) -> torch.dtype:
     return wider if tensors[0].device.type == "cpu" else torch.float64
 
 
-def as_input(batch: Tensor, module: nn.Module) -> Tensor:
+def as_input(batch: Tensor, capture: Capture) -> Tensor:
     """The batch on the device and in the floating dtype of a network."""
-    return batch.to(next(module.parameters()))
+    return batch.to(capture.reference)

@@ -43,7 +43,8 @@ class Capture:
 
     Attributes:
         graph: its placeholders are the tensors of the network and its input; every other node is a call. After
-            `capture` each node has `meta["shape"]`: the shape of its tensor for a batch of one sample, or None.
+            `capture` each node has `meta["shape"]`: the shape of its tensor for a batch of one sample, or None; and `meta["batch"]`: the dimensions
+            whose size depends on the number of samples.
         entry: the name of the placeholder of the input.
         logits: the name of the node that gives the logits.
         names: from the name of a placeholder to the name of its parameter, buffer or constant.
@@ -59,6 +60,11 @@ class Capture:
     tensors: Mapping[str, Tensor] = field(repr=False)
     parameters: frozenset[str] = field(repr=False)
     unused: tuple[str, ...] = ()
+
+    @property
+    def reference(self) -> Tensor:
+        """A parameter: its device and dtype are those of the network."""
+        return next(tensor for name, tensor in self.tensors.items() if name in self.parameters)
 
 
 def operation_of(node: fx.Node) -> str:
@@ -104,6 +110,8 @@ def export_graph(model: nn.Module, example: Tensor) -> Capture:
         graph.erase_node(node)
     names = {node.name: names[node.name] for node in graph.nodes if node.name in names}
     entry = next(node for node in graph.nodes if node.op == "placeholder" and node.name not in names)
+    for node in graph.nodes:
+        node.meta["shape"], node.meta["batch"] = _shape(node.meta.get("val"))
     used = set(names.values())
     return Capture(
         graph,
@@ -242,6 +250,16 @@ def _fold_constants(
         names[entry.name] = f"constant_{count}"
         tensors[f"constant_{count}"] = value.detach().clone()
         count += 1
+
+
+def _shape(value: Any) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+    """The shape of a tensor without data for one sample, and the dimensions that grow with the number of samples."""
+    if not isinstance(value, Tensor):
+        return None, ()
+    sizes = [size if isinstance(size, int) else size.node.expr for size in value.shape]
+    free = tuple(dim for dim, size in enumerate(sizes) if not isinstance(size, int) and size.free_symbols)
+    one = [size if isinstance(size, int) else size.subs({symbol: 1 for symbol in size.free_symbols}) for size in sizes]
+    return tuple(map(int, one)), free
 
 
 def _is_random(node: fx.Node) -> bool:

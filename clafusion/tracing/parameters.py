@@ -1,13 +1,14 @@
-"""Parameters as data: move them along maps of their neurons, and build the network that has room for them."""
+"""Parameters as data: move them along maps of their neurons."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from clafusion.tracing.capture import strip_hooks
-from clafusion.tracing.structure import Axis, Structure
+from clafusion.tracing.exporting import shell
+from clafusion.tracing.spaces import Axis
 
 State = Mapping[str, Tensor]
 #: Numbers that are gathered at once: 1 MiB in single precision, which fits into a cache.
@@ -15,95 +16,17 @@ BLOCK = 2**18
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, detached; they still share the model's memory."""
-    tensors = (*model.named_parameters(), *model.named_buffers())
+    """Parameters and buffers by name, detached; they still share the model's memory. Of tied ones each name."""
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return {name: tensor.detach() for name, tensor in tensors}
 
 
-def move(tensor: Tensor, axes: Sequence[Axis | None], maps: Sequence[Tensor | None]) -> Tensor:
-    """Apply to every axis of a parameter the map of the neurons that it indexes.
-
-    Along an axis, `new[j] = sum_i map[i, j] old[i]`; a repeated axis is moved in blocks of `repeat`.
-
-    Args:
-        tensor: the parameter.
-        axes: what its axes index.
-        maps: for every axis a map [old neurons, new neurons], or None to leave the axis as it is.
-
-    Returns:
-        The moved parameter, in its own precision.
-    """
-    for dim, (axis, mapping) in enumerate(zip(axes, maps, strict=True)):
-        if axis is None or mapping is None:
-            continue
-        if (copied := copied_rows(mapping)) is not None:
-            tensor = tensor.index_select(dim, _expanded(copied, axis))
-            continue
-        blocks = tensor.movedim(dim, 0)
-        rest = blocks.shape[1:]
-        blocks = blocks.reshape(mapping.shape[0], -1)
-        moved = mapping.T.to(tensor.dtype) @ blocks
-        tensor = moved.reshape(mapping.shape[1] * axis.repeat, *rest).movedim(0, dim)
-    return tensor
-
-
-def add_moved(
-    total: Tensor, share: float, tensor: Tensor, axes: Sequence[Axis | None], maps: Sequence[Tensor | None]
-) -> None:
-    """Add a share of the moved parameter, see `move`, to a tensor that is floating and in at least single precision.
-
-    If the rows of the result are copies of others, they are gathered few at a time: all at once would take new memory
-    of the size of the parameter, and longer.
-    """
-    tensor = move(tensor.to(total.dtype), axes, [None, *maps[1:]])
-    axis, mapping = axes[0], maps[0]
-    copied = None if axis is None or mapping is None else copied_rows(mapping)
-    if axis is None or copied is None:
-        total.add_(move(tensor, axes, [mapping, *(None for _ in maps[1:])]), alpha=share)
-        return
-    size = max(1, BLOCK // max(1, total[0].numel()))
-    for part, places in zip(total.split(size), _expanded(copied, axis).split(size), strict=True):
-        part.add_(tensor.index_select(0, places), alpha=share)
-
-
-def _expanded(places: Tensor, axis: Axis) -> Tensor:
-    """Places of neurons as places along an axis that repeats each of them."""
-    return (places[:, None] * axis.repeat + torch.arange(axis.repeat, device=places.device)).flatten()
-
-
-def copied_rows(mapping: Tensor) -> Tensor | None:
-    """The neuron that each new one is a copy of; None where some are mixtures."""
-    largest, places = mapping.max(0)
-    return places if (largest == 1).all() and mapping.count_nonzero() == len(places) else None
-
-
-def resized(model: nn.Module, structure: Structure, sizes: Mapping[str, int]) -> nn.Module:
-    """A copy of a network in eval mode whose neuron spaces have other sizes; its parameters are zero.
-
-    Args:
-        model: the network to copy; left as it is.
-        structure: its structure.
-        sizes: the new number of neurons of each space; a space that is not named keeps its size.
-    """
-    state = state_of(model)
-    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    network = strip_hooks(copy.deepcopy(model, memo)).eval()  # the shared tensors are replaced below
-    for name, axes in structure.axes.items():
-        path, _, key = name.rpartition(".")
-        module = network.get_submodule(path)
-        old = state[name]
-        shape = [
-            length if axis is None else sizes.get(axis.space, structure.sizes[axis.space]) * axis.repeat
-            for length, axis in zip(old.shape, axes, strict=True)
-        ]
-        fresh = torch.zeros(shape, dtype=old.dtype, device=old.device)
-        if key in module._parameters:
-            module._parameters[key] = nn.Parameter(fresh)
-        else:
-            module._buffers[key] = fresh
-    for layer in structure.layers:
-        _declare_sizes(network.get_submodule(layer.name))
-    return network
+def independent_copy(model: nn.Module) -> nn.Module:
+    """A deep copy in eval mode, without hooks, with gradients switched on."""
+    copied: nn.Module = shell(copy.deepcopy(model))
+    for parameter in copied.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return copied
 
 
 def load_state(network: nn.Module, state: State) -> nn.Module:
@@ -114,14 +37,107 @@ def load_state(network: nn.Module, state: State) -> nn.Module:
     return network
 
 
-def _declare_sizes(module: nn.Module) -> None:
-    """Bring the size attributes of a layer in line with its tensors."""
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.Conv2d):
-        module.out_channels = module.weight.shape[0]
-        depthwise = module.groups > 1
-        module.groups = module.out_channels if depthwise else 1
-        module.in_channels = module.weight.shape[1] * module.groups
-    elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-        module.num_features = module.weight.shape[0]
+@dataclass(frozen=True, eq=False)
+class AxisMove:
+    """How the entries along one axis of a parameter become those of another network.
+
+    Attributes:
+        length: of the new axis.
+        copied: where every new entry is a copy of an old one, its place; None if some are mixtures.
+        parts: old places [turns, old neurons], new places [turns, new neurons] and map [old neurons, new neurons] of
+            each set of neurons; of fixed entries and of neurons that stay the map is None.
+    """
+
+    length: int
+    copied: Tensor | None
+    parts: tuple[tuple[Tensor, Tensor, Tensor | None], ...]
+
+    def apply(self, tensor: Tensor, dim: int) -> Tensor:
+        """Move a parameter along one of its axes: new[j] = sum_i map[i, j] old[i]."""
+        if self.copied is not None:
+            return tensor.index_select(dim, self.copied.to(tensor.device))
+        rows = tensor.movedim(dim, 0)
+        moved = rows.new_zeros(self.length, *rows.shape[1:])
+        for old, new, mapping in self.parts:
+            entries = rows[old.to(rows.device)]
+            if mapping is not None:
+                entries = torch.einsum("tn...,nm->tm...", entries, mapping.to(rows))
+            moved[new.to(rows.device)] = entries
+        return moved.movedim(0, dim)
+
+
+def axis_move(
+    old: Axis | None, new: Axis | None, maps: Mapping[str, Tensor], spaces: Mapping[str, str], inputs: bool = False
+) -> AxisMove | None:
+    """The move of one axis; None: it stays as it is.
+
+    Args:
+        old: the neurons along the axis, of the network that the parameter is of.
+        new: those along it in the network that it is moved into.
+        maps: by space of the new network a map [old neurons, new neurons]; a space without one stays as it is.
+        spaces: by space of the new network the corresponding one of the old network.
+        inputs: whether a layer sums over the axis. Then the rows of the maps are made to sum to one: a neuron that is
+            spread over several new ones counts once.
+    """
+    if old is None or new is None or not any(name in maps for name in new.spaces):
+        return None
+    parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    for place, name in enumerate(new.spaces):
+        mapping = maps.get(name)
+        if inputs and mapping is not None:
+            mapping = mapping / mapping.sum(1, keepdim=True).clamp_min(torch.finfo(mapping.dtype).tiny)
+        parts.append((places(old, old.spaces.index(spaces[name])), places(new, place), mapping))
+    fixed = [(axis.of < 0).nonzero().T for axis in (old, new)]
+    if fixed[0].numel():
+        parts.append((fixed[0], fixed[1], None))
+    return AxisMove(len(new.of), _copied(parts, len(new.of)), tuple(parts))
+
+
+def places(axis: Axis, space: int) -> Tensor:
+    """Where along an axis the neurons of one of its spaces are, [turns, neurons]."""
+    here = (axis.of == space).nonzero().flatten()
+    turns, neurons = int(axis.turn[here].max()) + 1, int(axis.at[here].max()) + 1
+    found = here.new_empty(turns, neurons)
+    found[axis.turn[here], axis.at[here]] = here
+    return found
+
+
+def _copied(parts: list[tuple[Tensor, Tensor, Tensor | None]], length: int) -> Tensor | None:
+    """The place of the old entry that each new one is a copy of; None where some are mixtures."""
+    result = torch.empty(length, dtype=torch.int64)
+    for old, new, mapping in parts:
+        sources = None if mapping is None else copied_rows(mapping)
+        if mapping is not None and sources is None:
+            return None
+        result[new] = old if sources is None else old[:, sources.cpu()]
+    return result
+
+
+def copied_rows(mapping: Tensor) -> Tensor | None:
+    """The neuron that each new one is a copy of; None where some are mixtures."""
+    largest, sources = mapping.max(0)
+    return sources if (largest == 1).all() and mapping.count_nonzero() == len(sources) else None
+
+
+def move(tensor: Tensor, moves: "tuple[AxisMove | None, ...]") -> Tensor:
+    """Move a parameter along all of its axes, in its own precision."""
+    for dim, one in enumerate(moves):
+        if one is not None:
+            tensor = one.apply(tensor, dim)
+    return tensor
+
+
+def add_moved(total: Tensor, share: float, tensor: Tensor, moves: "tuple[AxisMove | None, ...]") -> None:
+    """Add a share of the moved parameter to a tensor that is floating and in at least single precision.
+
+    If the rows of the result are copies of others, they are gathered few at a time: all at once would take new memory
+    of the size of the parameter, and longer.
+    """
+    first = moves[0] if moves else None
+    tensor = move(tensor.to(total.dtype), (None, *moves[1:]) if moves else ())
+    if first is None or first.copied is None:
+        total.add_(tensor if first is None else first.apply(tensor, 0), alpha=share)
+        return
+    size = max(1, BLOCK // max(1, total[0].numel()))
+    for part, sources in zip(total.split(size), first.copied.to(total.device).split(size), strict=True):
+        part.add_(tensor.index_select(0, sources), alpha=share)

@@ -1,75 +1,97 @@
-"""Parents of equal depth, ready to be transported: which of them really has which unit."""
+"""Parents side by side, ready to be transported: which of them has which unit, and what stands for what."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor, nn
 
-from clafusion.tracing.execution import Bypass, GraphRunner
+from clafusion.tracing.execution import GraphRunner
+from clafusion.tracing.spaces import Axis
 from clafusion.tracing.structure import Layer, Structure, Unit
+from clafusion.tracing.writers import writers_of
 
+#: By neuron space of the template (or by layer) a map [neurons of a parent, neurons of the result].
 Maps = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class BalancedParent:
-    """One parent at the template's depth.
+class Correspondence:
+    """One parent, seen from the template.
 
     Attributes:
-        network: with the parent's widths; it shares no tensor with what the user gave.
-        structure: of the network.
-        bypass: the nodes that need not be computed, since an inserted unit gives what it is given.
+        structure: of the parent.
+        units: by unit of the template the parent's unit; a unit that the parent lacks is missing.
+        nodes: by node of the template the parent's node with the same meaning.
+        parameters: by parameter of the template the parent's.
+        spaces: by neuron space of the template the parent's.
+        identities: by unit of a chain that the parent lacks, the neuron space of the parent that it would pass on.
+        merged: the parent shrunk to the template's depth, where layers were merged; the structure is of it.
     """
 
-    network: nn.Module
     structure: Structure
-    bypass: Mapping[str, Bypass] = field(default_factory=dict)
+    units: Mapping[str, Unit] = field(repr=False)
+    nodes: Mapping[str, str] = field(repr=False)
+    parameters: Mapping[str, str] = field(repr=False)
+    spaces: Mapping[str, str] = field(repr=False)
+    identities: Mapping[str, str] = field(default_factory=dict, repr=False)
+    merged: nn.Module | None = field(default=None, repr=False)
+
+    def runner(self) -> GraphRunner:
+        """Runs the parent."""
+        return GraphRunner(self.structure.capture)
 
 
 @dataclass(frozen=True)
 class Balanced:
-    """Parents of equal depth and one graph, ready to be transported.
+    """Parents that correspond to one of them, the template.
 
     Attributes:
-        parents: in the order they were given; node, layer and space names are the same in all.
-        owners: for every unit, the parents that really have it (in the others it is an inserted identity), and which
-            share of it: 1, or less in an average of networks of which only some had it.
+        parents: in the order they were given.
+        owners: for every unit of the template, the parents that really have it (in the others it is an identity), and
+            which share of it: 1, or less in an average of networks of which only some had it.
         anchor: index of the parent whose neurons the others are carried onto.
         template: index of the parent that owns every unit.
+        layout: by parameter of the template the axes that it has in the result, whose spaces have the template's names.
     """
 
-    parents: tuple[BalancedParent, ...]
+    parents: tuple[Correspondence, ...]
     owners: Mapping[str, Mapping[int, float]]
     anchor: int
     template: int
-
-    @property
-    def structures(self) -> tuple[Structure, ...]:
-        """One per parent."""
-        return tuple(parent.structure for parent in self.parents)
-
-    @property
-    def runners(self) -> list[GraphRunner]:
-        """One per parent; what inserted units give is taken for granted."""
-        return [GraphRunner(parent.structure.module, bypass=parent.bypass) for parent in self.parents]
+    layout: Mapping[str, tuple[Axis | None, ...]] = field(repr=False)
 
     @property
     def structure(self) -> Structure:
-        """The structure of the anchor, for all that does not depend on widths."""
-        return self.structures[self.anchor]
+        """The structure of the template, whose names of nodes, parameters, layers and spaces are used for all."""
+        return self.parents[self.template].structure
 
-    def owners_of(self, layer: Layer, unit: Unit, shared: bool) -> frozenset[int]:
-        """The parents that have neurons of their own in the space that a layer writes.
+    @property
+    def runners(self) -> list[GraphRunner]:
+        """One per parent."""
+        return [parent.runner() for parent in self.parents]
 
-        Only a residual unit that a parent lacks is left out, and only its inner neurons: a stream is everybody's, and
-        the identity inserted into a plain chain passes real neurons on.
-        """
-        everybody = frozenset(range(len(self.parents)))
-        return frozenset(self.owners[unit.name]) if shared and _is_inside(layer, unit) else everybody
+    def is_inside(self, space: str, unit: Unit) -> bool:
+        """Whether neurons are only inside a residual unit, so that a parent without the unit has none of them."""
+        if unit.kind != "residual":
+            return False
+        found = self.structure.neurons_at(unit.output)
+        return found is None or space not in found[1].spaces
 
-    def target_weights(self, layer: Layer, unit: Unit, weights: Sequence[float]) -> dict[int, float]:
-        """The weight of each owner in what a layer writes, where residual streams are shared."""
-        return self.inner_weights(unit, weights) if _is_inside(layer, unit) else dict(enumerate(weights))
+    def reference(self, space: str) -> int:
+        """The parent whose neurons a space of the result has: the anchor, or where it has none the template."""
+        return self.anchor if space in self.parents[self.anchor].spaces else self.template
+
+    def layer_weights(self, layer: Layer, unit: Unit, weights: Sequence[float]) -> dict[int, float]:
+        """The weight of each parent in what a layer should give, where residual streams are shared."""
+        if unit.kind == "residual" and not self.joins_stream(layer, unit):
+            return self.inner_weights(unit, weights)
+        return dict(enumerate(weights))
+
+    @staticmethod
+    def joins_stream(layer: Layer, unit: Unit) -> bool:
+        """Whether a layer is fitted to the stream behind its unit, which every parent has."""
+        return layer.total is not None and layer.total in (unit.features, unit.output)
 
     def inner_weights(self, unit: Unit, weights: Sequence[float]) -> dict[int, float]:
         """The weight that each owner of a unit brings to what is inside it."""
@@ -79,11 +101,25 @@ class Balanced:
         """The share that an average of the parents has of each unit: the weight of those that really have it."""
         return {unit.name: sum(self.inner_weights(unit, weights).values()) for unit in self.structure.units}
 
-    def reference(self, owners: frozenset[int]) -> int:
-        """The parent whose neurons a space of the result has: the anchor, or where it has none the template."""
-        return self.anchor if self.anchor in owners else self.template
+    @cached_property
+    def layer_of(self) -> Mapping[str, Layer]:
+        """The layer that a weight or bias belongs to, by its name."""
+        return {name: layer for layer in self.structure.layers for name in (layer.weight, layer.bias) if name}
 
+    @cached_property
+    def contracted(self) -> frozenset[str]:
+        """The neurons in blocks that no layer reads: queries and keys, which are summed over in attention scores."""
+        axes = [self.structure.read(layer) for layer in self.structure.layers]
+        read = {space for axis in axes if axis is not None for space in axis.spaces}
+        blocks = {space.parent for space in self.structure.spaces.spaces.values()}
+        return frozenset(
+            name for name, space in self.structure.spaces.spaces.items() if space.parent and name not in read | blocks
+        )
 
-def _is_inside(layer: Layer, unit: Unit) -> bool:
-    """Whether a layer writes neurons that only its own residual unit has."""
-    return unit.kind == "residual" and layer.space != unit.output.space
+    def writers(self, parameter: str, dim: int) -> tuple[str, ...]:
+        """The layers whose own maps, averaged, would move the neurons along an axis of a parameter."""
+        return self._writers.get((parameter, dim), ())
+
+    @cached_property
+    def _writers(self) -> Mapping[tuple[str, int], tuple[str, ...]]:
+        return writers_of(self.structure)

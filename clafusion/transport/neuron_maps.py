@@ -1,6 +1,6 @@
 """The map of every set of neurons of every parent onto the anchor's."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from clafusion.errors import FusionError
 from clafusion.options import FusionOptions
-from clafusion.statistics.moments import Moments, paired_moments
+from clafusion.statistics.moments import Moments, Observation, paired_moments
 from clafusion.statistics.samples import batch_size
-from clafusion.tracing.parameters import move, state_of
-from clafusion.tracing.structure import Axis, Layer, Structure, Unit
+from clafusion.tracing.parameters import places
+from clafusion.tracing.structure import Layer, Structure, Unit
 from clafusion.tracking import tracked
 from clafusion.transport.balanced import Balanced, Maps
+from clafusion.transport.blocks import solve_in_blocks
+from clafusion.transport.moving import incoming_weights
 from clafusion.transport.solvers import as_map, gromov_plan, ground_cost, transport_plan
 
 
@@ -25,12 +27,14 @@ class TransportProblem:
 
     Attributes:
         key: the neuron space, or with one map per layer the layer.
+        space: the neuron space.
         layers: the layers that write the space, in forward order, each with its unit.
         parent: the parent that has the neurons.
         reference: the parent whose neurons the result has.
     """
 
     key: str
+    space: str
     layers: tuple[tuple[Layer, Unit], ...]
     parent: int
     reference: int
@@ -41,22 +45,24 @@ Sides = Sequence[Sequence[Moments]]
 
 
 def transport_problems(balanced: Balanced, options: FusionOptions) -> list[TransportProblem]:
-    """Everything that needs a map, in forward order."""
+    """Everything that needs a map and is written by a layer, in forward order."""
     shared = options.streams == "shared"
     structure = balanced.structure
-    grouped: dict[str, list[tuple[Layer, Unit]]] = {}
+    grouped: dict[tuple[str, str], list[tuple[Layer, Unit]]] = {}
     for unit in structure.units:
         for layer in unit.layers:
-            if layer.weighted and (shared or layer.kind != "depthwise"):
-                grouped.setdefault(layer.space if shared else layer.name, []).append((layer, unit))
+            axis = structure.written(layer)
+            for space in () if axis is None or (not shared and layer.kind == "depthwise") else axis.spaces:
+                grouped.setdefault((space if shared else layer.name, space), []).append((layer, unit))
     problems = []
-    for key, layers in grouped.items():
-        space = layers[0][0].space
-        if space == structure.input or (space == structure.output and options.head != "transport"):
+    for (key, space), layers in grouped.items():
+        if space == structure.output and options.head != "transport":
             continue
-        owners = frozenset().union(*(balanced.owners_of(layer, unit, shared) for layer, unit in layers))
-        reference = balanced.reference(owners)
-        problems += [TransportProblem(key, tuple(layers), k, reference) for k in sorted(owners - {reference})]
+        owners = [k for k, parent in enumerate(balanced.parents) if space in parent.spaces]
+        if not shared:
+            owners = list(range(len(balanced.parents)))
+        reference = balanced.reference(space)
+        problems += [TransportProblem(key, space, tuple(layers), k, reference) for k in owners if k != reference]
     return problems
 
 
@@ -64,6 +70,8 @@ def neuron_maps(
     balanced: Balanced, samples: Tensor, options: FusionOptions
 ) -> tuple[tuple[Maps, ...], tuple[dict[str, float], ...]]:
     """Solve the transport problem of every set of neurons of every parent.
+
+    Neurons in blocks (attention heads, groups) are carried block by block: the blocks first, then what is in them.
 
     Returns:
         Per parent the maps [its neurons, the result's neurons] and the transport costs, by neuron space or layer; both
@@ -75,26 +83,57 @@ def neuron_maps(
     maps: tuple[Maps, ...] = tuple({} for _ in balanced.parents)
     costs: tuple[dict[str, float], ...] = tuple({} for _ in balanced.parents)
     if options.combine == "average":
-        widths = [dict(structure.sizes) for structure in balanced.structures]
-        if any(width != widths[0] for width in widths):
-            raise FusionError("Expected parents of equal widths for combine=average, got different ones; use transport")
+        _check_equal_widths(balanced)
         return maps, costs
     problems, by_weights = transport_problems(balanced, options), options.features == "weights"
+    problems = [problem for problem in problems if _is_known(balanced, problem, options)]
     sides_of: Callable[[TransportProblem], Sides]
     if by_weights:
         sides_of = partial(_incoming_moments, balanced, maps, options)
     else:
         sides_of = _activation_moments(balanced, problems, samples, options)
 
-    def solve(problem: TransportProblem) -> tuple[Tensor, float]:
-        return _solve(balanced, problem, sides_of(problem), options)
+    def solve(group: Sequence[TransportProblem]) -> dict[str, tuple[Tensor, float]]:
+        return _solve(balanced, group, sides_of, options)
 
+    groups = _by_blocks(balanced.structure, problems)
     # The solvers let other threads run; but weights are compared once the maps of earlier layers have aligned them.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        solutions = zip(problems, (map if by_weights else pool.map)(solve, problems), strict=True)
-        for problem, (mapping, cost) in tracked(solutions, "matching neurons", len(problems)):
-            maps[problem.parent][problem.key], costs[problem.parent][problem.key] = mapping, cost
+        solutions: Iterable[Mapping[str, tuple[Tensor, float]]] = (map if by_weights else pool.map)(solve, groups)
+        pairs = zip(groups, solutions, strict=True)
+        for group, found in tracked(pairs, "matching neurons", len(groups)):
+            for key, (mapping, cost) in found.items():
+                maps[group[0].parent][key], costs[group[0].parent][key] = mapping, cost
     return maps, costs
+
+
+def _is_known(balanced: Balanced, problem: TransportProblem, options: FusionOptions) -> bool:
+    """Whether anything is known by which the neurons of a problem could be compared."""
+    if options.features != "weights":
+        return bool(_observed(balanced, problem, options))
+    both = {problem.parent, problem.reference}
+    return any(both <= balanced.owners[unit.name].keys() and layer.weight for layer, unit in problem.layers)
+
+
+def _check_equal_widths(balanced: Balanced) -> None:
+    own = balanced.structure.sizes
+    for parent in balanced.parents:
+        if any(own[space] != parent.structure.sizes[theirs] for space, theirs in parent.spaces.items()):
+            raise FusionError("Expected parents of equal widths for combine=average, got different ones; use transport")
+
+
+def _by_blocks(structure: Structure, problems: Sequence[TransportProblem]) -> list[list[TransportProblem]]:
+    """The problems that are solved together: those of the neurons in the same blocks."""
+    groups: dict[tuple[int, str], list[TransportProblem]] = {}
+    for problem in problems:
+        groups.setdefault((problem.parent, _top(structure, problem.space) or problem.key), []).append(problem)
+    return list(groups.values())
+
+
+def _top(structure: Structure, space: str) -> str | None:
+    """The outermost blocks that the neurons of a space are in."""
+    parent = structure.spaces.spaces[space].parent
+    return None if parent is None else _top(structure, parent) or parent
 
 
 def _activation_moments(
@@ -102,15 +141,32 @@ def _activation_moments(
 ) -> Callable[[TransportProblem], Sides]:
     """Measure what neurons compute for the samples; gives the moments of each problem."""
     nodes = {problem: _observed(balanced, problem, options) for problem in problems}
-    pairs: dict[str, list[tuple[int, int]]] = {}
+    wanted: dict[tuple[str, str, int, int], tuple[Observation, Observation]] = {}
     for problem, names in nodes.items():
         for name in names:
-            pairs[name] = list(dict.fromkeys([*pairs.get(name, []), *_pairs(problem, options)]))
+            for one, other in _pairs(problem, options):
+                wanted[name, problem.space, one, other] = (
+                    _observation(balanced, one, name, problem.space),
+                    _observation(balanced, other, name, problem.space),
+                )
     runners = balanced.runners
-    moments = paired_moments(runners, pairs, samples, batch_size(runners, options.memory_budget))
+    moments = paired_moments(runners, wanted, samples, batch_size(runners, options.memory_budget))
     return lambda problem: [
-        [moments[name, one, other] for name in nodes[problem]] for one, other in _pairs(problem, options)
+        [moments[name, problem.space, one, other] for name in nodes[problem]]
+        for one, other in _pairs(problem, options)
     ]
+
+
+def _observation(balanced: Balanced, k: int, node: str, space: str) -> Observation:
+    """Where the neurons of a space of a parent are in the output of one of its nodes."""
+    parent = balanced.parents[k]
+    own = parent.nodes[node]
+    found = parent.structure.neurons_at(own)
+    assert found is not None
+    dim, axis = found
+    entries = places(axis, axis.spaces.index(parent.spaces[space]))
+    whole = len(entries) == 1 and torch.equal(entries[0], torch.arange(len(axis.of)))
+    return Observation(k, own, dim, None if whole else entries)
 
 
 def _pairs(problem: TransportProblem, options: FusionOptions) -> list[tuple[int, int]]:
@@ -123,48 +179,105 @@ def _observed(balanced: Balanced, problem: TransportProblem, options: FusionOpti
     """The nodes at which neurons are observed: after each layer that both parents really have."""
     both = {problem.parent, problem.reference}
     layers = [(layer, unit) for layer, unit in problem.layers if options.streams == "per_layer" or not layer.shortcut]
-    common = [layer for layer, unit in layers if both <= balanced.owners[unit.name].keys()]
-    observed = common or [layer for layer, _ in layers]
-    return list(dict.fromkeys(layer.post if options.features == "activations" else layer.pre for layer in observed))
+    common = [layer for layer, unit in layers or problem.layers if both <= balanced.owners[unit.name].keys()]
+    result: dict[str, None] = {}
+    for layer in common or [layer for layer, _ in layers or problem.layers]:
+        # Behind the layer its neurons may be spread over several dimensions, as heads are.
+        names = (layer.post if options.features == "activations" else layer.pre, layer.norm or layer.node, layer.node)
+        found = next((name for name in names if _is_observable(balanced, problem, name)), None)
+        if found is not None:
+            result[found] = None
+    return list(result)
+
+
+def _is_observable(balanced: Balanced, problem: TransportProblem, node: str) -> bool:
+    """Whether both networks of a problem have a node, with the neurons along one dimension of its output."""
+    for k in (problem.parent, problem.reference):
+        parent = balanced.parents[k]
+        found = parent.structure.neurons_at(parent.nodes[node]) if node in parent.nodes else None
+        if found is None or parent.spaces.get(problem.space) not in found[1].spaces:
+            return False
+    return True
 
 
 def _incoming_moments(
     balanced: Balanced, maps: Sequence[Maps], options: FusionOptions, problem: TransportProblem
 ) -> Sides:
     """Compare neurons by their incoming weights, whose inputs the maps that there are already have aligned."""
-    layer = problem.layers[0][0]
-    features = {
-        k: _incoming(balanced.structures[k], layer, maps[k], options).T for k in (problem.parent, problem.reference)
-    }
+    both = (problem.parent, problem.reference)
+    layer = next(one for one, unit in problem.layers if {*both} <= balanced.owners[unit.name].keys())
+    features = {k: incoming_weights(balanced, k, layer, problem.space, maps[k], options).T for k in both}
     return [[Moments.of(features[one], features[other])] for one, other in _pairs(problem, options)]
 
 
-def _incoming(structure: Structure, layer: Layer, maps: Maps, options: FusionOptions) -> Tensor:
-    """The incoming weights (and bias) of every neuron, [neurons, weights], with aligned inputs."""
-    state = state_of(structure.module.get_submodule(layer.name))
-    axes = structure.axes[f"{layer.name}.weight"]
-    mappings = [None, *axis_maps(axes[1:], maps, options)]
-    weight = move(state["weight"].double(), axes, mappings).flatten(1)
-    return torch.cat([weight, state["bias"][:, None].to(weight)], 1) if "bias" in state else weight
-
-
-def _solve(balanced: Balanced, problem: TransportProblem, sides: Sides, options: FusionOptions) -> tuple[Tensor, float]:
-    """The map of a problem and its cost; an error says of which neurons it speaks."""
-    mass = _mass(balanced, problem, options)
+def _solve(
+    balanced: Balanced,
+    group: Sequence[TransportProblem],
+    sides_of: Callable[[TransportProblem], Sides],
+    options: FusionOptions,
+) -> dict[str, tuple[Tensor, float]]:
+    """The maps of problems that are solved together, and their costs; an error says of which neurons it speaks."""
+    first = group[0]
+    structure = balanced.structure
     try:
-        costs = [
-            torch.stack([ground_cost(part, options.cost, options.squared, options.normalize) for part in side]).mean(0)
-            for side in sides
-        ]
+        if _top(structure, first.space) is None or options.streams != "shared":
+            return {first.key: _solve_one(balanced, first, sides_of(first), options)}
         if options.solver == "gromov":
-            plan = gromov_plan(costs[0], costs[1], mass)
-            square = (costs[0].square() @ plan.sum(1)) @ plan.sum(1) + (costs[1].square() @ plan.sum(0)) @ plan.sum(0)
-            return as_map(plan), float(square - 2 * (plan * (costs[0] @ plan @ costs[1].T)).sum())
-        plan = transport_plan(costs[0], options.solver, mass, options.regularization, options.marginal_regularization)
-        return as_map(plan), float((plan * costs[0]).sum())
+            raise FusionError("Expected another solver than gromov for neurons in blocks (heads or groups), got it")
+        grounds = {problem.key: _ground(sides_of(problem)[0], options) for problem in group}
+        parent, reference = (balanced.parents[k] for k in (first.parent, first.reference))
+        blocks = {
+            name: (parent.structure.spaces.spaces[own].block, reference.structure.spaces.spaces[other].block)
+            for name, own, other in ((name, parent.spaces[name], reference.spaces[name]) for name in _tree(structure, grounds))
+        }
+        tops = {name: structure.spaces.spaces[name].parent for name in blocks}
+        sizes = {
+            name: (parent.structure.sizes[parent.spaces[name]], reference.structure.sizes[reference.spaces[name]])
+            for name in blocks
+        }
+        plan = partial(
+            transport_plan,
+            solver=options.solver,
+            regularization=options.regularization,
+            marginal_regularization=options.marginal_regularization,
+        )
+        return solve_in_blocks(grounds, tops, blocks, sizes, plan)
     except FusionError as error:
-        space = problem.layers[0][0].space
-        raise FusionError(f"parent {problem.parent}, neuron space {space!r}: {error}") from error
+        raise FusionError(f"parent {first.parent}, neuron space {first.space!r}: {error}") from error
+
+
+def _tree(structure: Structure, names: Iterable[str]) -> list[str]:
+    """Spaces and all the blocks that they are in, the outermost first."""
+    found: dict[str, None] = {}
+
+    def add(name: str) -> None:
+        parent = structure.spaces.spaces[name].parent
+        if parent is not None:
+            add(parent)
+        found[name] = None
+
+    for name in names:
+        add(name)
+    return list(found)
+
+
+def _ground(side: Sequence[Moments], options: FusionOptions) -> Tensor:
+    """The cost between the neurons of two networks, the mean over the places at which they were compared."""
+    return torch.stack([ground_cost(part, options.cost, options.squared, options.normalize) for part in side]).mean(0)
+
+
+def _solve_one(
+    balanced: Balanced, problem: TransportProblem, sides: Sides, options: FusionOptions
+) -> tuple[Tensor, float]:
+    """The map of one set of neurons, and its cost."""
+    mass = _mass(balanced, problem, options)
+    costs = [_ground(side, options) for side in sides]
+    if options.solver == "gromov":
+        plan = gromov_plan(costs[0], costs[1], mass)
+        square = (costs[0].square() @ plan.sum(1)) @ plan.sum(1) + (costs[1].square() @ plan.sum(0)) @ plan.sum(0)
+        return as_map(plan), float(square - 2 * (plan * (costs[0] @ plan @ costs[1].T)).sum())
+    plan = transport_plan(costs[0], options.solver, mass, options.regularization, options.marginal_regularization)
+    return as_map(plan), float((plan * costs[0]).sum())
 
 
 def _mass(balanced: Balanced, problem: TransportProblem, options: FusionOptions) -> tuple[Tensor, Tensor] | None:
@@ -172,30 +285,11 @@ def _mass(balanced: Balanced, problem: TransportProblem, options: FusionOptions)
     if options.mass == "uniform":
         return None
     order = 1 if options.mass == "l1" else 2
-    name = problem.layers[0][0].name
-    modules = [balanced.structures[k].module.get_submodule(name) for k in (problem.parent, problem.reference)]
-    norms = [state_of(module)["weight"].double().flatten(1).norm(order, dim=1) for module in modules]
+    layer = problem.layers[0][0]
+    norms = [
+        incoming_weights(balanced, k, layer, problem.space).norm(order, dim=1)
+        for k in (problem.parent, problem.reference)
+    ]
     # A silent neuron keeps a little mass, or its map would not be defined.
     floors = [norm.clamp_min(1e-6 * max(float(norm.max()), 1e-12)) for norm in norms]
     return floors[0] / floors[0].sum(), floors[1] / floors[1].sum()
-
-
-def axis_map(axis: Axis | None, maps: Maps, options: FusionOptions) -> Tensor | None:
-    """The map that moves one axis of a parameter; None: it stays."""
-    if axis is None:
-        return None
-    if options.streams == "shared":
-        return maps.get(axis.space)
-    layer_maps = [maps[layer] for layer in axis.layers if layer in maps]
-    return torch.stack(layer_maps).mean(0) if layer_maps else None
-
-
-def axis_maps(axes: Sequence[Axis | None], maps: Maps, options: FusionOptions) -> list[Tensor | None]:
-    """The map that moves each axis of a parameter."""
-    return [axis_map(axis, maps, options) for axis in axes]
-
-
-def moved(structure: Structure, name: str, tensor: Tensor, maps: Maps, options: FusionOptions) -> Tensor:
-    """A parameter of a balanced parent with all its axes carried onto the anchor's neurons."""
-    axes = structure.axes[name]
-    return move(tensor, axes, axis_maps(axes, maps, options))
