@@ -75,13 +75,13 @@ def _difference(
     deep: Structure, shallow: Structure, rows_: tuple[Unit, ...], columns: tuple[Unit, ...], measure: str
 ) -> Tensor:
     def value(structure: Structure, units: tuple[Unit, ...]) -> Tensor:
-        widths = [_width(structure, unit) for unit in units]
+        widths = [width_of(structure, unit) for unit in units]
         return torch.tensor(widths if measure == "neurons" else range(len(units)), dtype=torch.float64)
 
     return (value(deep, rows_)[:, None] - value(shallow, columns)[None, :]).square()
 
 
-def _width(structure: Structure, unit: Unit) -> int:
+def width_of(structure: Structure, unit: Unit) -> int:
     """The number of neurons whose features a unit gives."""
     found = structure.neurons_at(unit.features)
     return 1 if found is None else sum(structure.sizes[space] for space in found[1].spaces)

@@ -1,6 +1,6 @@
 """The map between the layers of two parents, stage by stage, and the costs that it was chosen by."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,35 +1,36 @@
 """The filters of one layer in the shape of another: repeated, truncated, interpolated."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clafusion.errors import FusionError
-from clafusion.tracing.parameters import state_of
-from clafusion.tracing.structure import Axis, Layer, Structure
+from clafusion.tracing.parameters import places
+from clafusion.tracing.spaces import Axis
+from clafusion.tracing.structure import Structure
 
 
-def cyclic(tensor: Tensor, dim: int, size: int, repeat: int = 1) -> Tensor:
-    r"""Give an axis another length: entry :math:`j` is the old entry :math:`j \bmod n`.
+def cyclic(tensor: Tensor, dim: int, old: Axis, new: Axis) -> Tensor:
+    r"""Give an axis another length: neuron :math:`j` is the old neuron :math:`j \bmod n`.
 
     Args:
-        tensor: of any shape, with `n * repeat` entries along `dim`.
+        tensor: of any shape.
         dim: the axis.
-        size: its new number of neurons, each with `repeat` consecutive entries.
-        repeat: entries per neuron (more than one after a flatten), which stay together.
+        old: its neurons.
+        new: those of the result; the occurrences of a neuron (more than one after a flatten) stay together.
 
     Returns:
-        A tensor with `size * repeat` entries along `dim`: repeated if that is more, truncated if it is less.
-
-    Example:
-        >>> cyclic(torch.tensor([1, 2, 3]), 0, 5)
-        tensor([1, 2, 3, 1, 2])
+        A tensor with the neurons of `new` along `dim`: repeated if these are more, truncated if they are less.
     """
-    neurons = torch.arange(size, device=tensor.device) % (tensor.shape[dim] // repeat)
-    entries = neurons[:, None] * repeat + torch.arange(repeat, device=tensor.device)
-    return tensor.index_select(dim, entries.flatten())
+    source = torch.zeros(len(new.of), dtype=torch.int64)
+    for place in range(len(new.spaces)):
+        ours, theirs = places(new, place), places(old, place)
+        source[ours] = theirs[:, torch.arange(ours.shape[1]) % theirs.shape[1]]
+    fixed = [(axis.of < 0).nonzero().flatten() for axis in (new, old)]
+    source[fixed[0]] = fixed[1]
+    return tensor.index_select(dim, source.to(tensor.device))
 
 
 def resampled(kernels: Tensor, size: Sequence[int]) -> Tensor:
@@ -47,14 +48,21 @@ def resampled(kernels: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(kernels.double(), size=tuple(size), mode="bilinear").to(kernels.dtype)
 
 
-def fitted_state(target: Structure, source: Structure, ours: Layer, theirs: Layer) -> dict[str, Tensor]:
-    """All parameters and buffers of a layer of the source in the shapes of a layer of the target.
+def fitted_state(
+    target: Structure,
+    source: Structure,
+    states: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    ours: str,
+    theirs: str,
+) -> dict[str, Tensor]:
+    """All parameters and buffers of a module of the source in the shapes of a module of the target.
 
     Args:
         target: the structure of the network to write into.
         source: that of the network to take from.
-        ours: a layer of the target.
-        theirs: a layer of the source, of the same kind.
+        states: the parameters and buffers of both by name.
+        ours: the path of a layer or norm of the target.
+        theirs: of one of the source, of the same kind.
 
     Returns:
         The state under the target's names.
@@ -62,18 +70,21 @@ def fitted_state(target: Structure, source: Structure, ours: Layer, theirs: Laye
     Raises:
         FusionError: if one of the layers has a tensor that the other lacks, or reads more positions per channel.
     """
-    wanted = state_of(target.module.get_submodule(ours.name))
-    given = state_of(source.module.get_submodule(theirs.name))
+    wanted, given = (
+        {name.rpartition(".")[2]: tensor for name, tensor in state.items() if name.rpartition(".")[0] == path}
+        for state, path in zip(states, (ours, theirs), strict=True)
+    )
     for key in sorted(wanted.keys() ^ given.keys()):
         side = "target" if key in wanted else "source"
         raise FusionError(
-            f"Expected both of {ours.name!r} in the target and {theirs.name!r} in the source to have {key!r}, got it "
+            f"Expected both of {ours!r} in the target and {theirs!r} in the source to have {key!r}, got it "
             f"in the {side} only; choose networks with the same biases and norms"
         )
     state = {}
     for key, tensor in wanted.items():
-        names = f"{ours.name}.{key}", f"{theirs.name}.{key}"
-        state[names[0]] = _fitted(given[key], tensor.shape, target.axes[names[0]], source.axes[names[1]], names)
+        names = f"{ours}.{key}", f"{theirs}.{key}"
+        axes = target.axes.get(names[0], ()), source.axes.get(names[1], ())
+        state[names[0]] = _fitted(given[key], tensor.shape, *axes, names)
     return state
 
 
@@ -89,10 +100,11 @@ def _fitted(
     for dim, (axis, other) in enumerate(zip(ours, theirs, strict=True)):
         if axis is None or other is None:
             continue
-        if axis.repeat != other.repeat:
+        turns = [int(one.turn.max()) + 1 for one in (axis, other)]
+        if turns[0] != turns[1] or len(axis.spaces) != len(other.spaces):
             raise FusionError(
                 f"Expected {names[0]!r} of the target and {names[1]!r} of the source to read as many positions per "
-                f"channel, got {axis.repeat} and {other.repeat}; choose networks of the same resolution"
+                f"channel, got {turns[0]} and {turns[1]}; choose networks of the same resolution"
             )
-        result = cyclic(result, dim, shape[dim] // axis.repeat, axis.repeat)
+        result = cyclic(result, dim, other, axis)
     return result

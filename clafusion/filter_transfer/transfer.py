@@ -15,16 +15,17 @@ from clafusion.alignment.dynamic_programming import clamp_pins, is_forced
 from clafusion.alignment.layer_costs import stage_costs
 from clafusion.alignment.layer_maps import as_lists, map_stage
 from clafusion.alignment.parents import check_alike, trace_as
-from clafusion.balancing.correspondence import match_layers
-from clafusion.balancing.insertion import example_for
+from clafusion.alignment.stages import check_same_stages
 from clafusion.errors import FusionError
 from clafusion.filter_transfer.filters import fitted_state
 from clafusion.formats.files import describe, restore
 from clafusion.options import FusionOptions
 from clafusion.statistics.samples import collect
-from clafusion.tracing.capture import independent_copy
-from clafusion.tracing.parameters import load_state, state_of
-from clafusion.tracing.structure import Structure, Unit, check_same_stages
+from clafusion.tracing.example import example_for
+from clafusion.tracing.exporting import operation_of
+from clafusion.tracing.parameters import independent_copy, load_state, state_of
+from clafusion.tracing.structure import Structure, Unit
+from clafusion.tracing.units import LAYERS, NORMS
 
 MappingName = Literal["optimal", "chain", "random"]
 
@@ -112,8 +113,8 @@ def transfer(
         _check_classes(a, b)
     state: dict[str, Tensor] = {}
     for ours, theirs in chosen if classifier else chosen[:-1]:
-        for layer, other in match_layers(ours, theirs, shortcuts=shortcuts and _projects(theirs)):
-            state.update(fitted_state(b, a, layer, other))
+        for path, other in _matched_modules(b, a, ours, theirs, shortcuts and _projects(theirs)):
+            state.update(fitted_state(b, a, (state_of(target), state_of(source)), path, other))
     network = _fresh(target, options.seed) if reinitialize else independent_copy(target)
     return load_state(network, {**state_of(network), **state})
 
@@ -164,7 +165,8 @@ def _map_structures(
     unsure = [n for n, depth in enumerate(depths) if not is_forced(max(depth), min(depth), *pins[n])]
     costs: dict[int, Tensor] = {}
     if mapping == "optimal" and samples is not None and unsure:
-        costs = stage_costs(target, source, samples, unsure, options.layer_measure, options.debiased)
+        stages = {n: (target.stages[n], source.stages[n]) for n in unsure}
+        costs = stage_costs(target, source, samples, stages, options.layer_measure, options.debiased)
     pairs = []
     for n, (ours, theirs) in enumerate(depths):
         cost = costs[n].T if n in costs and theirs > ours else costs.get(n)
@@ -194,12 +196,46 @@ def _checked(found: UnitMap, source: Structure, target: Structure) -> tuple[tupl
 
 
 def _check_classes(source: Structure, target: Structure) -> None:
-    counts = source.sizes[source.output], target.sizes[target.output]
+    counts = source.logits.shape[1], target.logits.shape[1]
     if counts[0] != counts[1]:
         raise FusionError(
             f"Expected a source with the target's {counts[1]} classes to transfer the classifier, got {counts[0]}; "
             "leave the classifier out"
         )
+
+
+def _matched_modules(
+    target: Structure, source: Structure, ours: Unit, theirs: Unit, shortcuts: bool
+) -> list[tuple[str, str]]:
+    """Pair the modules with parameters of two units, of the shortcuts only if wanted and if ours has one.
+
+    Raises:
+        FusionError: if the units have other layers.
+    """
+    wanted = shortcuts and _projects(ours)
+    sides = [_modules(structure, unit, wanted) for structure, unit in ((target, ours), (source, theirs))]
+    kinds = [[kind for _, kind in side] for side in sides]
+    if kinds[0] != kinds[1]:
+        raise FusionError(
+            f"Expected matched units with the same layers, got {', '.join(kinds[0])} in {ours.name!r} and "
+            f"{', '.join(kinds[1])} in {theirs.name!r}"
+        )
+    return [(path, other) for (path, _), (other, _) in zip(*sides, strict=True)]
+
+
+def _modules(structure: Structure, unit: Unit, shortcuts: bool) -> list[tuple[str, str]]:
+    """The path and the kind of every layer and norm of a unit; those of shortcuts last, or not at all."""
+    layers = {layer.node: layer for layer in unit.layers}
+    beside = {node for layer in unit.layers if layer.shortcut for node in (layer.node, layer.norm)}
+    branch, projections = [], []
+    for name in unit.nodes:
+        operation = operation_of(structure.nodes[name])
+        tensors = [structure.capture.names.get(one.name) for one in structure.nodes[name].all_input_nodes]
+        paths = [one.rpartition(".")[0] for one in tensors if one is not None]
+        if operation in LAYERS | NORMS and paths:
+            kind = layers[name].kind if name in layers else "norm"
+            (projections if name in beside else branch).append((paths[0], kind))
+    return branch + projections if shortcuts else branch
 
 
 def _projects(unit: Unit) -> bool:

@@ -3,23 +3,25 @@
 import base64
 import math
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from clafusion.alignment.layer_costs import width_of
 from clafusion.alignment.similarity import MIN_SAMPLES, cka_from_hsic, gram, hsic_sums
 from clafusion.fusion.averaging import moved_average
 from clafusion.fusion.fuse import Fusion
 from clafusion.statistics.moments import NeuronSums
 from clafusion.statistics.samples import chunks
-from clafusion.tracing.capture import shell
-from clafusion.tracing.execution import GraphRunner, as_input, in_step
-from clafusion.tracing.structure import Structure, structure_of
+from clafusion.tracing.execution import Ahead, GraphRunner, as_input
+from clafusion.tracing.resizing import on_network
+from clafusion.tracing.structure import Structure
 from clafusion.tracking import tracked
+from clafusion.transport.balanced import Correspondence
 
 #: Height and width of the picture of a map, at most.
 PIXELS = 64
@@ -52,9 +54,22 @@ class FeatureComparison:
         return {"variance_ratio": kept(self.variance_ratio), "cka": kept(self.cka)}
 
 
+@dataclass(frozen=True)
+class Observed:
+    """A network whose features are compared.
+
+    Attributes:
+        runner: runs it.
+        nodes: by layer the node of its features; a layer that it does not have is missing.
+    """
+
+    runner: GraphRunner
+    nodes: Mapping[str, str]
+
+
 @torch.no_grad()
 def diagnose(
-    structure: Structure, networks: Sequence[GraphRunner], parents: Sequence[GraphRunner], samples: Tensor
+    layers: Sequence[str], networks: Sequence[Observed], parents: Sequence[Observed], samples: Tensor
 ) -> list[list[FeatureComparison]]:
     r"""Compare the features of networks with those of others, before every activation.
 
@@ -63,9 +78,9 @@ def diagnose(
               {\sqrt{\sum_b \mathrm{HSIC}_1(K_b, K_b) \sum_b \mathrm{HSIC}_1(L_b, L_b)}}
 
     Args:
-        structure: of any of the networks.
-        networks: one or more, such as a fused network before and after its correction.
-        parents: networks of the same graph, such as `Fusion.balanced`; widths may differ.
+        layers: what to compare, in forward order.
+        networks: one or more that have all layers, such as a fused network before and after its correction.
+        parents: networks to compare with; widths may differ.
         samples: inputs, [samples, ...]; run in chunks, whose features are dropped at once.
 
     Returns:
@@ -76,38 +91,45 @@ def diagnose(
         >>> from clafusion.networks import MLP
         >>> samples = torch.randn(16, 8)
         >>> structure = trace(MLP(8, [6, 4], num_classes=3), samples)
-        >>> runner = GraphRunner(structure.module)
-        >>> [[comparison]] = diagnose(structure, [runner], [runner], samples)
+        >>> observed = Observed(GraphRunner(structure.capture), {layer.name: layer.pre for layer in structure.layers})
+        >>> [[comparison]] = diagnose(list(observed.nodes), [observed], [observed], samples)
         >>> [round(value, 6) for value in (*comparison.variance_ratio, *comparison.cka)]
         [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
-    # By the node of their features, in graph order.
-    names = {layer.pre: layer.name for unit in structure.units for layer in unit.branch}
-    names = {node: names[node] for node in networks[0].nodes if node in names}
     count, parts = len(networks), chunks(samples)
     enough = all(len(chunk) >= MIN_SAMPLES for chunk in parts)
     neurons: dict[tuple[str, int], NeuronSums] = {}
-    kernels: dict[str, list[Tensor]] = {}
+    kernels: dict[tuple[str, int, int], list[Tensor]] = {}
+    everyone = [*networks, *parents]
     for chunk in tracked(parts, "comparing features", len(parts)):
-        for node, features in zip(names, in_step([*networks, *parents], names, chunk), strict=True):
-            for k, x in enumerate(features):
-                neurons[node, k] = NeuronSums.of(x, onto=neurons.get((node, k)))
-            if enough:
-                grams = [gram(x) for x in features]
-                kernels[node] = hsic_sums(grams[:count], grams[count:], True, onto=kernels.get(node))
+        ahead = [Ahead(one.runner, chunk, [one.nodes[name] for name in layers if name in one.nodes]) for one in everyone]
+        for name in layers:
+            features = {k: ahead[k].take(one.nodes[name]) for k, one in enumerate(everyone) if name in one.nodes}
+            for k, x in features.items():
+                neurons[name, k] = NeuronSums.of(_channels_last(x), onto=neurons.get((name, k)))
+            grams = {k: gram(x) for k, x in features.items()} if enough else {}
+            for i in range(count):
+                for k in (k for k in grams if k >= count):
+                    key = name, i, k
+                    kernels[key] = hsic_sums([grams[i]], [grams[k]], True, onto=kernels.get(key))
     spread = {key: float(sums.mean_and_variance()[1].mean()) for key, sums in neurons.items()}
-    cka = {node: cka_from_hsic(*sums).tolist() for node, sums in kernels.items()}
+    cka = {key: float(cka_from_hsic(*sums)) for key, sums in kernels.items()}
     return [
         [
             FeatureComparison(
-                tuple(names.values()),
-                tuple(_ratio(spread[node, i], spread[node, count + j]) for node in names),
-                tuple(_finite(cka[node][i][j]) if enough else None for node in names),
+                tuple(layers),
+                tuple(_ratio(spread[name, i], spread.get((name, count + j), 0.0)) for name in layers),
+                tuple(_finite(cka.get((name, i, count + j), math.nan)) for name in layers),
             )
             for j in range(len(parents))
         ]
         for i in range(count)
     ]
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Features [samples, tokens, neurons] as [samples, neurons, tokens]; images have their channels there already."""
+    return x.movedim(-1, 1) if x.ndim == 3 else x
 
 
 def _ratio(value: float, other: float) -> float | None:
@@ -133,17 +155,18 @@ def report_data(fusion: Fusion, samples: Tensor) -> dict[str, Any]:
     samples = samples[:SAMPLES]
     corrected = fusion.options.correction != "none" and made_at_once(fusion)
     before = [next(averages(fusion, [fusion.weights]))] if corrected else []
+    fused = on_network(fusion.structure, fusion.model)
+    nodes = {layer.name: layer.pre for unit in fused.units for layer in unit.branch}
+    networks = [Observed(GraphRunner(one.capture), nodes) for one in (fused, *before)]
+    parents = {k: _parent(parent, nodes) for k, parent in enumerate(fusion.balancing.parents)}
     # Networks that are fused one after another are less deep before the template is added: nothing to compare with.
-    structure = fusion.balancing.structure if made_at_once(fusion) else structure_of(fusion.model, samples)
-    networks = [_runner(network, structure) for network in (fusion.model, *before)]
-    parents = {k: _runner(parent.network, parent.structure) for k, parent in enumerate(fusion.balancing.parents)}
-    whole = [k for k, runner in parents.items() if runner.nodes.keys() == networks[0].nodes.keys()]
-    comparisons = diagnose(structure, networks, [parents[k] for k in whole], samples)
-    layers = comparisons[0][0].layers
+    whole = [k for k, parent in enumerate(fusion.balancing.parents) if made_at_once(fusion) or _has_all(fused, parent)]
+    layers = list(nodes)
+    comparisons = diagnose(layers, networks, [parents[k] for k in whole], samples)
 
     def compared(network: int, k: int) -> dict[str, Any]:
-        comparison = comparisons[network][whole.index(k)] if k in whole else comparisons[network][0]
-        return comparison.without(_inserted(fusion, k) if k in whole else layers)
+        comparison = comparisons[network][whole.index(k) if k in whole else 0]
+        return comparison.without(() if k in whole else layers)
 
     return {
         "units": [_units(structure) for structure in fusion.structures],
@@ -156,22 +179,14 @@ def report_data(fusion: Fusion, samples: Tensor) -> dict[str, Any]:
     }
 
 
-def _runner(network: nn.Module, structure: Structure) -> GraphRunner:
-    """The runner of a network that is built as the one whose structure is given."""
-    return GraphRunner(shell(network), structure.module.graph)
+def _parent(parent: Correspondence, nodes: Mapping[str, str]) -> Observed:
+    """A parent by the layers of the fused network; what is inside units that it lacks is missing."""
+    own = {name: parent.nodes[node] for name, node in nodes.items() if node in parent.nodes}
+    return Observed(parent.runner(), own)
 
 
-def _inserted(fusion: Fusion, k: int) -> frozenset[str]:
-    """The layers inside the residual units that a parent only has as inserted identities: nothing to compare with."""
-    if fusion.options.balance == "merge":
-        return frozenset()
-    return frozenset(
-        layer.name
-        for stage, units in enumerate(fusion.structures[fusion.template].stages)
-        for place, unit in enumerate(units)
-        for layer in unit.branch
-        if place not in fusion.alignments[k][stage] and layer != unit.output
-    )
+def _has_all(fused: Structure, parent: Correspondence) -> bool:
+    return all(unit.name in parent.units for unit in fused.units)
 
 
 def map_picture(mapping: Tensor) -> dict[str, Any]:
@@ -204,7 +219,7 @@ def map_picture(mapping: Tensor) -> dict[str, Any]:
 
 def _units(structure: Structure) -> list[list[dict[str, Any]]]:
     return [
-        [{"name": unit.name, "kind": unit.kind, "neurons": structure.sizes[unit.output.space]} for unit in stage]
+        [{"name": unit.name, "kind": unit.kind, "neurons": width_of(structure, unit)} for unit in stage]
         for stage in structure.stages
     ]
 
@@ -215,10 +230,10 @@ SHARES = tuple(step / 10 for step in range(11))
 
 def made_at_once(fusion: Fusion) -> bool:
     """Whether all parents were averaged in one step, so that the average can be made again."""
-    return fusion.options.many != "iterative" or len(fusion.balanced) == 2
+    return not fusion.steps
 
 
-def averages(fusion: Fusion, weights: Iterable[Sequence[float]]) -> Iterator[nn.Module]:
+def averages(fusion: Fusion, weights: Iterable[Sequence[float]]) -> Iterator[Structure]:
     """The averages of the moved parents, without their correction.
 
     Args:
@@ -226,7 +241,10 @@ def averages(fusion: Fusion, weights: Iterable[Sequence[float]]) -> Iterator[nn.
         weights: for each average its weight per parent, summing to one.
     """
     for shares in weights:
-        yield moved_average(fusion.balancing, fusion.maps, shares, fusion.options)
+        tensors = {name: tensor.detach().clone() for name, tensor in fusion.structure.capture.tensors.items()}
+        average = replace(fusion.structure, capture=replace(fusion.structure.capture, tensors=tensors))
+        moved_average(fusion.balancing, average, fusion.maps, shares, fusion.options)
+        yield average
 
 
 @torch.no_grad()
@@ -246,16 +264,16 @@ def line_accuracies(fusion: Fusion, images: Tensor, labels: Tensor) -> dict[str,
     """
     if not made_at_once(fusion):
         return None
-    anchor, count = fusion.options.anchor_index, len(fusion.balanced)
+    anchor, count = fusion.options.anchor_index, len(fusion.parents)
     accuracies = {}
     for k in range(count):
         if k != anchor:
             lines = [[(1 - s) * (i == anchor) + s * (i == k) for i in range(count)] for s in SHARES]
-            accuracies[str(k)] = [_accuracy(model, images, labels) for model in averages(fusion, lines)]
-    fused = _accuracy(fusion.model, images, labels)
+            accuracies[str(k)] = [_accuracy(one, images, labels) for one in averages(fusion, lines)]
+    fused = _accuracy(on_network(fusion.structure, fusion.model), images, labels)
     return {"samples": len(labels), "shares": list(SHARES), "fused": fused, "accuracies": accuracies}
 
 
-def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    outputs = torch.cat([model(as_input(chunk, model)).argmax(1) for chunk in chunks(images)])
+def _accuracy(network: Structure, images: Tensor, labels: Tensor) -> float:
+    outputs = torch.cat([network.run(as_input(chunk, network.capture)).argmax(1) for chunk in chunks(images)])
     return float((outputs == labels).double().mean())
