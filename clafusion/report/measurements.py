@@ -18,7 +18,7 @@ from clafusion.fusion.fuse import Fusion
 from clafusion.statistics.moments import NeuronSums
 from clafusion.statistics.samples import chunks
 from clafusion.tracing.execution import Ahead, GraphRunner, as_input
-from clafusion.tracing.resizing import on_network
+from clafusion.tracing.reading import on_network
 from clafusion.tracing.structure import Structure
 from clafusion.tracking import tracked
 from clafusion.transport.balanced import Correspondence

@@ -1,11 +1,18 @@
 """A network read: captured, compared with its graph, its neurons and its units found."""
 
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from clafusion.errors import FusionError
 from clafusion.tracing.execution import GraphRunner
 from clafusion.tracing.exporting import Capture, export_graph, first_line, logits_of, shell
+from clafusion.tracing.fingerprints import fingerprint
+from clafusion.tracing.parameters import state_of
 from clafusion.tracing.spaces import find_spaces
 from clafusion.tracing.structure import Structure
 from clafusion.tracing.units import find_units
@@ -16,31 +23,34 @@ EXAMPLES = 3
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def capture(model: nn.Module, example: Tensor) -> tuple[Capture, Tensor]:
-    """Export a network, and compare the graph with the network on a few samples.
+#: Networks of the same graph, of which the last ones read are kept.
+_KNOWN: "OrderedDict[Hashable, Structure]" = OrderedDict()
+_MOST_KNOWN = 64
+_LOCK = threading.Lock()
 
-    Args:
-        model: a network whose forward takes one tensor; left as it is.
-        example: samples that it accepts, [samples, ...].
 
-    Returns:
-        The captured network, which shares the tensors of `model`, and its logits for the samples.
-
-    Raises:
-        FusionError: if the network does not accept the samples, cannot be exported, or is another function than its
-            graph.
-    """
-    name = type(model).__name__
+def _logits(model: nn.Module, example: Tensor) -> Tensor:
+    """What a network gives for a few samples; it is left as it is."""
     network = shell(model)
     try:
         with torch.no_grad():
-            expected = logits_of(network(example.clone()))
+            return logits_of(network(example.clone()))
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         raise FusionError(
-            f"Expected samples that {name} accepts, got a batch of shape {list(example.shape)}: {first_line(error)}"
+            f"Expected samples that {type(model).__name__} accepts, got a batch of shape {list(example.shape)}: "
+            f"{first_line(error)}"
         ) from error
-    captured = export_graph(model, example)
-    _check_constants(captured, name)
+
+
+def _check_same(captured: Capture, expected: Tensor, example: Tensor, name: str) -> None:
+    """Refuse a graph that is another function than its network.
+
+    Args:
+        captured: the graph.
+        expected: the logits of the network.
+        example: for these samples.
+        name: what the message calls the network.
+    """
     with torch.no_grad():
         logits: Tensor = dict(GraphRunner(captured).observe(example, [captured.logits]))[captured.logits]
     scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
@@ -50,7 +60,6 @@ def capture(model: nn.Module, example: Tensor) -> tuple[Capture, Tensor]:
             f"Expected {name} to be the function of its graph, got logits that differ by {error:.1e} (relative); it may "
             "draw random numbers, or depend on its data or on the number of samples in what it does"
         )
-    return captured, expected
 
 
 def _check_constants(captured: Capture, name: str) -> None:
@@ -87,10 +96,24 @@ def trace(model: nn.Module, example: Tensor) -> Structure:
         >>> structure.free_spaces
         ('fc1', 'fc2')
     """
-    captured, logits = capture(model, example)
-    spaces = find_spaces(captured)
-    stages, transitions = find_units(captured, spaces)
-    return Structure(spaces, stages, transitions, captured, logits)
+    logits, name = _logits(model, example), type(model).__name__
+    key = fingerprint(model, example)
+    with _LOCK:
+        known = _KNOWN.get(key) if key is not None else None
+    if known is not None:
+        structure = replace(on_network(known, model), logits=logits)
+    else:
+        captured = export_graph(model, example)
+        _check_constants(captured, name)
+        spaces = find_spaces(captured)
+        structure = Structure(spaces, *find_units(captured, spaces), captured, logits)
+        if key is not None:
+            with _LOCK:
+                _KNOWN[key] = _without_tensors_of(model, structure)
+                while len(_KNOWN) > _MOST_KNOWN:
+                    _KNOWN.popitem(last=False)
+    _check_same(structure.capture, logits, example, name)
+    return structure
 
 
 def structure_of(model: nn.Module, samples: Tensor) -> Structure:
@@ -102,3 +125,20 @@ def structure_of(model: nn.Module, samples: Tensor) -> Structure:
     """
     reference = next((one for one in model.parameters() if one.is_floating_point()), None)
     return trace(model, samples[:EXAMPLES] if reference is None else samples[:EXAMPLES].to(reference))
+
+
+def on_network(structure: Structure, network: nn.Module) -> Structure:
+    """A structure on the tensors of another network of the same graph."""
+    state = {**dict(network.named_buffers(remove_duplicate=False)), **dict(network.named_parameters(remove_duplicate=False))}
+    tensors = {
+        name: state[name] if name in state else structure.capture.tensors[name]
+        for name in structure.capture.names.values()
+    }
+    return replace(structure, capture=replace(structure.capture, tensors=tensors))
+
+
+def _without_tensors_of(network: nn.Module, structure: Structure) -> Structure:
+    """A structure that keeps constants alone, and none of the network's tensors in memory."""
+    state = state_of(network)
+    kept = {name: one for name, one in structure.capture.tensors.items() if name not in state}
+    return replace(structure, capture=replace(structure.capture, tensors=kept), logits=torch.empty(0))

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +9,9 @@ from torch import Tensor, nn
 from clafusion.errors import FusionError
 from clafusion.tracing.exporting import shell
 from clafusion.tracing.parameters import state_of
-from clafusion.tracing.reading import structure_of
+from clafusion.tracing.reading import on_network, structure_of
 from clafusion.tracing.spaces import Axis
 from clafusion.tracing.structure import Structure
-
-
-def on_network(structure: Structure, network: nn.Module) -> Structure:
-    """A structure on the tensors of another network of the same graph."""
-    state = state_of(network)
-    tensors = {name: state.get(name, tensor) for name, tensor in structure.capture.tensors.items()}
-    return replace(structure, capture=replace(structure.capture, tensors=tensors))
 
 
 def room_for(
