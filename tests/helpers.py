@@ -124,11 +124,16 @@ def permuted(
 
 
 def _permute(structure: Structure, name: str, tensor: Tensor, orders: Mapping[str, Tensor]) -> Tensor:
-    for dim, axis in enumerate(structure.axes[name]):
-        if axis is not None and axis.space in orders:
-            order = orders[axis.space]
-            index = (order[:, None] * axis.repeat + torch.arange(axis.repeat)).flatten()
-            tensor = tensor.index_select(dim, index)
+    for dim, axis in enumerate(structure.axes.get(name, ())):
+        if axis is None:
+            continue
+        entries = list(zip(axis.of.tolist(), axis.at.tolist(), axis.turn.tolist(), strict=True))
+        place = {entry: number for number, entry in enumerate(entries) if entry[0] >= 0}
+        sources = []
+        for number, (space, neuron, turn) in enumerate(entries):
+            order = orders.get(axis.spaces[space]) if space >= 0 else None
+            sources.append(number if order is None else place[space, int(order[neuron]), turn])
+        tensor = tensor.index_select(dim, torch.tensor(sources))
     return tensor
 
 

@@ -32,7 +32,7 @@ def pair_stages(deep: Structure, shallow: Structure, called: str = "the second n
         pairs: list[StagePair] = list(zip(ours, theirs, strict=True))
         if all(a[0].kind == b[0].kind for a, b in pairs):
             return pairs
-    rows = _rows(ours, theirs)
+    rows = _rows(deep, theirs)
     if rows is None:
         kinds = [", ".join(stage[0].kind for stage in stages) for stages in (ours, theirs)]
         raise FusionError(
@@ -42,15 +42,15 @@ def pair_stages(deep: Structure, shallow: Structure, called: str = "the second n
     return [(stage, theirs[rows.index(row)] if row in rows else ()) for row, stage in enumerate(ours)]
 
 
-def _rows(ours: Sequence[tuple[Unit, ...]], theirs: Sequence[tuple[Unit, ...]]) -> list[int] | None:
+def _rows(deep: Structure, theirs: Sequence[tuple[Unit, ...]]) -> list[int] | None:
     """The stage of the deep network for each of the shallow one's; None if these do not fit in."""
     reached: dict[int, list[int]] = {0: []}  # stages of the shallow network so far, and where they went
-    for row, stage in enumerate(ours):
+    for row, stage in enumerate(deep.stages):
         following: dict[int, list[int]] = {}
         for count, rows in reached.items():
             if count < len(theirs) and _alike(stage, theirs[count]):
                 following.setdefault(count + 1, [*rows, row])
-            if all(unit.insertable for unit in stage):
+            if all(unit.insertable for unit in stage) and not deep.transitions[stage[0].name].nodes:
                 following.setdefault(count, rows)
         reached = following
     return reached.get(len(theirs))

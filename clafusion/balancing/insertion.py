@@ -22,8 +22,8 @@ from clafusion.transport.identities import neutral_value
 
 @torch.no_grad()
 def insert_identities(
-    deep: nn.Module,
     shallow: nn.Module,
+    deep: nn.Module,
     alignment: Alignment,
     example: Tensor | None = None,
     zero_branches: bool = False,
@@ -34,8 +34,8 @@ def insert_identities(
     whose last layer is zero; norms become neutral.
 
     Args:
-        deep: the network whose depth (and layer names) the result has; left as it is.
-        shallow: the network whose function it has; left as it is.
+        shallow: the network whose function the result has; left as it is.
+        deep: the network whose depth (and layer names) it has; left as it is.
         alignment: per stage, the unit of `deep` that each unit of `shallow` becomes.
         example: samples [batch, ...]; None: made up from the first layer.
         zero_branches: make the inner layers of an inserted residual unit zero as well, as published.
@@ -53,6 +53,7 @@ def insert_identities(
     return inserted(deep, a, b, alignment, example, zero_branches)
 
 
+@torch.no_grad()
 def inserted(
     deep: nn.Module, a: Structure, b: Structure, alignment: Alignment, samples: Tensor, zero_branches: bool = False
 ) -> nn.Module:
@@ -102,7 +103,7 @@ def _identity(unit: Unit, a: Structure, room: Mapping[str, Tensor], zero_branche
     state: dict[str, Tensor] = {}
     for name in unit.parameters:
         like, layer = room[name], layers.get(name)
-        if name in unit.closing or (zero_branches and layer is not None):
+        if name in unit.closing or (zero_branches and unit.kind == "residual" and layer is not None):
             state[name] = torch.zeros_like(like)
         elif layer is not None and name == layer.weight:
             state[name] = _eye(like)

@@ -85,11 +85,11 @@ class Fusion:
         merged, deep = self.balancing.parents[k].merged, self.parents[self.template]
         if k == self.template or merged is not None:
             return self.parents[k] if merged is None else merged
-        samples = torch.zeros(2, *self.balancing.structure.nodes[self.balancing.structure.capture.entry].meta["shape"][1:])
-        pair = self.balancing.structure, self.structures[k]
-        return inserted(
-            deep, *pair, self.alignments[k], samples.to(pair[0].capture.reference), self.options.streams == "per_layer"
-        )
+        template = self.balancing.structure
+        shape = template.nodes[template.capture.entry].meta["shape"]
+        samples = torch.randn(2, *shape[1:], generator=torch.Generator().manual_seed(0)).to(template.capture.reference)
+        zero_branches = self.options.streams == "per_layer"
+        return inserted(deep, template, self.structures[k], self.alignments[k], samples, zero_branches)
 
     @property
     def template(self) -> int:

@@ -47,6 +47,7 @@ def exact_outputs(structure: Structure, few: Tensor, names: Iterable[str], chang
 
 def difference(expected: Tensor, got: Tensor) -> float:
     """The largest difference, relative to the largest value that was expected."""
+    expected, got = expected.detach(), got.detach()
     scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
     return float((got - expected).abs().max() / scale)
 

@@ -89,7 +89,8 @@ def in_words(part: Sequence[Any] | None) -> str:
     if part is None:
         return "nothing"
     constants = [str(one) for one in part[1:] if not isinstance(one, str) and one is not None and one != ()]
-    return f"{part[0]}({', '.join(constants[:3])})" if part[0].startswith(("conv", "max", "avg")) else str(part[0])
+    name = f"{part[0]}({', '.join(constants[:3])})" if part[0].startswith(("conv", "max", "avg")) else str(part[0])
+    return f"{name} without bias" if part[0].startswith(("conv", "linear")) and part.count("parameter") == 1 else name
 
 
 def first_difference(one: Signature, other: Signature) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor, fx
 
 from clafusion.tracing.execution import GraphRunner
@@ -166,7 +167,8 @@ class Structure:
 
     def run(self, batch: Tensor) -> Tensor:
         """The logits of the graph for a batch."""
-        logits: Tensor = dict(GraphRunner(self.capture).observe(batch, [self.capture.logits]))[self.capture.logits]
+        with torch.no_grad():
+            logits: Tensor = dict(GraphRunner(self.capture).observe(batch, [self.capture.logits]))[self.capture.logits]
         return logits
 
     def written(self, layer: Layer) -> Axis | None:

@@ -17,7 +17,7 @@ from clafusion.tracing.structure import Layer, Structure, Unit
 from clafusion.tracking import tracked
 from clafusion.transport.balanced import Balanced, Maps
 from clafusion.transport.blocks import solve_in_blocks
-from clafusion.transport.moving import incoming_weights
+from clafusion.transport.moving import incoming_weights, parameter_of
 from clafusion.transport.solvers import as_map, gromov_plan, ground_cost, transport_plan
 
 
@@ -111,8 +111,14 @@ def _is_known(balanced: Balanced, problem: TransportProblem, options: FusionOpti
     """Whether anything is known by which the neurons of a problem could be compared."""
     if options.features != "weights":
         return bool(_observed(balanced, problem, options))
-    both = {problem.parent, problem.reference}
-    return any(both <= balanced.owners[unit.name].keys() and layer.weight for layer, unit in problem.layers)
+    return _compared_layer(balanced, problem) is not None
+
+
+def _compared_layer(balanced: Balanced, problem: TransportProblem) -> Layer | None:
+    """The first layer whose incoming weights both networks have, or an identity stands in for."""
+    both = (problem.parent, problem.reference)
+    layers = [layer for layer, _ in problem.layers if layer.weight is not None]
+    return next((one for one in layers if all(parameter_of(balanced, k, str(one.weight)) is not None for k in both)), None)
 
 
 def _check_equal_widths(balanced: Balanced) -> None:
@@ -205,7 +211,8 @@ def _incoming_moments(
 ) -> Sides:
     """Compare neurons by their incoming weights, whose inputs the maps that there are already have aligned."""
     both = (problem.parent, problem.reference)
-    layer = next(one for one, unit in problem.layers if {*both} <= balanced.owners[unit.name].keys())
+    layer = _compared_layer(balanced, problem)
+    assert layer is not None
     features = {k: incoming_weights(balanced, k, layer, problem.space, maps[k], options).T for k in both}
     return [[Moments.of(features[one], features[other])] for one, other in _pairs(problem, options)]
 

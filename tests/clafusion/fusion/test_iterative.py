@@ -8,7 +8,7 @@ import torch
 
 from clafusion import FusionError, FusionOptions, fuse, networks
 from clafusion.balancing.balance import owners_by_unit
-from clafusion.tracing.structure import trace
+from clafusion.tracing.reading import trace
 from tests.helpers import images, largest_difference, mlp, permuted, plain, relative_error, resnet, vectors
 
 NORMED = {"bias": True, "batch_norm": True}
