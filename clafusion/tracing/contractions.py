@@ -70,19 +70,18 @@ def attention(labels: Labels, call: Call) -> Result:
     query, key, value = call["query"], call["key"], call["value"]
     if call["is_causal"]:
         query, key, value = (labels.pin(one, [-2]) for one in (query, key, value))
-    if call["enable_gqa"]:
-        turns = query.shape[-3] // key.shape[-3]
-        key, value = (_repeated(labels, one, turns) for one in (key, value))
+    mask = call["attn_mask"]
+    if call["enable_gqa"]:  # every head of the keys meets a group of heads of the queries
+        heads = key.shape[-3]
+        query = labels.reshape(query, (*query.shape[:-3], heads, query.shape[-3] // heads, *query.shape[-2:]))
+        key, value = (unsqueezed(labels, one, len(one.shape) - 2) for one in (key, value))
+        if mask is not None and len(mask.shape) > 2:
+            own = (heads, query.shape[-3]) if mask.shape[-3] > 1 else (1, 1)
+            mask = labels.reshape(mask, (*mask.shape[:-3], *own, *mask.shape[-2:]))
     scores = product(labels, query, transposed(labels, key))
-    if call["attn_mask"] is not None:
-        scores = labels.merge(scores, call["attn_mask"])
-    return product(labels, normalised(labels, scores, [-1]), value)
-
-
-def _repeated(labels: Labels, value: Value, turns: int) -> Value:
-    """Every head several times."""
-    shape = (*value.shape[:-3], value.shape[-3] * turns, *value.shape[-2:])
-    return labels.move(value, shape, lambda array: array.repeat_interleave(turns, -3), [-3])
+    if mask is not None:
+        scores = labels.merge(scores, mask)
+    return labels.reshape(product(labels, normalised(labels, scores, [-1]), value), call.shape)
 
 
 def einsum(labels: Labels, call: Call) -> Result:

@@ -27,6 +27,8 @@ class Elements:
 
     def __init__(self) -> None:
         self.count = 0
+        #: How often something was said of them: what was found before is still right if it is the same.
+        self.version = 0
         self.relations: list[Relation] = []
         self._root: Ints = np.arange(4096)
         #: 0: free; otherwise one more than the index of the reason.
@@ -54,7 +56,7 @@ class Elements:
         roots = self._root[elements]
         while True:
             further = self._root[roots]
-            if np.array_equal(further, roots):
+            if (further == roots).all():
                 break
             roots = further
             self._root[elements] = roots
@@ -64,10 +66,11 @@ class Elements:
         """Let elements keep their places, unless they do already; the first reason counts."""
         roots = self.find(elements.reshape(-1))
         self._why[roots[self._why[roots] == 0]] = reason + 1
+        self.version += 1
 
-    def is_fixed(self, elements: Ints) -> NDArray[np.bool_]:
-        """Whether each element is fixed."""
-        return self._why[self.find(elements)] > 0
+    def are_fixed(self, roots: Ints) -> NDArray[np.bool_]:
+        """Whether each of some elements that stand for themselves is fixed."""
+        return self._why[roots] > 0
 
     def reason(self, elements: Ints) -> Ints:
         """The index of the reason why each is fixed; -1: it is free."""
@@ -79,6 +82,7 @@ class Elements:
         unlike = one != other
         if not unlike.any():
             return
+        self.version += 1
         one, other = one[unlike], other[unlike]
         both = np.concatenate([one, other])
         fixed = both[self._why[both] > 0]
@@ -108,6 +112,7 @@ class Elements:
             if _is_bijection(*self._pairs(known, pairs[1])):
                 self.tie(known, pairs[1])
                 return
+        self.version += 1
         self._join_families(pairs[0])
         self._related.setdefault(self._family_of(pairs[0][0]), []).append(len(self.relations))
         self.relations.append(Relation(*pairs, place))

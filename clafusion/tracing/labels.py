@@ -32,11 +32,15 @@ class Value:
         shape: its shape, for a batch of two samples.
         arrays: int64 labels that broadcast to the shape; none for what no permutation may move.
         constant: the tensor itself if it depends neither on the input nor on a parameter.
+        same: dimensions along which all entries are the same, because it was broadcast.
+        version: the state of the elements for which the arrays are compact and none is superfluous.
     """
 
     shape: tuple[int, ...]
     arrays: tuple[Tensor, ...] = ()
     constant: Tensor | None = None
+    same: frozenset[int] = frozenset()
+    version: int = -1
 
 
 def varies(array: Tensor) -> frozenset[int]:
@@ -96,21 +100,22 @@ class Labels:
 
     def tidy(self, value: Value) -> Value:
         """A value with compact arrays, without those that say nothing: fixed, twice there, or implied by another."""
+        if value.version == self.elements.version or not value.arrays:
+            return value
         kept: list[Tensor] = []
-        for array in value.arrays:
-            array = self._compact(array)
-            if varies(array) and not any(_same(array, other) for other in kept) and not self._is_fixed(array):
+        for array in map(self._compact, value.arrays):
+            if array.numel() > 1 and not self._is_fixed(array) and not any(_same(array, other) for other in kept):
                 kept.append(array)
         if len(kept) > 1:
             kept = [one for one in kept if not any(one is not other and self._implies(other, one) for other in kept)]
-        return replace(value, arrays=tuple(kept))
+        return Value(value.shape, tuple(kept), value.constant, value.same, self.elements.version)
 
     def bare(self, value: Value) -> frozenset[int]:
         """The dimensions along which the entries of a value are different, and no label moves them."""
-        long = frozenset(dim for dim, size in enumerate(value.shape) if size > 1)
+        long = frozenset(dim for dim, size in enumerate(value.shape) if size > 1 and dim not in value.same)
         if value.constant is not None:
             return frozenset(dim for dim in long if differs(value.constant, dim))
-        return long.difference(*(varies(array) for array in value.arrays))
+        return long.difference(*map(varies, value.arrays))
 
     # Primitives
 
@@ -163,8 +168,11 @@ class Labels:
         """
         shape = torch.broadcast_shapes(*(value.shape for value in values))
         lifted = [self.tidy(_lifted(value, len(shape))) for value in values]
+        same = frozenset(
+            dim for dim, size in enumerate(shape) if all(v.shape[dim] == 1 or dim in v.same for v in lifted) and size > 1
+        )
         if len(lifted) == 1 or not any(value.arrays for value in lifted):
-            return Value(tuple(shape), lifted[0].arrays)
+            return Value(tuple(shape), lifted[0].arrays, None, same)
         bare = [self.bare(value) for value in lifted]
         for number, value in enumerate(lifted):
             others = frozenset[int]().union(*(dims for other, dims in enumerate(bare) if other != number))
@@ -173,7 +181,7 @@ class Labels:
         joined: list[Tensor] = []
         for value in lifted:
             joined = self._joined(joined, value.arrays)
-        return self.tidy(Value(tuple(shape), tuple(joined)))
+        return self.tidy(Value(tuple(shape), tuple(joined), None, same))
 
     def reduce(self, value: Value, dims: Iterable[int], *, keepdim: bool = True) -> Value:
         """Sum over dimensions, or anything else that is symmetric along them.
@@ -221,7 +229,8 @@ class Labels:
         self.elements.fix(array.reshape(-1).numpy(), len(self.reasons) - 1)
 
     def _is_fixed(self, array: Tensor) -> bool:
-        return bool(self.elements.is_fixed(array.numpy()).all())
+        """Whether all elements of a compact array are fixed."""
+        return bool(self.elements.are_fixed(array.numpy()).all())
 
     def _implies(self, one: Tensor, other: Tensor) -> bool:
         if not varies(other) <= varies(one):
@@ -236,10 +245,10 @@ class Labels:
         roots = self.elements.find(array.numpy())
         for dim, size in enumerate(roots.shape):
             if size > 1:
-                first = roots.take([0], dim)
-                if first.size < roots.size and np.array_equal(np.broadcast_to(first, roots.shape), roots):
+                first, last = (roots[(slice(None),) * dim + (slice(end, end + 1),)] for end in (0, size - 1))
+                if first.flat[0] == last.flat[0] and (first == roots).all():
                     roots = first
-        return torch.from_numpy(np.ascontiguousarray(roots)).reshape(roots.shape)
+        return torch.from_numpy(roots)
 
     def _pin(self, array: Tensor, dims: frozenset[int]) -> None:
         """Fix an array along dimensions: wholly, or by blocks that are fixed where it varies along others as well."""
@@ -319,6 +328,7 @@ def _lifted(value: Value, rank: int) -> Value:
     return replace(
         value,
         shape=more + value.shape,
+        same=frozenset(dim + len(more) for dim in value.same),
         arrays=tuple(array.reshape(more + tuple(array.shape)) for array in value.arrays),
         constant=None if value.constant is None else value.constant.reshape(more + value.shape),
     )

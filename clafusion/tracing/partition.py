@@ -60,9 +60,9 @@ def partition(labelling: Labelling, capture: Capture) -> Partition:
         FusionError: if neurons are in blocks of two kinds that cross.
     """
     elements = labelling.labels.elements
-    root = _settled(elements)
-    colour = _refined(_colours(labelling, root), elements, root)
-    kind = _classes(colour, labelling, elements, root)
+    root, kind = _alike(labelling)
+    while _tie_equal(elements, kind) or _fix_crossing(labelling, root, kind):
+        root, kind = _alike(labelling)
     neuron, names = _numbered(capture, labelling, root, kind)
     links = _links(elements, kind)
     parents: dict[int, _Link] = {}
@@ -78,7 +78,7 @@ def partition(labelling: Labelling, capture: Capture) -> Partition:
             todo.append(chain[0].parent)
         if chain[0].parent not in names:
             names[chain[0].parent] = _free_name(f"{names[one]} blocks", names)
-            blocks = _by_appearance(_in_order(chain[0], neuron))
+            blocks = by_appearance(_in_order(chain[0], neuron))
             neuron[blocks] = np.arange(len(blocks))
             todo.append(chain[0].parent)
     order = _parents_first(list(names), parents)
@@ -95,6 +95,55 @@ def partition(labelling: Labelling, capture: Capture) -> Partition:
         [names[one] for one in order],
         {place[one]: (place[link.parent], neuron[_in_order(link, neuron)]) for one, link in parents.items()},
     )
+
+
+def _alike(labelling: Labelling) -> tuple[Ints, Ints]:
+    """The root of every element, and for every root the number of its class."""
+    elements = labelling.labels.elements
+    root = _settled(elements)
+    colour = _refined(_colours(labelling, root), elements, root)
+    return root, _classes(colour, labelling, elements, root)
+
+
+def _tie_equal(elements: Elements, kind: Ints) -> bool:
+    """Let blocks with equal content be the same, and a neuron alone of its kind in its block; say whether any were.
+
+    Features of heads with rotary positions, for example, keep their order in each head: they move with it.
+    """
+    version = elements.version
+    for links in _links(elements, kind).values():
+        for number, link in enumerate(links):
+            blocks = len(np.unique(link.block))
+            if blocks == len(link.child):
+                elements.tie(link.child, link.block)
+            for other in links[:number]:
+                if blocks == len(np.unique(other.block)) == len(np.unique(np.stack([link.block, other.block]), axis=1).T):
+                    elements.tie(link.block, other.block)
+    return elements.version > version
+
+
+def _fix_crossing(labelling: Labelling, root: Ints, kind: Ints) -> bool:
+    """Fix blocks that cross others and belong to a parameter, and say whether there were any.
+
+    A norm of queries has one weight per feature, shared by all heads: heads may be permuted, or features, but neither
+    lies in the other. Permuting one of them alone is as sound; heads have more to give.
+    """
+    elements = labelling.labels.elements
+    shared = {one for axes in labelling.axes.values() for a in axes if a is not None for one in kind[root[a.numpy()]]}
+    version = elements.version
+    for links in _links(elements, kind).values():
+        for number, link in enumerate(links):
+            for other in links[:number]:
+                if _nest(link, other) or (link.parent in shared) == (other.parent in shared):
+                    continue
+                crossing = link if link.parent in shared else other
+                labelling.labels.reasons.append(crossing.place)
+                elements.fix(crossing.block, len(labelling.labels.reasons) - 1)
+    return elements.version > version
+
+
+def _nest(one: _Link, other: _Link) -> bool:
+    return _is_function(one.block, other.block) or _is_function(other.block, one.block)
 
 
 def _settled(elements: Elements) -> Ints:
@@ -142,7 +191,7 @@ def _colours(labelling: Labelling, root: Ints) -> Hashes:
         if turn.any():
             spread = np.broadcast_to(turn.reshape(nesting.block.shape), nesting.child.shape)
             np.add.at(colour, root[nesting.child.reshape(-1).numpy()], _hashed(1, number, spread.reshape(-1)))
-    fixed = np.flatnonzero(labels.elements.is_fixed(root))
+    fixed = np.flatnonzero(labels.elements.are_fixed(root))
     colour[fixed] = _hashed(2, fixed)
     return colour
 
@@ -192,7 +241,7 @@ def _classes(colour: Hashes, labelling: Labelling, elements: Elements, root: Int
     used = [array.numpy() for axes in labelling.axes.values() for array in axes if array is not None]
     used += [relation.block for relation in elements.relations] + [relation.child for relation in elements.relations]
     active = np.unique(root[np.concatenate(used)]) if used else np.zeros(0, np.int64)
-    active = active[~elements.is_fixed(active)]
+    active = active[~elements.are_fixed(active)]
     _, inverse, counts = np.unique(colour[active], return_inverse=True, return_counts=True)
     kind: Ints = np.full(len(root), -1)
     kind[active] = np.where(counts[inverse] > 1, inverse, -1)
@@ -211,9 +260,9 @@ def _numbered(
             for dim, array in enumerate(labelling.axes.get(name, ())):
                 if array is None:
                     continue
-                roots = _by_appearance(root[array.numpy()])
+                roots = by_appearance(root[array.numpy()])
                 kinds = kind[roots]
-                for one in _by_appearance(kinds[kinds >= 0]).tolist():
+                for one in by_appearance(kinds[kinds >= 0]).tolist():
                     if one not in first:
                         first[one] = name
                         members = roots[kinds == one]
@@ -234,7 +283,7 @@ def _free_name(name: str, names: Mapping[int, str]) -> str:
     return name
 
 
-def _by_appearance(entries: Ints) -> Ints:
+def by_appearance(entries: Ints) -> Ints:
     """The different entries, by their first places."""
     known, first = np.unique(entries, return_index=True)
     return known[np.argsort(first)]
@@ -246,6 +295,7 @@ def _links(elements: Elements, kind: Ints) -> dict[int, list[_Link]]:
     for relation in elements.relations:
         block = elements.find(relation.block)
         ours, theirs = kind[relation.child], kind[block]
+        ours = np.where(relation.child == block, -1, ours)
         for one in np.unique(ours[(ours >= 0) & (theirs >= 0)]).tolist():
             mine = ours == one
             parent = int(theirs[mine][0])

@@ -19,6 +19,11 @@ def elementwise(labels: Labels, call: Call) -> Result:
     return labels.merge(*tensors) if len(tensors) > 1 else tensors[0]
 
 
+def unchanged(labels: Labels, call: Call) -> Result:
+    """The first tensor; what else it is given says nothing about neurons."""
+    return call.input
+
+
 def reduction(labels: Labels, call: Call) -> Result:
     """Symmetric along `dim` (all dimensions by default), and without it afterwards: a sum, a mean, a norm."""
     x, dims = call.input, call["dim"]
@@ -75,9 +80,11 @@ def reshaped(labels: Labels, call: Call) -> Result:
 
 def spread(labels: Labels, call: Call) -> Result:
     """Broadcast to a shape."""
-    more = (1,) * (len(call.shape) - len(call.input.shape))
-    arrays = tuple(array.reshape(more + tuple(array.shape)) for array in call.input.arrays)
-    return labels.tidy(Value(call.shape, arrays))
+    x = call.input
+    more = len(call.shape) - len(x.shape)
+    arrays = tuple(array.reshape((1,) * more + tuple(array.shape)) for array in x.arrays)
+    long = {dim + more for dim, size in enumerate(x.shape) if size > 1 and dim not in x.same}
+    return labels.tidy(Value(call.shape, arrays, None, frozenset(range(len(call.shape))) - long))
 
 
 def moved(labels: Labels, call: Call) -> Result:
@@ -271,12 +278,15 @@ _RULES: dict[str, Rule] = {
         negative positive sqrt rsqrt abs absolute square sign sgn sin cos tan asin acos atan sinh cosh asinh acosh atanh
         erf erfc erfinv reciprocal floor ceil round trunc frac clamp clamp_min clamp_max clip pow float_power logit
         sigmoid_backward nan_to_num isnan isinf isfinite logical_not bitwise_not dropout feature_dropout alpha_dropout
-        feature_alpha_dropout native_dropout to _to_copy type_as float double half bfloat16 contiguous clone alias
-        detach lift_fresh lift_fresh_copy i0 sinc digamma lgamma polygamma
+        feature_alpha_dropout i0 sinc digamma lgamma polygamma
         add sub subtract rsub mul multiply div divide true_divide floor_divide fmod remainder maximum minimum fmax fmin
         where addcmul addcdiv lerp atan2 arctan2 hypot logaddexp logaddexp2 xlogy eq ne lt le gt ge equal not_equal less
         greater masked_fill logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor heaviside copysign
         isclose""",
+    ),
+    **_table(
+        unchanged,
+        "to _to_copy type_as float double half bfloat16 contiguous clone alias detach lift_fresh lift_fresh_copy",
     ),
     **_table(
         reduction,

@@ -6,16 +6,17 @@ without changing the function, as long as neurons stay together with those of th
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from clafusion.tracing.elements import Ints, turns
 from clafusion.tracing.exporting import Capture, operation_of
 from clafusion.tracing.labelling import Labelling, label, parameters_of
-from clafusion.tracing.labels import Value, varies
-from clafusion.tracing.partition import Partition, partition
+from clafusion.tracing.labels import Value
+from clafusion.tracing.partition import Partition, by_appearance, partition
 from clafusion.tracing.rules import register_operation
 
 
@@ -70,7 +71,7 @@ class Spaces:
     spaces: Mapping[str, Space]
     axes: Mapping[str, tuple[Axis | None, ...]]
     pinned: Mapping[str, str]
-    _nodes: Mapping[str, tuple[Axis | None, ...] | None] = field(repr=False)
+    _reader: "_Reader" = field(repr=False)
 
     def of_node(self, name: str) -> tuple[Axis | None, ...] | None:
         """The axes of the tensor of a node of the graph.
@@ -79,7 +80,7 @@ class Spaces:
             One entry per dimension (None: no free neurons along it). None altogether if some neurons are spread over
             several dimensions (heads and features of heads), or if the node gives no tensor.
         """
-        return self._nodes.get(name)
+        return self._reader.node(name)
 
 
 def find_spaces(capture: Capture) -> Spaces:
@@ -109,58 +110,58 @@ def find_spaces(capture: Capture) -> Spaces:
             None if parent is None else found.names[parent],
             None if block is None else torch.from_numpy(block),
         )
-    reader = _Reader(found, labelling)
+    reader = _Reader(found, labelling.values)
     axes = {name: tuple(reader.axis(one) for one in arrays) for name, arrays in labelling.axes.items()}
-    nodes = {node.name: reader.node(value) for node, value in labelling.values.items()}
-    return Spaces(spaces, axes, _pinned(capture, labelling, axes), nodes)
+    return Spaces(spaces, axes, _pinned(capture, labelling, axes), reader)
 
 
 class _Reader:
-    """Axes from label arrays; an array that was read before gives the same axis again."""
+    """Axes from label arrays; equal arrays give the same axis."""
 
-    def __init__(self, found: Partition, labelling: Labelling) -> None:
+    def __init__(self, found: Partition, values: Mapping[fx.Node, Any]) -> None:
         self._found = found
-        self._labels = labelling.labels
-        self._known: dict[int, Axis | None] = {}
+        self._values = {
+            node.name: (len(value.shape), value.arrays) for node, value in values.items() if isinstance(value, Value)
+        }
+        self._known: dict[bytes, Axis | None] = {}
 
     def axis(self, array: Tensor | None) -> Axis | None:
         """The axis of a label array that varies along one dimension; None: nothing is free."""
         if array is None:
             return None
-        if id(array) not in self._known:
-            self._known[id(array)] = self._axis(array.reshape(-1).numpy())
-        return self._known[id(array)]
+        roots = self._found.root[array.reshape(-1).numpy()]
+        key = roots.tobytes()
+        if key not in self._known:
+            self._known[key] = self._axis(roots)
+        return self._known[key]
 
-    def _axis(self, elements: Ints) -> Axis | None:
-        roots = self._found.root[elements]
+    def _axis(self, roots: Ints) -> Axis | None:
         spaces = self._found.space[roots]
         free = spaces >= 0
         if not free.any():
             return None
-        known, first, of = np.unique(spaces, return_index=True, return_inverse=True)
-        order = [place for place in np.argsort(first) if known[place] >= 0]
-        rank = np.full(len(known), -1)
-        rank[order] = np.arange(len(order))
+        order = by_appearance(spaces[free])
+        place = np.full(int(order.max()) + 2, -1)
+        place[order] = np.arange(len(order))
         at = np.where(free, self._found.neuron[roots], 0)
         turn = np.where(free, turns(roots), 0)
-        names = tuple(self._found.names[known[place]] for place in order)
-        return Axis(names, *(torch.from_numpy(np.asarray(one, np.int64)) for one in (rank[of], at, turn)))
+        names = tuple(self._found.names[number] for number in order)
+        return Axis(names, *map(torch.from_numpy, (place[spaces], at, turn)))
 
-    def node(self, value: object) -> tuple[Axis | None, ...] | None:
-        """The axes of a value."""
-        if not isinstance(value, Value):
+    def node(self, name: str) -> tuple[Axis | None, ...] | None:
+        """The axes of the value of a node."""
+        if name not in self._values:
             return None
-        axes: list[Axis | None] = [None] * len(value.shape)
-        for array in value.arrays:
-            dims = varies(array)
-            if len(dims) == 1:
-                [dim] = dims
-                axis = self.axis(array)
-                if axis is not None and axes[dim] is not None:
-                    return None
-                axes[dim] = axis or axes[dim]
-            elif (self._found.space[self._found.root[array.numpy()]] >= 0).any():
+        rank, arrays = self._values[name]
+        axes: list[Axis | None] = [None] * rank
+        for array in arrays:
+            roots = self._found.root[array.numpy()]
+            if (self._found.space[roots] < 0).all():
+                continue
+            dims = [dim for dim in range(rank) if (roots.take([0], dim) != roots).any()]
+            if len(dims) != 1 or axes[dims[0]] is not None:
                 return None
+            axes[dims[0]] = self.axis(array.movedim(dims[0], 0).reshape(array.shape[dims[0]], -1)[:, 0])
         return tuple(axes)
 
 
