@@ -13,7 +13,6 @@ from clafusion.tracing.exporting import logits_of, shell
 INPUT_SHAPE = "clafusion_input"
 #: Sizes of images that are tried in this order; the last one is what most networks are published for.
 _SIZES = (32, 64, 96, 128, 224)
-_CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 #: Of the largest logit, between two runs of one function in single precision.
 _TOLERANCE = 1e-3
 
@@ -35,12 +34,12 @@ def example_for(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     for shape in _declared(model):
         if output_for(network, example := _random(model, shape)) is not None:
             return example, None
-    guessed = [_random(model, shape) for shape in _guessed(model)]
-    for example in guessed:
-        if output_for(network, example) is not None:
-            control = guessed[-1] if example is not guessed[-1] else None
-            works = control is not None and output_for(network, control) is not None
-            return example, control if works else None
+    guessed = list(_guessed(model))
+    for shape in guessed:
+        if output_for(network, example := _random(model, shape)) is not None:
+            control = _random(model, guessed[-1])
+            other = shape != guessed[-1] and output_for(network, control) is not None
+            return example, control if other else None
     raise FusionError(
         f"Expected {type(model).__name__} to say which samples it takes, got none of the common shapes that it runs "
         "on; pass example="
@@ -56,12 +55,17 @@ def check_sizes(model: nn.Module, restored: nn.Module, control: Tensor) -> None:
         control: images of another size that the network takes.
     """
     expected, actual = output_for(shell(model), control), output_for(restored, control)
-    if expected is not None and actual is not None and expected.shape == actual.shape:
-        if expected.is_meta or (expected - actual).abs().max() <= _TOLERANCE * expected.abs().max():
-            return
-    raise FusionError(
-        f"Expected samples, since {type(model).__name__} computes by the size of its images, got none; pass example="
-    )
+    if expected is None or actual is None or not _agree(expected, actual):
+        raise FusionError(
+            f"Expected samples to capture {type(model).__name__} with, which computes something else for every size of "
+            "images, got none; pass example="
+        )
+
+
+def _agree(expected: Tensor, actual: Tensor) -> bool:
+    if expected.shape != actual.shape or expected.is_meta:
+        return expected.shape == actual.shape
+    return bool((expected - actual).abs().max() <= _TOLERANCE * expected.abs().max())
 
 
 @torch.no_grad()
@@ -92,18 +96,22 @@ def _declared(model: nn.Module) -> Iterator[tuple[int, ...]]:
 
 
 def _guessed(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Shapes that fit the first layer of a network."""
-    first = next((one for one in model.modules() if isinstance(one, (nn.Linear, *_CONVOLUTIONS))), None)
-    if isinstance(first, nn.Linear):
-        yield (first.in_features,)
-    elif first is not None:
-        axes = next(axes for kind, axes in _CONVOLUTIONS.items() if isinstance(first, kind))
-        yield from ((first.weight.shape[1] * first.groups, *[size] * axes) for size in _SIZES)
+    """Shapes that fit the first Linear layer or the first convolution of a network; images come last."""
+    linear = next((one for one in model.modules() if isinstance(one, nn.Linear)), None)
+    if linear is not None:
+        yield (linear.in_features,)
+    convolution = _convolution(model)
+    if convolution is not None:
+        yield from ((_channels(model), *[size] * (convolution.weight.ndim - 2)) for size in _SIZES)
 
 
 def _channels(model: nn.Module) -> int:
-    first = next((one for one in model.modules() if isinstance(one, tuple(_CONVOLUTIONS))), None)
-    return 3 if first is None else int(first.weight.shape[1] * first.groups)
+    first = _convolution(model)
+    return 3 if first is None else first.weight.shape[1] * first.groups
+
+
+def _convolution(model: nn.Module) -> nn.Conv1d | nn.Conv2d | nn.Conv3d | None:
+    return next((one for one in model.modules() if isinstance(one, nn.Conv1d | nn.Conv2d | nn.Conv3d)), None)
 
 
 def _random(model: nn.Module, shape: tuple[int, ...]) -> Tensor:

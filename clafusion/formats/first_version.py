@@ -80,7 +80,7 @@ def decode(data: Mapping[str, Any]) -> fx.GraphModule:
     """Rebuild a network from its description, with fresh random weights.
 
     Args:
-        data: A description `{"name": "graph", "nodes": [...], "modules": {...}}`, possibly from a file, possibly forged.
+        data: `{"name": "graph", "nodes": [...], "modules": {...}}`, possibly from a file, possibly forged.
 
     Returns:
         A graph module in training mode whose parameters have the names and the order of the described network's;

@@ -1,13 +1,13 @@
 """A captured network as plain JSON data, and back: operations of a table on tensors by name. No code, no pickle.
 
-Of a node are kept its operation and its arguments: `["aten.linear.default", [{"node": 3}, {"tensor": "fc.weight"}], {}]`.
-An argument is a number, a flag, `None`, a known word, a list, or one of the references and types of `_encode_value`.
+A node is its operation and its arguments: `["aten.linear.default", [{"node": 3}, {"tensor": "fc.weight"}], {}]`. An
+argument is a number, a flag, `None`, a known word, a list, or one of the references and types of `_encode_value`.
 The data type of the network is written as `"float"`, so that a graph follows its network into another precision.
 """
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +107,7 @@ def encode_nodes(capture: Capture, stored: Mapping[str, str], dtype: torch.dtype
 
 
 def _encode_node(node: fx.Node, known: Mapping[fx.Node, Any], dtype: torch.dtype) -> list[Any]:
-    name = NAMES.get(node.target) or str(node.target)  # type: ignore[call-overload]
+    name = NAMES.get(node.target) or str(node.target)
     place = f"{name} in {module_path(node) or 'the network'}"
     if name not in OPERATIONS and name not in FUNCTIONS:
         own = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace != "aten"
@@ -140,7 +140,7 @@ def _encode_value(value: Any, known: Mapping[fx.Node, Any], dtype: torch.dtype, 
     return _check_plain(value, place)
 
 
-def decode_nodes(nodes: Any, tensors: Mapping[str, Any]) -> list[Step]:
+def decode_nodes(nodes: Any, tensors: Collection[str]) -> list[Step]:
     """The calls of a graph, checked: each is in the table, and its arguments are what it takes.
 
     Args:
@@ -160,7 +160,7 @@ def decode_nodes(nodes: Any, tensors: Mapping[str, Any]) -> list[Step]:
     return steps
 
 
-def _decode_node(name: str, args: Any, kwargs: Any, steps: Sequence[Step], tensors: Mapping[str, Any]) -> Step:
+def _decode_node(name: str, args: Any, kwargs: Any, steps: Sequence[Step], tensors: Collection[str]) -> Step:
     place = f"{name[:80]!r}, operation {len(steps)}"
     values = tuple(decode_value(value, steps, tensors, place) for value in args)
     options = {key: decode_value(value, steps, tensors, place) for key, value in kwargs.items()}
@@ -179,7 +179,7 @@ def _decode_node(name: str, args: Any, kwargs: Any, steps: Sequence[Step], tenso
     return Step(name, function, values, options, _kind_of(function._schema))
 
 
-def decode_value(value: Any, steps: Sequence[Step], tensors: Mapping[str, Any], place: str, depth: int = 0) -> Any:
+def decode_value(value: Any, steps: Sequence[Step], tensors: Collection[str], place: str, depth: int = 0) -> Any:
     """An argument: plain, or a `Reference`."""
     if isinstance(value, list) and depth < _DEEPEST:
         return [decode_value(part, steps, tensors, place, depth + 1) for part in value]
@@ -193,8 +193,8 @@ def decode_value(value: Any, steps: Sequence[Step], tensors: Mapping[str, Any], 
     if kind == "input" and type(key) is int and key == 0:
         return Reference("input", 0, "tensor")
     settings = {("dtype", "float"): "dtype", ("device", "input"): "device"}
-    if isinstance(key, str) and (kind, key) in settings:
-        return Reference("setting", key, settings[kind, key])
+    if isinstance(key, str) and (str(kind), key) in settings:
+        return Reference("setting", key, settings[str(kind), key])
     table: Mapping[Any, Any] = {"dtype": DTYPES, "memory_format": _MEMORY, "number": _SPECIAL}.get(str(kind), {})
     if isinstance(key, str) and key in table:
         return table[key]
@@ -234,6 +234,8 @@ def _check_arguments(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     for name, one in known.items():
         if name not in given and not one.has_default_value():
             raise FusionError(f"Expected {name} of {place}, got none; save the network again")
+        if name in _OMITTED and given.get(name) is not None:
+            raise FusionError(f"Expected no {name} of {place}, got one; save the network again")
         if name in given and not _fits_argument(name, str(one.type), given[name]):
             raise FusionError(f"Expected {name} of {place} as a {one.type}, got another; save the network again")
 

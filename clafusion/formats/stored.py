@@ -63,7 +63,7 @@ class StoredNetwork(nn.Module):
         check_input(description["input"])
         _register(self, description["tensors"])
         _initialise(self, self._steps)
-        self.register_load_state_dict_post_hook(_tie_again)
+        self.register_load_state_dict_post_hook(_tie_again)  # type: ignore[no-untyped-call]
 
     def _prepare(self) -> None:
         names = _names(self._described["tensors"])
@@ -122,7 +122,8 @@ class StoredNetwork(nn.Module):
         """Turn the arguments of an operation into those of training; count the batches that a norm has seen."""
         place = TRAINING[step.operation]
         if step.operation not in _UPDATING:
-            args[place:] = [True] if len(args) >= place else []
+            if len(args) >= place:
+                args[place : place + 1] = [True]
             return
         mean = step.args[_MEAN]
         if not isinstance(mean, Reference) or mean.source != "tensor" or args[_MEAN].requires_grad:
@@ -140,7 +141,7 @@ class StoredNetwork(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._prepare()
 
     def __repr__(self) -> str:
@@ -251,5 +252,3 @@ def _tie_again(network: nn.Module, keys: Any) -> None:
         if kind == "same":
             owner, _, leaf = name.rpartition(".")
             setattr(network.get_submodule(owner), leaf, attrgetter(first)(network))
-
-

@@ -44,7 +44,8 @@ _MATRICES = (
     *("conv1d", "conv1d.padding", "conv2d", "conv2d.padding", "conv3d", "conv3d.padding", "convolution"),
     *("conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input"),
 )
-_NORMS = ("batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm", "local_response_norm")
+_NORMS = ("batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm")
+_RECURRENT = ("lstm.input", "gru.input")
 _DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout")
 _POOLING = (
     *(f"{name}{dims}d" for name in ("avg_pool", "max_pool", "adaptive_avg_pool") for dims in (1, 2, 3)),
@@ -67,7 +68,19 @@ _MOVES = (
     *("broadcast_tensors", "meshgrid", "meshgrid.indexing", "unfold", "adjoint", "mT", "numpy_T"),
 )
 _COPIES = (
-    *("clone", "contiguous", "detach", "alias", "to.dtype", "to.device", "to.dtype_layout", "to.other", "type_as"),
+    *(
+        "copy",
+        "zero",
+        "clone",
+        "contiguous",
+        "detach",
+        "alias",
+        "to.dtype",
+        "to.device",
+        "to.dtype_layout",
+        "to.other",
+        "type_as",
+    ),
     *("_to_copy", "lift_fresh_copy", "zeros_like", "ones_like", "full_like", "sym_size.int", "sym_numel"),
 )
 #: The operations that make a tensor of a size that their arguments say.
@@ -81,7 +94,10 @@ CREATIONS = frozenset(
 #: The operations of ATen, with their overloads, that may be stored and are executed when a file is loaded.
 OPERATIONS = CREATIONS | frozenset(
     f"aten.{name if '.' in name else name + '.default'}"
-    for table in (_UNARY, _ACTIVATIONS, _BINARY, _REDUCTIONS, _MATRICES, _NORMS, _DROPOUTS, _POOLING, _MOVES, _COPIES)
+    for table in (
+        (_UNARY, _ACTIVATIONS, _BINARY, _REDUCTIONS, _MATRICES, _NORMS, _RECURRENT, _DROPOUTS)
+        + (_POOLING, _MOVES, _COPIES)
+    )
     for name in table
 )
 #: The place of the argument that tells training from evaluation.
@@ -94,6 +110,8 @@ TRAINING = {
     "aten.feature_alpha_dropout.default": 2,
     "aten.native_dropout.default": 2,
     "aten.rrelu.default": 3,
+    "aten.lstm.input": 6,
+    "aten.gru.input": 6,
 }
 _LARGEST = 2**63
 
