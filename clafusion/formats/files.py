@@ -76,7 +76,7 @@ def snapshot(model: nn.Module, example: Tensor | None = None) -> Snapshot:
     if architecture is not None:
         return Snapshot(architecture, state)
     example, control = example_for(model) if example is None else (example, None)
-    taken = _captured(model, example)
+    taken = captured(model, example)
     skeleton = _skeleton(taken.architecture)
     _require_equal(skeleton, taken.state, type(model).__name__)
     if control is not None:
@@ -85,7 +85,7 @@ def snapshot(model: nn.Module, example: Tensor | None = None) -> Snapshot:
     return taken
 
 
-def _captured(model: nn.Module, example: Tensor) -> Snapshot:
+def captured(model: nn.Module, example: Tensor) -> Snapshot:
     """Describe a network by its graph."""
     capture = export_graph(model, example)
     own = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
@@ -203,8 +203,9 @@ def _known_architecture(model: nn.Module, state: Mapping[str, Tensor]) -> dict[s
         _require_equal(skeleton, state, type(model).__name__)
     except FusionError:
         return None
-    same = [(name, type(module)) for name, module in skeleton.named_modules()]
-    return architecture if same == [(name, type(module)) for name, module in model.named_modules()] else None
+    # Without the networks themselves: every graph module has a class of its own.
+    rebuilt, given = ([(name, type(one)) for name, one in net.named_modules()][1:] for net in (skeleton, model))
+    return architecture if rebuilt == given else None
 
 
 def _skeleton(architecture: Mapping[str, Any]) -> nn.Module:
