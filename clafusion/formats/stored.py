@@ -122,8 +122,9 @@ class StoredNetwork(nn.Module):
         """Turn the arguments of an operation into those of training; count the batches that a norm has seen."""
         place = TRAINING[step.operation]
         if step.operation not in _UPDATING:
-            if len(args) >= place:
-                args[place : place + 1] = [True]
+            omitted = step.function._schema.arguments[len(args) : place]
+            args += [one.default_value for one in omitted]
+            args[place : place + 1] = [True]
             return
         mean = step.args[_MEAN]
         if not isinstance(mean, Reference) or mean.source != "tensor" or args[_MEAN].requires_grad:

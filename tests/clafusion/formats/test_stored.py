@@ -69,7 +69,7 @@ TIMM: dict[str, tuple[dict[str, Any], int]] = {
     "cait_xxs24_224": (VIT, 32),
     "eva02_tiny_patch14_224": ({**VIT, "img_size": 28, "patch_size": 14}, 28),
     "convnext_atto": ({}, 32),
-    "mixer_s32_224": ({"img_size": 32, "patch_size": 8, "num_blocks": 2, "embed_dim": 32}, 32),
+    "mixer_s32_224": ({"img_size": 64}, 64),
     "resnetv2_50x1_bit": ({}, 32),
     "mobileone_s0": ({}, 32),
     "ghostnet_050": ({}, 32),
@@ -223,7 +223,10 @@ def test_other_precisions(library: str, name: str, dtype: torch.dtype, tmp_path:
     assert described == describe(network, images(1, size))
     samples = images(2, size).to(dtype)
     with torch.no_grad():
-        assert same(loaded(samples).double(), logits_of(network.to(dtype)(samples)).double())
+        # Attention takes its fast path in the network itself, which rounds elsewhere.
+        expected = logits_of(network.to(dtype)(samples)).double()
+        bound = {torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+        assert (loaded(samples).double() - expected).abs().max() <= bound * expected.abs().max()
     assert loaded(samples).dtype == dtype
     save_network(loaded, tmp_path / "net")
     assert {one.dtype for one in load_network(tmp_path / "net").parameters()} == {dtype}
@@ -240,7 +243,7 @@ class Cast(nn.Module):
         self.fc = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x).softmax(1, dtype=torch.float64).to(x.dtype) + torch.zeros(len(x), 4, dtype=x.dtype)
+        return self.fc(x).softmax(1, dtype=torch.float64).to(x.dtype) + torch.zeros(x.shape[0], 4, dtype=x.dtype)
 
 
 def test_types_that_a_graph_names_follow_the_network() -> None:
@@ -256,7 +259,9 @@ def test_autocast() -> None:
     stored = restore(taken.architecture).eval()
     stored.load_state_dict(taken.state)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        assert torch.equal(stored(images(2, size)), network(images(2, size)))
+        actual, expected = stored(images(2, size)), network(images(2, size))
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    assert torch.allclose(actual.float(), expected.float(), atol=2e-2)
 
 
 class Normed(nn.Module):
@@ -291,7 +296,7 @@ def test_half_is_dropped_in_training_only() -> None:
     stored.get_parameter("0.bias").data.fill_(1.0)
     stored.get_parameter("0.weight").data.zero_()
     assert abs(float((stored(torch.randn(20, 4)) == 0).float().mean()) - 0.5) < 0.02
-    assert float(stored.eval()(torch.randn(20, 4)).min()) == 1
+    assert float(stored.eval()(torch.randn(20, 4)).detach().min()) == 1
 
 
 class Constants(nn.Module):
