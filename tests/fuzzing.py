@@ -73,7 +73,7 @@ class _Foreign(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.pool(torch.relu(self.norm(self.conv(x))) + 1).flatten(2).transpose(1, 2)
         first, second = torch.nn.functional.scaled_dot_product_attention(x, x, x).chunk(2, 1)
-        x = torch.cat([first, second, self.scale.expand(len(x), 1, -1)], 1)
+        x = torch.cat([first, second, self.scale.expand(x.shape[0], 1, -1)], 1)
         return self.head(nn.functional.dropout(x, 0.1, self.training)).view(x.shape[0], -1, 4).mean(1)
 
 
