@@ -7,9 +7,10 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from clafusion import FusionOptions, describe, restore
+from clafusion import FusionOptions, restore
 from clafusion.callbacks.signals import HeldSignal
 from clafusion.errors import FusionError
+from clafusion.formats.files import snapshot
 from clafusion.fusion.record import FusionRecord, NetworkRow
 from clafusion.lightning import Callback, LightningModule, Trainer, isolate_rng
 from clafusion.lightning_modules import ImageClassifier
@@ -152,8 +153,8 @@ class FusionCallback(Callback):
             evaluate=lambda parents, fusion: _validated([*parents, fusion.model], data, device),
         )  # fmt: skip
         # What is trained is in single precision, whatever the parents are saved in.
-        weights = {name: tensor.cpu() for name, tensor in fusion.model.float().state_dict().items()}
-        return describe(fusion.model), weights, record
+        taken = snapshot(fusion.model.float(), torch.zeros(1, *data.image_shape, device=device))
+        return taken.architecture, {name: tensor.cpu() for name, tensor in taken.state.items()}, record
 
 
 def _validated(networks: list[nn.Module], data: FusionData, device: torch.device) -> list[NetworkRow]:

@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from clafusion.errors import FusionError
-from clafusion.formats.files import describe, restore
+from clafusion.formats.files import restore, snapshot
 from clafusion.lightning import LightningModule, OptimizerLRScheduler
 from clafusion.lightning_modules.checkpoints.reading import PREFIX, not_finite, read_checkpoint, refuse_classes
 from clafusion.lightning_modules.compatibility import check_images
@@ -108,7 +108,8 @@ class ImageClassifier(LightningModule):
         )
         self.metrics["train_loss"] = MeanLoss()
         # What is saved is the canonical description, never the class_path the user may have given.
-        architecture = None if self.network is None else describe(self.network)
+        self._constants: dict[str, Tensor] = {}
+        architecture = None if self.network is None else self._describe(self.network)
         milestones = self.milestones
         self.save_hyperparameters(ignore=["channels_last", "compile", "fused"])
 
@@ -133,7 +134,7 @@ class ImageClassifier(LightningModule):
         Raises:
             FusionError: The network cannot be described as plain data.
         """
-        self.hparams["architecture"] = describe(network)
+        self.hparams["architecture"] = self._describe(network)
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
@@ -195,6 +196,8 @@ class ImageClassifier(LightningModule):
                 f"Expected finite weights to save, got NaN or infinity in {name.removeprefix(PREFIX)} after "
                 f"{checkpoint['global_step']} steps: the training has diverged; lower the learning rate and begin anew"
             )
+        constants = {f"{PREFIX}{name}": tensor.cpu() for name, tensor in self._constants.items()}
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **constants}
         if self.fusion is not None:
             checkpoint["fusion"] = self.fusion
 
@@ -209,9 +212,12 @@ class ImageClassifier(LightningModule):
             self._prepare()
         elif self.hparams["architecture"] != saved["architecture"]:
             raise FusionError(
-                f"Expected a checkpoint of the given architecture {self.hparams['architecture']}, got one of "
-                f"{saved['architecture']}; leave out --model.architecture"
+                "Expected a checkpoint of the given architecture "
+                f"{_in_words(self.hparams['architecture'])}, got one of {_in_words(saved['architecture'])}; leave out "
+                "--model.architecture"
             )
+        own = {f"{PREFIX}{name}" for name in self._constants}
+        checkpoint["state_dict"] = {name: one for name, one in checkpoint["state_dict"].items() if name not in own}
         self.fusion = checkpoint.get("fusion")
         for state in checkpoint.get("optimizer_states", []):
             for group in state["param_groups"]:
@@ -230,6 +236,12 @@ class ImageClassifier(LightningModule):
                 group.update(lr=lr, initial_lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
         for state in schedules:
             state.update(milestones=Counter(self.milestones), gamma=self.gamma, base_lrs=[self.lr], _last_lr=[lr])
+
+    def _describe(self, network: nn.Module) -> dict[str, Any]:
+        """Describe a network; keep the constants that its description needs and its own state dict leaves out."""
+        taken, own = snapshot(network), network.state_dict()
+        self._constants = {name: tensor for name, tensor in taken.state.items() if name not in own}
+        return taken.architecture
 
     def _prepare(self) -> None:
         """Make the network as fast as was asked for, in place: the names of its weights stay as they are."""
@@ -282,6 +294,12 @@ def _build(architecture: Mapping[str, Any]) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise FusionError(f"Expected {path} to make a torch.nn.Module, got {type(network).__name__}; choose another")
     return network
+
+
+def _in_words(architecture: Any) -> str:
+    """An architecture in one line, however long its graph."""
+    graph = isinstance(architecture, Mapping) and "nodes" in architecture
+    return f"of {len(architecture['nodes'])} operations" if graph else str(architecture)
 
 
 def _check_recipe(**values: float) -> None:

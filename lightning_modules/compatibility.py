@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from clafusion.errors import FusionError
+from clafusion.formats.stored import StoredNetwork
 from clafusion.lightning import Trainer
 from clafusion.lightning_modules.checkpoints.reading import load_parent
 from clafusion.tracing.execution import GraphRunner
@@ -73,17 +74,26 @@ def run(network: nn.Module, samples: Tensor) -> Any:
         Exception: What PyTorch raises for samples that do not fit.
     """
     with torch.no_grad():
-        if not isinstance(network, fx.GraphModule):
+        if not isinstance(network, fx.GraphModule | StoredNetwork):
             return network(samples)
         most = min(_LARGEST, _MOST_OF_ONE * samples.numel())
-        blank = copy.deepcopy(network).to("meta")
-        runner = GraphRunner(blank)
-        for name, value in runner.observe(samples.to("meta"), runner.nodes):
-            if isinstance(value, Tensor) and value.numel() > most:
+
+        def check(name: str, value: Any) -> None:
+            parts = value if isinstance(value, list | tuple) else [value]
+            numbers = sum(part.numel() for part in parts if isinstance(part, Tensor))
+            if numbers > most:
                 raise FusionError(
                     f"Expected at most {most:,} numbers from each layer for {len(samples)} images, got "
-                    f"{value.numel():,} from {name!r}; choose another network"
+                    f"{numbers:,} from {name!r}; choose another network"
                 )
+
+        blank = copy.deepcopy(network).to("meta")
+        if isinstance(blank, StoredNetwork):
+            blank.observe(samples.to("meta"), check)
+            return network(samples)
+        runner = GraphRunner(blank)
+        for name, value in runner.observe(samples.to("meta"), runner.nodes):
+            check(name, value)
         # Not called: called, a graph module prints a traceback when it fails.
         return network.forward(samples)
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from clafusion.distillation import Reduction, check_distillation, distillation_loss
 from clafusion.ensemble import Ensemble
 from clafusion.errors import FusionError
-from clafusion.formats.files import describe
 from clafusion.lightning_modules.checkpoints.reading import load_fusion, load_parent
 from clafusion.lightning_modules.classifier import Batch, ImageClassifier
 from clafusion.lightning_modules.compatibility import check_images, load_alike, resumes_from
@@ -66,7 +65,7 @@ class Distiller(ImageClassifier):
         #: The teachers' checksums, while training.
         self._taught_by: list[str] = []
         # Lightning has collected the arguments as they were given; what is saved is plain and canonical.
-        architecture = None if self.network is None else describe(self.network)
+        architecture = None if self.network is None else self._describe(self.network)
         self.hparams.update(architecture=architecture, milestones=self.milestones, teachers=self.teachers)
 
     def setup(self, stage: str) -> None:

@@ -37,6 +37,7 @@ from clafusion.lightning_modules.commands.convert import convert_file
 from clafusion.lightning_modules.compatibility import check_images
 from clafusion.lightning_modules.experiments.report import report_file
 from clafusion.report.pages import report_data
+from tests.helpers import REFERENCE
 
 #: Seconds until a read counts as a hang.
 PATIENCE = 20
@@ -66,10 +67,14 @@ class _Images:
 class _Foreign(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.pool, self.head = nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d((2, 2)), nn.Linear(16, 4)
+        self.conv, self.pool, self.head = nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d((2, 2)), nn.Linear(4, 4)
+        self.norm, self.scale = nn.BatchNorm2d(4), nn.Parameter(torch.ones(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.flatten(self.pool(torch.relu(self.conv(x)) + 1), 1))
+        x = self.pool(torch.relu(self.norm(self.conv(x))) + 1).flatten(2).transpose(1, 2)
+        first, second = torch.nn.functional.scaled_dot_product_attention(x, x, x).chunk(2, 1)
+        x = torch.cat([first, second, self.scale.expand(x.shape[0], 1, -1)], 1)
+        return self.head(nn.functional.dropout(x, 0.1, self.training)).view(x.shape[0], -1, 4).mean(1)
 
 
 def use(path: Path) -> None:
@@ -97,6 +102,10 @@ def seeds(folder: Path) -> dict[str, tuple[bytes, list[Callable[[Path], Any]]]]:
     save_checkpoint(classifier, folder / "ours.ckpt")
     save_network(networks.ResNet([1, 1], 2, 4, in_channels=1), folder / "ours.safetensors")
     save_network(_Foreign(), folder / "graph.safetensors")
+    classifier.set_network(_Foreign())
+    save_checkpoint(classifier, folder / "graph.ckpt")
+    first = REFERENCE / "first_version" / "saved" / "foreign.safetensors"
+    (folder / "first.safetensors").write_bytes(first.read_bytes())
     published = {"model_state_dict": networks.build(mlp).state_dict(), "test_accuracy": 1.5, "epoch": 3}
     torch.save({**published, "args": argparse.Namespace(lr=0.1, device=torch.device("cpu"))}, folder / "published.pth")
     resnet = torchvision.models.resnet18(num_classes=4, width_per_group=64)
@@ -129,6 +138,7 @@ def seeds(folder: Path) -> dict[str, tuple[bytes, list[Callable[[Path], Any]]]]:
     (folder / "fusion.json").write_text(json.dumps(record))
     readers: dict[str, list[Callable[[Path], Any]]] = {
         "ours.ckpt": [use, convert], "ours.safetensors": [use, convert], "graph.safetensors": [use, convert],
+        "graph.ckpt": [use, convert], "first.safetensors": [use, convert],
         "published.pth": [convert], "legacy.pt": [convert], "images.gz": [lambda path: read_idx(path, 3)],
         "batch.pickle": [read_pickle], "fusion.json": [report],
     }  # fmt: skip

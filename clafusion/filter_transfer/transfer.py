@@ -247,4 +247,9 @@ def _fresh(model: nn.Module, seed: int) -> nn.Module:
     """A copy of a network with weights drawn anew; the global random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return load_state(independent_copy(model), state_of(restore(describe(model))))
+        fresh = restore(describe(model))
+    drawn = {name for name, _ in fresh.named_parameters()}
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    # Other buffers are constants, which a description does not hold.
+    state = {name: one for name, one in state_of(fresh).items() if name in drawn or name.endswith(statistics)}
+    return load_state(independent_copy(model), {**state_of(model), **state})

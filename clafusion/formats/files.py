@@ -7,6 +7,7 @@ more memory than the file has bytes, whatever sizes its metadata claims.
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ from torch import Tensor, nn
 
 from clafusion import networks
 from clafusion.errors import FusionError
-from clafusion.formats import graph_json as encoding
+from clafusion.formats import first_version
 from clafusion.formats.atomic import write_together
+from clafusion.formats.examples import check_sizes, example_for
+from clafusion.formats.graph_json import FORMAT, encode_nodes
+from clafusion.formats.stored import CONSTANTS, StoredNetwork, base_dtype, tensor_table
+from clafusion.tracing.exporting import export_graph
 
 #: The types that saved weights may have.
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -26,29 +31,83 @@ _FORMAT = {"format": "clafusion", "version": "1"}
 _OWN = (networks.MLP, networks.VGG, networks.ResNet)
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Snapshot:
+    """A network as data.
+
+    Attributes:
+        architecture: as `describe` returns it.
+        state: the tensors that `restore(architecture).load_state_dict` takes. Besides those of the network's own state
+            dict, the constants that its graph reads: buffers that the state dict leaves out, and what was computed from
+            buffers. Their names begin with `_constants.`. They share the memory of the network.
+    """
+
+    architecture: dict[str, Any]
+    state: dict[str, Tensor]
+
+
+def describe(model: nn.Module, example: Tensor | None = None) -> dict[str, Any]:
     """Describe a network as JSON-able data from which `restore` rebuilds it.
 
     Args:
-        model: An `MLP`, `VGG` or `ResNet`, or any network of common torch.nn modules that torch.fx can trace; not
-            changed.
+        model: An `MLP`, `VGG` or `ResNet`, or any network that torch.export can capture; not changed.
+        example: Samples that it takes, `[N, ...]`, for a network that is none of ours. None: those of the shape that
+            it declares (`default_cfg` of timm, `config.image_size` of Hugging Face), or of the first common size that
+            works; a network that computes something else for every size then needs an example.
 
     Returns:
-        The network's own `architecture`, or `{"name": "graph", "nodes": [...], "modules": {...}}`.
+        The network's own `architecture`, or `{"name": "aten", "version": 1, "input": [...], "nodes": [...], "logits":
+        {...}, "tensors": [...]}`, which is the graph of evaluation: see `StoredNetwork` for what training makes of it.
 
     Raises:
-        FusionError: The network cannot be traced or uses something that cannot be stored; the message names it.
+        FusionError: The network cannot be captured or uses something that cannot be stored; the message names it.
 
     Example:
         >>> describe(networks.MLP(4, [3], 2))["hidden"]
         [3]
     """
+    return snapshot(model, example).architecture
+
+
+def snapshot(model: nn.Module, example: Tensor | None = None) -> Snapshot:
+    """Describe a network as `describe` does, and return with it the tensors that belong to the description."""
     state = model.state_dict()
-    architecture = _own_architecture(model, state)
-    if architecture is None:
-        architecture = encoding.encode(model)
-        _require_equal(_skeleton(architecture), state, type(model).__name__)
-    return architecture
+    architecture = _known_architecture(model, state)
+    if architecture is not None:
+        return Snapshot(architecture, state)
+    example, control = example_for(model) if example is None else (example, None)
+    taken = captured(model, example)
+    skeleton = _skeleton(taken.architecture)
+    _require_equal(skeleton, taken.state, type(model).__name__)
+    if control is not None:
+        skeleton.load_state_dict(taken.state, assign=True)
+        check_sizes(model, skeleton.eval(), control)
+    return taken
+
+
+def captured(model: nn.Module, example: Tensor) -> Snapshot:
+    """Describe a network by its graph."""
+    capture = export_graph(model, example)
+    own = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    tensors = {name: own[name] for name in model.state_dict() if name in own}
+    stored = {name: name for name in tensors}
+    count = sum(name.startswith(f"{CONSTANTS}.") for name in tensors)
+    for name, tensor in capture.tensors.items():
+        if name not in stored:
+            stored[name] = f"{CONSTANTS}.{count}"
+            tensors[stored[name]] = tensor
+            count += 1
+    parameters = {stored[name] for name in capture.parameters} | {name for name, _ in model.named_parameters()}
+    dtype = base_dtype(model) or example.dtype
+    nodes, logits = encode_nodes(capture, stored, dtype)
+    architecture = {
+        **FORMAT,
+        "input": list(example.shape[1:]),
+        "nodes": nodes,
+        "logits": logits,
+        "tensors": tensor_table(tensors, parameters, dtype),
+    }
+    return Snapshot(architecture, {name: tensor.detach() for name, tensor in tensors.items()})
 
 
 def restore(architecture: Mapping[str, Any]) -> nn.Module:
@@ -64,9 +123,10 @@ def restore(architecture: Mapping[str, Any]) -> nn.Module:
         FusionError: Neither `describe` nor `networks.build` knows such an architecture.
     """
     try:
-        if isinstance(architecture, Mapping) and architecture.get("name") == "graph":
-            return encoding.decode(architecture)
-        return networks.build(architecture)
+        name = architecture.get("name") if isinstance(architecture, Mapping) else None
+        if name == FORMAT["name"]:
+            return StoredNetwork(architecture)
+        return first_version.decode(architecture) if name == "graph" else networks.build(architecture)
     except FusionError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
@@ -75,22 +135,24 @@ def restore(architecture: Mapping[str, Any]) -> nn.Module:
         ) from error
 
 
-def save_network(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_network(model: nn.Module, path: str | os.PathLike[str], example: Tensor | None = None) -> None:
     """Write a network to one file: its tensors as safetensors, its architecture as JSON metadata.
 
     The file appears whole or not at all; one that exists is replaced.
 
     Args:
         model: A network that `describe` accepts. Tensors keep their dtype; those that share memory are written
-            separately.
+            separately, and one with two names is one again when it is loaded.
         path: File to write, usually `*.safetensors`; its folder must exist.
+        example: As for `describe`.
 
     Raises:
         FusionError: The network cannot be described, or the file cannot be written.
     """
-    metadata = {**_FORMAT, "architecture": json.dumps(describe(model), allow_nan=False)}
+    taken = snapshot(model, example)
+    metadata = {**_FORMAT, "architecture": json.dumps(taken.architecture, allow_nan=False)}
     try:
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in taken.state.items()}
         content = save(tensors, metadata)
         write_together({Path(path): lambda file: file.write(content)})
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -126,18 +188,24 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
     return network.eval()
 
 
-def _own_architecture(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """Return the `architecture` of one of our networks; None for another, or one changed beyond it."""
-    if type(model) not in _OWN:
-        return None
+def _known_architecture(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Return what a network knows about itself; None for a foreign one, or one changed beyond it."""
     try:
-        architecture: dict[str, Any] = model.architecture  # type: ignore[assignment]
+        if type(model) in _OWN:
+            architecture: dict[str, Any] | None = model.architecture  # type: ignore[assignment]
+        elif isinstance(model, StoredNetwork):
+            architecture = model.description
+        else:
+            architecture = first_version.description_of(model)
+        if architecture is None:
+            return None
         skeleton = _skeleton(architecture)
         _require_equal(skeleton, state, type(model).__name__)
     except FusionError:
         return None
-    same = [(name, type(module)) for name, module in skeleton.named_modules()]
-    return architecture if same == [(name, type(module)) for name, module in model.named_modules()] else None
+    # Without the networks themselves: every graph module has a class of its own.
+    rebuilt, given = ([(name, type(one)) for name, one in net.named_modules()][1:] for net in (skeleton, model))
+    return architecture if rebuilt == given else None
 
 
 def _skeleton(architecture: Mapping[str, Any]) -> nn.Module:

@@ -1,265 +1,295 @@
-"""A traced network as plain JSON data, and back: no pickle, and no trust in the data.
+"""A captured network as plain JSON data, and back: operations of a table on tensors by name. No code, no pickle.
 
-torch.fx generates Python code from a graph, so a stored graph is code. That is why, on the way in as on the way out,
-every name is a plain identifier, every operation and every module class comes from a table below, and every argument
-is a number, a flag, `None`, or one of a few words.
+A node is its operation and its arguments: `["aten.linear.default", [{"node": 3}, {"tensor": "fc.weight"}], {}]`. An
+argument is a number, a flag, `None`, a known word, a list, or one of the references and types of `_encode_value`.
+The data type of the network is written as `"float"`, so that a graph follows its network into another precision.
 """
 
 import math
-import operator
 import re
-from collections.abc import Callable, Mapping
-from keyword import iskeyword
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
 from clafusion.errors import FusionError
+from clafusion.formats.stored_operations import CREATIONS, FUNCTIONS, NAMES, OPERATIONS, overload_of
+from clafusion.tracing.exporting import Capture, module_path
 
-_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
-    "builtins.getattr": getattr,  # only of "shape": see _check_getattr
-    **{f"operator.{name}": getattr(operator, name) for name in ("add", "iadd", "getitem")},
-    **{
-        f"torch.{name}": getattr(torch, name)
-        for name in ("add", "flatten", "max_pool2d", "mean", "relu", "relu_", "reshape", "sigmoid", "tanh")
-    },
-    **{
-        f"torch.nn.functional.{name}": getattr(F, name)
-        for name in (
-            *("relu", "relu6", "leaky_relu", "gelu", "silu", "hardswish", "hardtanh", "elu"),
-            *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"),
-        )
-    },
+FORMAT = {"name": "aten", "version": 1}
+#: The data types by the names in a description; "float" is that of the network.
+DTYPES: Mapping[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+        *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool),
+    )
 }
-_FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
-_METHODS = frozenset(
-    ("add", "add_", "contiguous", "flatten", "mean", "relu", "relu_", "reshape", "sigmoid", "size", "tanh", "view")
+_MEMORY = {"contiguous_format": torch.contiguous_format, "preserve_format": torch.preserve_format}
+_MEMORY = {**_MEMORY, "channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
+_WORDS = frozenset(
+    ("none", "tanh", "same", "valid", "constant", "reflect", "replicate", "circular", "floor", "trunc", "ij", "xy")
 )
-_WORDS = frozenset(("shape", "none", "tanh", "zeros", "reflect", "replicate", "circular", "same", "valid"))
-
-_NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
-_WINDOW = ("kernel_size", "stride", "padding")
-_MODULES: Mapping[type[nn.Module], tuple[str, ...]] = {
-    nn.Linear: ("in_features", "out_features", "bias"),
-    nn.Conv2d: ("in_channels", "out_channels", *_WINDOW, "dilation", "groups", "bias", "padding_mode"),
-    nn.BatchNorm1d: _NORM,
-    nn.BatchNorm2d: _NORM,
-    nn.ReLU: ("inplace",),
-    nn.ReLU6: ("inplace",),
-    nn.SiLU: ("inplace",),
-    nn.Hardswish: ("inplace",),
-    nn.LeakyReLU: ("negative_slope", "inplace"),
-    nn.ELU: ("alpha", "inplace"),
-    nn.Hardtanh: ("min_val", "max_val", "inplace"),
-    nn.GELU: ("approximate",),
-    nn.Tanh: (),
-    nn.Sigmoid: (),
-    nn.Identity: (),
-    nn.Dropout: ("p", "inplace"),
-    nn.Dropout2d: ("p", "inplace"),
-    nn.MaxPool2d: (*_WINDOW, "dilation", "return_indices", "ceil_mode"),
-    nn.AvgPool2d: (*_WINDOW, "ceil_mode", "count_include_pad", "divisor_override"),
-    nn.AdaptiveAvgPool2d: ("output_size",),
-    nn.AdaptiveMaxPool2d: ("output_size", "return_indices"),
-    nn.Flatten: ("start_dim", "end_dim"),
-}
-"""The modules a stored graph may call, and the constructor arguments that make one again."""
-_CLASSES = {kind.__name__: kind for kind in _MODULES}
-
-# Far more than any network needs; a forged list of empty modules would otherwise grow a small file into gigabytes.
-_MOST_NODES = 20_000
-_RESERVED = frozenset(dir(fx.GraphModule)) | frozenset(vars(nn.Module()))
-_SHADOWING = frozenset(("self", "torch", "operator", "getattr", "device"))
+_EQUATION = re.compile(r"[A-Za-z., >-]{1,200}")
+#: Far more than any network needs; a forged file would otherwise keep a reader busy for long.
+MOST_NODES = 20_000
+_DEEPEST = 4
+#: Numbers in a tensor that a graph makes out of nothing, at most.
+_LARGEST = 2**28
+_SPECIAL = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+#: Says the same as the default, of every operation.
+_OMITTED = {"layout": (None, torch.strided), "pin_memory": (None, False), "generator": (None,)}
 
 
-def encode(model: nn.Module) -> dict[str, Any]:
-    """Trace a network and write its graph and modules as JSON-able data.
+@dataclass(frozen=True)
+class Reference:
+    """A value that is known when the graph runs.
 
-    Args:
-        model: Any network that torch.fx can trace and that uses nothing beyond the tables of this module.
+    Attributes:
+        source: "node", "tensor", "input", or "setting" for the data type and the device of the network.
+        key: the number of the node, the name of the tensor, or "float" or "device".
+        kind: "tensor", "tensors" or "number"; "dtype" or "device" for a setting.
+    """
 
-    Returns:
-        `{"name": "graph", "nodes": [...], "modules": {...}}`; nodes in execution order, modules in the model's order.
+    source: str
+    key: Any
+    kind: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A call: the function of a name of the table, and its arguments, in which references stand for values."""
+
+    operation: str
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    kind: str
+
+    @property
+    def references(self) -> Iterator[Reference]:
+        """All references in the arguments."""
+        return _references([*self.args, *self.kwargs.values()])
+
+
+def check_storable(capture: Capture) -> None:
+    """Refuse a network that `save_network` cannot write, before anything is computed.
 
     Raises:
-        FusionError: The network cannot be traced, or an operation or module is not in the tables; it is named.
+        FusionError: It has an operation or an argument that is not in the tables; the message names both and the
+            module.
     """
-    try:
-        graph = fx.Tracer().trace(model)
-    except Exception as error:  # whatever the model's own code raises when it meets a symbolic input
-        reason = str(error).strip().partition("\n")[0]
-        raise FusionError(
-            f"Expected a network that torch.fx can trace, got {type(model).__name__} ({reason}); "
-            "remove control flow that depends on the input"
-        ) from error
-    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    modules = {
-        path: _encode_module(path, module)
-        for path, module in model.named_modules(remove_duplicate=False)
-        if path in called or (path and not any(module.children()) and module.state_dict())
+    encode_nodes(capture, {name: name for name in capture.names.values()}, torch.float32)
+
+
+def encode_nodes(capture: Capture, stored: Mapping[str, str], dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
+    """The nodes of a graph as JSON-able data, and the reference to the logits.
+
+    Args:
+        capture: the graph.
+        stored: the names under which its tensors are stored, by their names in the capture.
+        dtype: the type that is written as "float".
+    """
+    known: dict[fx.Node, dict[str, Any]] = {}
+    nodes: list[Any] = []
+    for node in capture.graph.nodes:
+        if node.op == "placeholder":
+            entry = node.name == capture.entry
+            known[node] = {"input": 0} if entry else {"tensor": stored[capture.names[node.name]]}
+        elif node.op == "call_function":
+            nodes.append(_encode_node(node, known, dtype))
+            known[node] = {"node": len(nodes) - 1}
+    if len(nodes) > MOST_NODES:
+        raise FusionError(f"Expected at most {MOST_NODES} operations, got {len(nodes)}; save a smaller network")
+    return nodes, next(known[node] for node in known if node.name == capture.logits)
+
+
+def _encode_node(node: fx.Node, known: Mapping[fx.Node, Any], dtype: torch.dtype) -> list[Any]:
+    name = NAMES.get(node.target) or str(node.target)
+    place = f"{name} in {module_path(node) or 'the network'}"
+    if name not in OPERATIONS and name not in FUNCTIONS:
+        own = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace != "aten"
+        why = "which PyTorch does not have elsewhere" if own else "which is not among those that are stored"
+        remedy = "write it with functions of torch" if own else "replace it, or keep network.state_dict()"
+        raise FusionError(f"Expected operations that can be stored, got {place}, {why}; {remedy}")
+    kwargs = {
+        key: _encode_value(value, known, dtype, place)
+        for key, value in node.kwargs.items()
+        if value not in _OMITTED.get(key, ())
     }
-    return {"name": "graph", "nodes": [_encode_node(node) for node in graph.nodes], "modules": modules}
+    return [name, [_encode_value(value, known, dtype, place) for value in node.args], kwargs]
 
 
-def decode(data: Mapping[str, Any]) -> fx.GraphModule:
-    """Rebuild a network from what `encode` returned, with fresh random weights.
-
-    Args:
-        data: The output of `encode`, possibly from a file, possibly forged.
-
-    Returns:
-        A graph module in training mode whose parameters have the names and the order of the encoded network's.
-
-    Raises:
-        FusionError: The data holds a name, operation or argument that `encode` would not have written.
-    """
-    if len(data["nodes"]) + len(data["modules"]) > _MOST_NODES:
-        raise FusionError(f"Expected at most {_MOST_NODES} nodes and modules, got more; save a smaller network")
-    network = fx.GraphModule({}, fx.Graph())  # filled below in the order of the modules, which optimisers rely on
-    for path, settings in data["modules"].items():
-        _check_path(path)
-        network.add_submodule(path, _decode_module(path, settings))
-    graph = fx.Graph()
-    nodes: dict[str, fx.Node] = {}
-    for entry in data["nodes"]:
-        _decode_node(entry, graph, nodes, data["modules"])
-    if not nodes or entry["op"] != "output":
-        raise FusionError("Expected a graph that ends in an output, got none; save the network again")
-    graph.lint()
-    network.graph = graph
-    return network
-
-
-def _encode_node(node: fx.Node) -> dict[str, Any]:
-    """One node; a function is written by its name in the table, everything else has a string for its target."""
-    target = _FUNCTION_NAMES.get(node.target) if callable(node.target) else node.target
-    entry: dict[str, Any] = {"op": node.op, "name": node.name, "target": target}
-    if target is None or node.op == "get_attr" or (node.op == "call_method" and target not in _METHODS):
-        shown = getattr(node.target, "__name__", str(node.target))
-        # A call has the mode of the network baked in: it would drop for ever or never again.
-        dropouts: dict[Any, str] = {F.dropout: "use nn.Dropout", F.dropout2d: "use nn.Dropout2d"}
-        advice = dropouts.get(node.target, "replace it by a module or function of torch.nn")
-        raise FusionError(
-            f"Expected an operation that can be stored, got {node.op} {shown!r} at node {node.name!r}; {advice}"
-        )
-    entry["args"] = [_encode_value(value, node) for value in node.args]
-    entry["kwargs"] = {key: _encode_value(value, node) for key, value in node.kwargs.items()}
-    return entry
-
-
-def _encode_value(value: Any, node: fx.Node) -> Any:
+def _encode_value(value: Any, known: Mapping[fx.Node, Any], dtype: torch.dtype, place: str) -> Any:
     if isinstance(value, fx.Node):
-        return {"node": value.name}
-    if isinstance(value, slice):
-        return {"slice": [_encode_value(part, node) for part in (value.start, value.stop, value.step)]}
+        return known[value]
     if isinstance(value, list | tuple):
-        parts = [_encode_value(part, node) for part in value]
-        return {"tuple": parts} if isinstance(value, tuple) else parts
-    return _check_plain(value, f"node {node.name!r}")
+        return [_encode_value(part, known, dtype, place) for part in value]
+    if isinstance(value, torch.dtype) and value == dtype:
+        return {"dtype": "float"}
+    for key, table in (("dtype", DTYPES), ("memory_format", _MEMORY)):
+        name = next((name for name, one in table.items() if one is value), None)
+        if name is not None:
+            return {key: name}
+    if isinstance(value, torch.device):
+        return {"device": "input"}
+    if type(value) is float and not math.isfinite(value):
+        return {"number": str(value)}
+    return _check_plain(value, place)
 
 
-def _encode_module(path: str, module: nn.Module) -> dict[str, Any]:
-    """Class and constructor arguments; sizes are those of the tensors, which may have been resized in place."""
-    kind = type(module)
-    if kind not in _MODULES:
-        raise FusionError(
-            f"Expected modules among {', '.join(_CLASSES)}, got {kind.__name__} at {path!r}; replace it by one of them"
-        )
-    settings = {name: getattr(module, name) for name in _MODULES[kind]}
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        outputs, inputs = module.weight.shape[:2]
-        sizes = (inputs * settings.get("groups", 1), outputs)
-        settings = {**settings, **dict(zip(_MODULES[kind][:2], sizes, strict=True)), "bias": module.bias is not None}
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-        tensors = [tensor for tensor in (module.weight, module.running_mean) if tensor is not None]
-        settings["num_features"] = tensors[0].shape[0] if tensors else module.num_features
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-    return {"type": kind.__name__, **{name: _check_setting(value, path) for name, value in plain.items()}}
+def decode_nodes(nodes: Any, tensors: Collection[str]) -> list[Step]:
+    """The calls of a graph, checked: each is in the table, and its arguments are what it takes.
+
+    Args:
+        nodes: what `encode_nodes` wrote, possibly from a file, possibly forged.
+        tensors: the names of the tensors of the network.
+
+    Raises:
+        FusionError: The data holds an operation or argument that `encode_nodes` would not have written.
+    """
+    if not isinstance(nodes, list) or len(nodes) > MOST_NODES:
+        raise FusionError(f"Expected a list of at most {MOST_NODES} operations, got another; save a smaller network")
+    steps: list[Step] = []
+    for number, entry in enumerate(nodes):
+        if not isinstance(entry, list) or [type(part) for part in entry] != [str, list, dict]:
+            raise FusionError(f"Expected operation {number} as [name, arguments, options]; save the network again")
+        steps.append(_decode_node(entry[0], entry[1], entry[2], steps, tensors))
+    return steps
 
 
-def _decode_module(path: str, settings: Mapping[str, Any]) -> nn.Module:
-    kind = _CLASSES.get(settings["type"])
-    if kind is None:
-        raise FusionError(
-            f"Expected modules among {', '.join(_CLASSES)}, got {settings['type']!r} at {path!r}; remove it"
-        )
-    arguments = {name: _check_setting(value, path) for name, value in settings.items() if name != "type"}
-    if set(arguments) != set(_MODULES[kind]):
-        raise FusionError(f"Expected {path!r} to have {sorted(_MODULES[kind])}, got {sorted(arguments)}; save it again")
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()})
+def _decode_node(name: str, args: Any, kwargs: Any, steps: Sequence[Step], tensors: Collection[str]) -> Step:
+    place = f"{name[:80]!r}, operation {len(steps)}"
+    values = tuple(decode_value(value, steps, tensors, place) for value in args)
+    options = {key: decode_value(value, steps, tensors, place) for key, value in kwargs.items()}
+    if name in FUNCTIONS:
+        kind = _check_function(name, values, options, place)
+        return Step(name, FUNCTIONS[name], values, options, kind)
+    function = overload_of(name)
+    if function is None:
+        why = "which this PyTorch lacks; install a newer one" if name in OPERATIONS else "which is none; remove it"
+        raise FusionError(f"Expected an operation that can be stored, got {place}, {why}")
+    if function._schema.is_mutable:
+        raise FusionError(f"Expected an operation that writes into nothing, got {place}; install another PyTorch")
+    _check_arguments(function._schema, values, options, place)
+    if name in CREATIONS and _size_of(name, values) > _LARGEST:
+        raise FusionError(f"Expected a tensor of at most {_LARGEST:,} numbers from {place}, got more; remove it")
+    return Step(name, function, values, options, _kind_of(function._schema))
 
 
-def _decode_node(
-    entry: Mapping[str, Any], graph: fx.Graph, nodes: dict[str, fx.Node], modules: Mapping[str, Any]
-) -> None:
-    """Append one node to the graph and to `nodes`."""
-    op, name, target = entry["op"], _check_name(entry["name"]), entry["target"]
-    args = tuple(_decode_value(value, nodes, name) for value in entry["args"])
-    kwargs = {_check_name(key): _decode_value(value, nodes, name) for key, value in entry["kwargs"].items()}
-    known = {
-        "placeholder": isinstance(target, str) and _is_name(target),
-        "call_function": target in _FUNCTIONS,
-        "call_method": target in _METHODS,
-        "call_module": target in modules,
-        "output": target == "output",
-    }
-    if not known.get(op, False):
-        raise FusionError(
-            f"Expected an operation that can be stored, got {op!r} {target!r} at node {name!r}; remove it"
-        )
-    if target == "builtins.getattr" and (args[1:] != ("shape",) or kwargs):
-        raise FusionError(f"Expected only the attribute 'shape', got {args[1:]} at node {name!r}; remove it")
-    node = graph.create_node(op, _FUNCTIONS[target] if op == "call_function" else target, args, kwargs, name)
-    if node.name != name:  # taken, or shadowing what the generated code uses
-        raise FusionError(f"Expected a free node name, got {name!r}; rename the node")
-    nodes[name] = node
-
-
-def _decode_value(value: Any, nodes: Mapping[str, fx.Node], name: str) -> Any:
-    if isinstance(value, list):
-        return [_decode_value(part, nodes, name) for part in value]
+def decode_value(value: Any, steps: Sequence[Step], tensors: Collection[str], place: str, depth: int = 0) -> Any:
+    """An argument: plain, or a `Reference`."""
+    if isinstance(value, list) and depth < _DEEPEST:
+        return [decode_value(part, steps, tensors, place, depth + 1) for part in value]
     if not isinstance(value, dict):
-        return _check_plain(value, f"node {name!r}")
-    ((kind, content),) = value.items()
-    if kind == "node" and content in nodes:
-        return nodes[content]
-    if kind == "tuple":
-        return tuple(_decode_value(part, nodes, name) for part in content)
-    if kind == "slice" and len(content) == 3:
-        return slice(*(_decode_value(part, nodes, name) for part in content))
-    raise FusionError(f"Expected an earlier node, a tuple or a slice, got {value!r} at node {name!r}; save it again")
+        return _check_plain(value, place)
+    kind, key = next(iter(value.items())) if len(value) == 1 else (None, None)
+    if kind == "node" and type(key) is int and 0 <= key < len(steps):
+        return Reference("node", key, steps[key].kind)
+    if kind == "tensor" and isinstance(key, str) and key in tensors:
+        return Reference("tensor", key, "tensor")
+    if kind == "input" and type(key) is int and key == 0:
+        return Reference("input", 0, "tensor")
+    settings = {("dtype", "float"): "dtype", ("device", "input"): "device"}
+    if isinstance(key, str) and (str(kind), key) in settings:
+        return Reference("setting", key, settings[str(kind), key])
+    table: Mapping[Any, Any] = {"dtype": DTYPES, "memory_format": _MEMORY, "number": _SPECIAL}.get(str(kind), {})
+    if isinstance(key, str) and key in table:
+        return table[key]
+    raise FusionError(f"Expected an earlier operation, a tensor or a type at {place}, got another; save it again")
 
 
 def _check_plain(value: Any, place: str) -> Any:
-    """Return a number, flag, None or known word; code is generated from it, so nothing else may pass."""
-    known = isinstance(value, str) and value in _WORDS
-    if not (known or value is None or type(value) in (bool, int) or (type(value) is float and math.isfinite(value))):
-        raise FusionError(f"Expected plain numbers and flags as arguments, got {value!r} at {place}; replace it")
+    """Return a number, flag, None or known word."""
+    known = isinstance(value, str) and (value in _WORDS or ("einsum" in place and _EQUATION.fullmatch(value)))
+    number = (type(value) is int and abs(value) < 2**63) or (type(value) is float and math.isfinite(value))
+    if not (known or number or value is None or type(value) is bool):
+        shown = repr(value) if isinstance(value, str | int | torch.dtype) else type(value).__name__
+        raise FusionError(f"Expected plain numbers and flags as arguments of {place}, got {shown[:80]}; replace it")
     return value
 
 
-def _check_setting(value: Any, path: str) -> Any:
-    parts = value if isinstance(value, list) else [value]
-    for part in parts:
-        _check_plain(part, f"module {path!r}")
-    return value
+def _check_function(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], place: str) -> str:
+    """Return the kind of what a function of Python gives."""
+    if kwargs or len(args) != 2:
+        raise FusionError(f"Expected two arguments of {place}, got others; save the network again")
+    first = args[0].kind if isinstance(args[0], Reference) else None
+    if name == "getitem" and first == "tensors" and type(args[1]) is int:
+        return "tensor"
+    if name == "getitem" or not all(_fits("number", value) for value in args):
+        raise FusionError(f"Expected numbers, or a part of several tensors, at {place}; save the network again")
+    return "number"
 
 
-def _is_name(value: Any) -> bool:
-    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) is not None
-    return plain and not iskeyword(value) and value not in _SHADOWING
+def _check_arguments(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any], place: str) -> None:
+    """Refuse arguments that an operation does not take, before it is called."""
+    positional = [one for one in schema.arguments if not one.kwarg_only]
+    given = dict(zip([one.name for one in positional], args, strict=False))
+    known = {one.name: one for one in schema.arguments}
+    if len(args) > len(positional) or given.keys() & kwargs.keys() or not kwargs.keys() <= known.keys():
+        raise FusionError(f"Expected arguments that {place} takes, got others; save the network again")
+    given.update(kwargs)
+    for name, one in known.items():
+        if name not in given and not one.has_default_value():
+            raise FusionError(f"Expected {name} of {place}, got none; save the network again")
+        if name in _OMITTED and given.get(name) is not None:
+            raise FusionError(f"Expected no {name} of {place}, got one; save the network again")
+        if name in given and not _fits_argument(name, str(one.type), given[name]):
+            raise FusionError(f"Expected {name} of {place} as a {one.type}, got another; save the network again")
 
 
-def _check_name(value: Any) -> str:
-    if not _is_name(value):
-        raise FusionError(f"Expected a plain identifier as a name, got {value!r}; rename it")
-    return str(value)
+def _fits_argument(name: str, kind: str, value: Any) -> bool:
+    if name in ("dtype", "device", "memory_format"):  # integers, by the schema
+        type_of = {"dtype": torch.dtype, "device": torch.device, "memory_format": torch.memory_format}[name]
+        setting = isinstance(value, Reference) and value.kind == name
+        return setting or isinstance(value, type_of) or (value is None and kind.startswith("Optional"))
+    return _fits(kind, value)
 
 
-def _check_path(path: str) -> None:
-    """A dotted module name: each part a plain word that hides nothing of nn.Module or GraphModule."""
-    for part in path.split("."):
-        if not re.fullmatch(r"[A-Za-z0-9_]+", part) or iskeyword(part) or part in _RESERVED:
-            raise FusionError(f"Expected a plain dotted module name, got {path!r}; rename the module")
+def _fits(kind: str, value: Any) -> bool:
+    """Whether a value is of a type of the schemas of PyTorch."""
+    if kind.startswith("Optional["):
+        return value is None or _fits(kind[9:-1], value)
+    if kind.startswith("List["):
+        inner = kind[5:-1]
+        if isinstance(value, list):
+            return all(_fits(inner, part) for part in value)
+        several = isinstance(value, Reference) and value.kind == "tensors" and inner == "Tensor"
+        return several or (inner in ("int", "float") and _fits(inner, value))
+    if isinstance(value, Reference):
+        return value.kind == ("tensor" if kind == "Tensor" else "number") and kind not in ("str", "bool")
+    types = {"int": (int,), "bool": (bool, int), "str": (str,)}
+    return isinstance(value, types.get(kind, (int, float)) if kind in _PLAIN else ())
+
+
+_PLAIN = frozenset(("int", "bool", "str", "float", "number", "Tensor"))
+
+
+def _kind_of(schema: Any) -> str:
+    """The kind of what an operation returns."""
+    kinds = [str(one.type) for one in schema.returns]
+    if len(kinds) > 1 or kinds == ["List[Tensor]"]:
+        return "tensors"
+    return "tensor" if kinds == ["Tensor"] else "number"
+
+
+def _size_of(name: str, args: Sequence[Any]) -> float:
+    """The number of elements that a creation is asked for, as far as the graph says."""
+    if name.startswith("aten.arange"):
+        plain = [value for value in args if isinstance(value, int | float)]
+        if len(plain) < len(args):
+            return 0
+        start, end = (0, plain[0]) if len(plain) == 1 else plain[:2]
+        return abs(end - start) / (abs(plain[2]) if len(plain) > 2 and plain[2] else 1)
+    sizes = args[1 if ".new_" in name else 0]
+    return math.prod(value for value in (sizes if isinstance(sizes, list) else [sizes]) if type(value) is int)
+
+
+def _references(value: Any) -> Iterator[Reference]:
+    if isinstance(value, Reference):
+        yield value
+    elif isinstance(value, list):
+        for part in value:
+            yield from _references(part)

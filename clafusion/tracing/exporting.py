@@ -112,6 +112,7 @@ def export_graph(model: nn.Module, example: Tensor) -> Capture:
     entry = next(node for node in graph.nodes if node.op == "placeholder" and node.name not in names)
     for node in graph.nodes:
         node.meta["shape"], node.meta["batch"] = _shape(node.meta.get("val"))
+    _check_batch(model, entry)
     used = set(names.values())
     return Capture(
         graph,
@@ -122,6 +123,16 @@ def export_graph(model: nn.Module, example: Tensor) -> Capture:
         frozenset(parameters.values()) & used,
         tuple(name for name in state if name not in used),
     )
+
+
+def _check_batch(model: nn.Module, entry: fx.Node) -> None:
+    """Refuse a graph that holds for as many samples as it was exported with only."""
+    samples = entry.meta["val"].shape[0]
+    if isinstance(samples, int) or samples.node.maybe_as_int() is not None:
+        raise FusionError(
+            f"Expected a network that takes any number of samples, got {type(model).__name__}, whose graph would hold "
+            f"for {samples} only; write x.shape[0] instead of len(x), and compare it with nothing"
+        )
 
 
 def _check_signature(model: nn.Module) -> None:

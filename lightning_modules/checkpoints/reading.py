@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clafusion.errors import FusionError
 from clafusion.formats.files import FLOATS, load_network, restore
+from clafusion.formats.stored import CONSTANTS
 from clafusion.lightning_modules.checkpoints.inspection import Foreign, check_content, check_file
 from clafusion.statistics.samples import all_finite
 
@@ -126,8 +127,13 @@ def local_file(path: str | os.PathLike[str]) -> Path:
 
 
 def not_finite(state: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the first tensor with NaN or infinity; None if there is none."""
-    return next((name for name, tensor in state.items() if not all_finite(tensor)), None)
+    """Return the name of the first tensor with NaN or infinity; None if there is none.
+
+    Constants of a stored graph may be infinite, as in a mask of attention.
+    """
+    constants = (f"{CONSTANTS}.", f"{PREFIX}{CONSTANTS}.")
+    weights = ((name, tensor) for name, tensor in state.items() if not name.startswith(constants))
+    return next((name for name, tensor in weights if not all_finite(tensor)), None)
 
 
 def refuse_classes(value: object, path: str | os.PathLike[str]) -> None:

@@ -221,7 +221,7 @@ def _names(suffixes: tuple[str, ...]) -> str:
 
 def _in_words(architecture: Mapping[str, Any]) -> str:
     """Return the architecture in one line, without the defaults."""
-    if architecture["name"] == "graph":
+    if "nodes" in architecture:
         return f"a network of {len(architecture['nodes'])} operations"
     shown = {name: value for name, value in architecture.items() if name != "name" and value not in (None, False)}
     return f"{architecture['name']}({', '.join(f'{name}={value}' for name, value in shown.items())})"

@@ -1,5 +1,6 @@
 """Networks as data and as files: everything comes back as it was, and nothing forged gets in."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from torchvision import models
 from clafusion import networks
 from clafusion.errors import FusionError
 from clafusion.formats.files import describe, load_network, restore, save_network
+from clafusion.formats.graph_json import check_storable
+from clafusion.tracing.exporting import export_graph
 
 OWN: list[dict[str, Any]] = [
     {"name": "MLP", "in_features": 64, "hidden": [9], "num_classes": 3, "bias": True, "dropout": 0.5},
@@ -45,6 +48,14 @@ class Foreign(nn.Module):
 def foreign() -> nn.Module:
     torch.manual_seed(0)
     return Foreign().eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The file of a foreign network."""
+    path = tmp_path_factory.mktemp("saved") / "net"
+    save_network(Foreign().eval(), path)
+    return path.read_bytes()
 
 
 def narrow(make: Callable[..., nn.Module]) -> nn.Module:
@@ -128,7 +139,7 @@ def test_a_resized_foreign_network_describes_its_new_sizes(foreign: Any) -> None
 def test_an_own_network_changed_by_hand_is_stored_as_its_graph(tmp_path: Path) -> None:
     network: Any = networks.build(OWN[0]).eval()
     network.fc1.bias = None
-    assert describe(network)["name"] == "graph"
+    assert describe(network)["name"] == "aten"
     activated: Any = networks.build(OWN[1]).eval()
     activated.features[2] = nn.GELU()
     save_network(activated, tmp_path / "net")
@@ -136,12 +147,19 @@ def test_an_own_network_changed_by_hand_is_stored_as_its_graph(tmp_path: Path) -
     assert torch.equal(load_network(tmp_path / "net")(x), activated(x))
 
 
-def test_shared_tensors_are_stored(tmp_path: Path) -> None:
+def test_a_tied_tensor_is_one_again(tmp_path: Path) -> None:
     shared = nn.Linear(3, 3)
     network = nn.Sequential(shared, nn.ReLU(), shared).eval()
     save_network(network, tmp_path / "net")
+    loaded: Any = load_network(tmp_path / "net")
     x = torch.randn(2, 3)
-    assert torch.equal(load_network(tmp_path / "net")(x), network(x))
+    assert torch.equal(loaded(x), network(x))
+    again: Any = restore(describe(loaded))
+    again.load_state_dict({name: tensor.clone() for name, tensor in loaded.state_dict().items()}, assign=True)
+    for one in (loaded, again, copy.deepcopy(loaded)):
+        assert list(one.state_dict()) == list(network.state_dict())
+        assert one.get_parameter("0.weight") is one.get_parameter("2.weight")
+        assert len(list(one.parameters())) == 2
 
 
 def test_saving_replaces_whole_files_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -172,43 +190,91 @@ class Controlled(nn.Module):
 
 
 class Calls(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], **buffers: Tensor) -> None:
         super().__init__()
-        self.function = function
+        self.function, self.fc = function, nn.Linear(4, 4)
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
+        return self.function(self.fc(x))
 
 
-class Scaled(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(1))
+@torch.library.custom_op("clafusion_tests::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    return 2 * x
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.scale
+
+@doubled.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (Controlled(), "torch.fx can trace, got Controlled"),
-        (Calls(lambda x: F.dropout(x)), "'dropout' at node 'dropout'; use nn.Dropout"),
-        (Calls(lambda x: F.dropout2d(x)), "'dropout2d' at node 'dropout2d'; use nn.Dropout2d"),
-        (Calls(lambda x: torch.cat([x, x])), "call_function 'cat' at node 'cat'"),
-        (Calls(lambda x: x.permute(1, 0)), "call_method 'permute' at node 'permute'"),
-        (Calls(lambda x: x.view(torch.int32)), "plain numbers and flags as arguments, got torch.int32"),
-        (Calls(lambda x: x.real), "plain numbers and flags as arguments, got 'real'"),
-        (Scaled(), "get_attr 'scale' at node 'scale'"),
-        (nn.Sequential(nn.Softmax(1)), "got Softmax at '0'"),
-        (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))), "got ParametrizedLinear at '0'"),
-        (nn.ModuleDict({"code": nn.Linear(2, 2)}), "trace, got ModuleDict"),
+        (Calls(lambda x: x + torch.zeros(len(x), 4)), "any number of samples, got Calls, whose graph would hold for 2"),
+        (Controlled(), "torch.export can capture, got Controlled"),
+        (
+            Calls(lambda x: doubled(x)),
+            "got clafusion_tests.doubled.default in the network, which PyTorch does not have elsewhere",
+        ),
+        (
+            Calls(lambda x: x.as_strided((len(x), 4), (4, 1))),
+            "got aten.as_strided.default in the network, which is not",
+        ),
+        (nn.Sequential(nn.Linear(4, 4), Calls(torch.erfinv)), "got aten.erfinv.default in 1, which is not among those"),
+        (
+            Calls(torch.relu, phase=torch.zeros(2, dtype=torch.complex64)),
+            "Expected tensors of .*, got complex64 in phase",
+        ),
+        (nn.ModuleDict({"code": nn.Linear(2, 2)}), "torch.export can capture, got ModuleDict"),
     ],
 )
 def test_networks_that_cannot_be_stored_are_refused(network: nn.Module, message: str) -> None:
     with pytest.raises(FusionError, match=message) as caught:
-        describe(network)
+        describe(network.eval(), torch.randn(2, 4))
     assert "\n" not in str(caught.value)
+
+
+def test_a_capture_is_refused_before_anything_is_computed() -> None:
+    check_storable(export_graph(nn.Linear(4, 4).eval(), torch.randn(2, 4)))
+    with pytest.raises(FusionError, match=r"got aten.erfinv.default in the network"):
+        check_storable(export_graph(Calls(torch.erfinv).eval(), torch.randn(2, 4)))
+
+
+class Sized(nn.Module):
+    """Computes by the size of its images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).mean((2, 3)) * x.shape[-1]
+
+
+def test_a_network_without_an_example_is_refused_if_the_size_would_be_guessed_wrong() -> None:
+    with pytest.raises(FusionError, match="something else for every size of images, got none; pass example="):
+        describe(Sized().eval())
+    with pytest.raises(FusionError, match="Expected Softmax to say which samples it takes"):
+        describe(nn.Softmax(1))
+    assert describe(Sized().eval(), torch.randn(1, 1, 9, 9))["input"] == [1, 9, 9]
+
+
+@pytest.mark.parametrize("carried", ["clafusion_input", "default_cfg", "config"])
+def test_the_shape_that_a_network_declares_is_taken(carried: str) -> None:
+    network: Any = Sized().eval()
+    declared = {"clafusion_input": [1, 9, 9], "default_cfg": {"input_size": (1, 9, 9)}, "config": None}[carried]
+    setattr(network, carried, declared or type("Config", (), {"image_size": 9})())
+    assert describe(network)["input"] == [1, 9, 9]
+
+
+@pytest.mark.parametrize("name", ["forward", "state_dict", "_modules", "_steps", "", "a..b", "." * 5, "a." * 100 + "b"])
+def test_tensor_names_that_hide_something_are_refused(name: str) -> None:
+    described = describe(nn.Linear(2, 2).eval())
+    with pytest.raises(FusionError, match=r"Expected a (dotted )?name"):
+        restore({**described, "tensors": [*described["tensors"], [name, "buffer", [1], "float"]]})
 
 
 @pytest.mark.parametrize("name", ["code", "forward", "state_dict", "_modules"])
@@ -281,69 +347,102 @@ def test_a_huge_foreign_architecture_allocates_nothing(foreign: nn.Module, tmp_p
     save_network(foreign, path)
 
     def enlarge(architecture: dict[str, Any]) -> None:
-        architecture["modules"]["head"]["out_features"] = 2**40
+        tensor_named(architecture, "head.weight")[2] = [2**30, 2**20]
 
     rewrite(path, enlarge)
-    with pytest.raises(FusionError, match=r"'head.\w+' of shape \[1099511627776"):
+    with pytest.raises(FusionError, match=r"'head.weight' of shape \[1073741824, 1048576"):
         load_network(path)
 
 
+LINEAR = "aten.linear.default"
 EVIL = "__import__('pathlib').Path('OWNED').touch()"
 
 
-def node(architecture: dict[str, Any], op: str) -> dict[str, Any]:
-    return next(entry for entry in architecture["nodes"] if entry["op"] == op)
+def call(architecture: dict[str, Any], operation: str) -> list[Any]:
+    """The first call of an operation: its name, arguments and options."""
+    return next(entry for entry in architecture["nodes"] if entry[0] == operation)
+
+
+def tensor_named(architecture: dict[str, Any], name: str) -> list[Any]:
+    return next(entry for entry in architecture["tensors"] if entry[0] == name)
+
+
+ZEROS = ["aten.zeros.default", [[2**20, 2**20]], {}]
 
 
 @pytest.mark.parametrize(
     "forge",
     [
-        lambda a: node(a, "call_module").update(name=EVIL),
-        lambda a: node(a, "call_module").update(name="self"),
-        lambda a: node(a, "call_module").update(name="torch"),
-        lambda a: node(a, "call_module").update(name="ｘ"),
-        lambda a: node(a, "call_module").update(name="lambda"),
-        lambda a: node(a, "call_module").update(target=EVIL),
-        lambda a: node(a, "call_module").update(target="forward"),
-        lambda a: node(a, "call_method").update(target=EVIL),
-        lambda a: node(a, "call_method").update(target="__class__"),
-        lambda a: node(a, "call_method").update(args=[{"node": EVIL}]),
-        lambda a: node(a, "call_method")["args"].append(EVIL),
-        lambda a: node(a, "call_method").update(kwargs={EVIL: 1}),
-        lambda a: node(a, "call_function").update(target="os.system"),
-        lambda a: node(a, "call_function").update(target="builtins.eval"),
-        lambda a: node(a, "call_function").update(target=["os", "system"]),
-        lambda a: node(a, "call_function").update(target="builtins.getattr", args=[{"node": "conv"}, "__class__"]),
-        lambda a: node(a, "call_function").update(target="builtins.getattr", args=[{"node": "conv"}, "tanh"]),
-        lambda a: node(a, "placeholder").update(target=f"x={EVIL}"),
-        lambda a: node(a, "placeholder").update(target="*x"),
-        lambda a: node(a, "placeholder").update(target="lambda"),
-        lambda a: node(a, "placeholder").update(target="self"),
-        lambda a: node(a, "placeholder").update(args=[EVIL]),
-        lambda a: node(a, "placeholder").update(op="get_attr", target="conv.weight"),
-        lambda a: node(a, "output").update(op=EVIL),
-        lambda a: node(a, "output").update(args=[{"exec": EVIL}]),
-        lambda a: a["modules"].update({EVIL: {"type": "ReLU", "inplace": False}}),
-        lambda a: a["modules"].update({"__class__": {"type": "ReLU", "inplace": False}}),
-        lambda a: a["modules"]["act"].update(type="os.system"),
-        lambda a: a["modules"]["act"].update(negative_slope=EVIL),
-        lambda a: a["modules"]["act"].update(extra=1),
-        lambda a: a["modules"]["conv"].update(groups=0),
-        lambda a: a["modules"]["conv"].update(kernel_size=float("nan")),
-        lambda a: a["nodes"].pop(),
+        lambda a: call(a, LINEAR).__setitem__(0, EVIL),
+        lambda a: call(a, LINEAR).__setitem__(0, "os.system"),
+        lambda a: call(a, LINEAR).__setitem__(0, ["os", "system"]),
+        lambda a: call(a, LINEAR).__setitem__(0, "aten.from_file.default"),
+        lambda a: call(a, LINEAR).__setitem__(0, "aten.set_.source_Tensor"),
+        lambda a: call(a, LINEAR).__setitem__(0, "aten.linear.out"),
+        lambda a: call(a, LINEAR).__setitem__(0, "aten.linear"),
+        lambda a: call(a, LINEAR).__setitem__(0, "prim.linear.default"),
+        lambda a: call(a, LINEAR)[1].append(EVIL),
+        lambda a: call(a, LINEAR)[1].append(1),
+        lambda a: call(a, LINEAR)[1].clear(),
+        lambda a: call(a, LINEAR)[1].__setitem__(0, {"node": 10_000}),
+        lambda a: call(a, LINEAR)[1].__setitem__(0, {"node": -1}),
+        lambda a: call(a, LINEAR)[1].__setitem__(0, {"node": True}),
+        lambda a: call(a, LINEAR)[1].__setitem__(0, {"node": len(a["nodes"]) - 1}),
+        lambda a: call(a, LINEAR)[1].__setitem__(0, {"tensor": "__class__"}),
+        lambda a: call(a, LINEAR)[1].__setitem__(0, {"exec": EVIL}),
+        lambda a: call(a, LINEAR)[1].__setitem__(0, {"tensor": ["head.weight"]}),
+        lambda a: call(a, LINEAR)[1].__setitem__(0, {}),
+        lambda a: call(a, LINEAR)[1].__setitem__(0, "tanh"),
+        lambda a: call(a, LINEAR)[1].__setitem__(0, [[[[[[[[]]]]]]]]),
+        lambda a: call(a, LINEAR)[2].update({EVIL: 1}),
+        lambda a: call(a, LINEAR)[2].update(input={"node": 0}),
+        lambda a: call(a, LINEAR).append(1),
+        lambda a: call(a, "aten.leaky_relu.default")[1].__setitem__(1, 2**70),
+        lambda a: call(a, "aten.leaky_relu.default")[1].__setitem__(1, float("nan")),
+        lambda a: call(a, "aten.leaky_relu.default")[1].__setitem__(1, {"number": "nine"}),
+        lambda a: call(a, "aten.leaky_relu.default")[1].__setitem__(1, {"dtype": "float"}),
+        lambda a: a["nodes"].append(ZEROS),
+        lambda a: a["nodes"].append(["aten.zeros.default", [[3]], {"layout": 1}]),
+        lambda a: a["nodes"].append(["aten.zeros.default", [[3]], {"dtype": {"dtype": "os"}}]),
+        lambda a: a["nodes"].append(["aten.arange.default", [2**40], {}]),
+        lambda a: a["nodes"].append(["getitem", [{"input": 0}, 0], {}]),
+        lambda a: a["nodes"].append(["mul", [[1], 10**9], {}]),
+        lambda a: a["nodes"].append(["mul", [3], {}]),
+        lambda a: a["nodes"].append([["mul"], [3, 3], {}]),
+        lambda a: a["nodes"].append("mul"),
+        lambda a: a["nodes"].clear(),
         lambda a: a["nodes"].reverse(),
-        lambda a: a["nodes"].insert(1, a["nodes"][1]),
         lambda a: a["nodes"].extend([a["nodes"][0]] * 30_000),
         lambda a: a.update(nodes=None),
         lambda a: a.update(nodes=[3]),
-        lambda a: a.pop("modules"),
+        lambda a: a.update(logits=None),
+        lambda a: a.update(logits=[{"node": 0}]),
+        lambda a: a.update(logits={"dtype": "float"}),
+        lambda a: a.update(version=2),
+        lambda a: a.update(extra=1),
+        lambda a: a.update(input=[-1]),
+        lambda a: a.update(input="[1]"),
+        lambda a: a.pop("tensors"),
+        lambda a: a["tensors"].append(a["tensors"][0]),
+        lambda a: a["tensors"].append(3),
+        lambda a: a["tensors"].append([EVIL, "buffer", [1], "float"]),
+        lambda a: a["tensors"].append(["x", "same", "y"]),
+        lambda a: a["tensors"].append(["__class__", "buffer", [1], "float"]),
+        lambda a: a["tensors"].append(["head.weight.x", "buffer", [1], "float"]),
+        lambda a: a["tensors"].extend([f"x{i}", "buffer", [], "float"] for i in range(30_000)),
+        lambda a: a["tensors"][0].__setitem__(1, "module"),
+        lambda a: a["tensors"][0].__setitem__(2, [2**31 - 1] * 16),
+        lambda a: a["tensors"][0].__setitem__(2, [1] * 10_000),
+        lambda a: a["tensors"][0].__setitem__(2, 1),
+        lambda a: a["tensors"][0].__setitem__(3, "object"),
+        lambda a: a["tensors"][0].__setitem__(3, ["float"]),
     ],
 )
 def test_forged_graphs_are_refused(
-    forge: Callable[[dict[str, Any]], Any], foreign: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    forge: Callable[[dict[str, Any]], Any], saved: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    save_network(foreign, "net")
+    Path("net").write_bytes(saved)
 
     def change(architecture: dict[str, Any]) -> None:
         forge(architecture)
