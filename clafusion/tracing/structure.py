@@ -64,6 +64,7 @@ class Unit:
         name: of its first layer; without a layer, of its first parameter.
         kind: `plain`, `residual`, or `other` for one without a layer.
         layers: its layers in forward order.
+        beside: layers that compute something for it from parameters alone, such as a table of relative positions.
         parameters: the names of its parameters and running statistics, in the order of their use.
         nodes: the graph nodes that it runs, without those that give their input.
         signature: tells units that do the same at any width from others.
@@ -77,6 +78,7 @@ class Unit:
     name: str
     kind: str
     layers: tuple[Layer, ...]
+    beside: tuple[Layer, ...]
     parameters: tuple[str, ...]
     nodes: tuple[str, ...]
     signature: Signature = field(repr=False)

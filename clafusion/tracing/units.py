@@ -96,7 +96,7 @@ class _Graph:
 
     capture: Capture
     spaces: Spaces
-    data: tuple[fx.Node, ...]
+    data: Mapping[fx.Node, None]
 
     @classmethod
     def of(cls, capture: Capture, spaces: Spaces) -> "_Graph":
@@ -106,7 +106,7 @@ class _Graph:
             is_data = isinstance(value, Tensor | list | tuple) and any(used in found for used in node.all_input_nodes)
             if node.name == capture.entry or (node.op == "call_function" and is_data):
                 found[node] = None
-        return cls(capture, spaces, tuple(found))
+        return cls(capture, spaces, found)
 
     def parameters(self, nodes: Sequence[fx.Node]) -> tuple[str, ...]:
         """The parameters and running statistics that nodes use, also by way of what is computed from these alone."""
@@ -124,6 +124,18 @@ class _Graph:
         for node in nodes:
             visit(node)
         return tuple(found)
+
+    def computed(self, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+        """The nodes, in graph order, that compute something for others from parameters and constants alone."""
+        found: set[fx.Node] = set()
+        waiting = [used for node in nodes for used in node.all_input_nodes]
+        while waiting:
+            node = waiting.pop()
+            is_tensor = isinstance(node.meta.get("val"), Tensor | list | tuple)
+            if node not in self.data and node not in found and node.op == "call_function" and is_tensor:
+                found.add(node)
+                waiting.extend(node.all_input_nodes)
+        return [node for node in self.capture.graph.nodes if node in found and operation_of(node) not in TRANSPARENT]
 
     def neurons(self, node: str) -> tuple[object, ...]:
         """The spaces and the dimensions of the neurons of a node's output."""
@@ -155,7 +167,7 @@ def _drafts(graph: _Graph) -> tuple[list[_Draft], list[list[fx.Node]]]:
     drafts: list[_Draft] = []
     transitions: list[list[fx.Node]] = []
     waiting: list[fx.Node] = []
-    source = graph.data[0]
+    source = next(iter(graph.data))
     for segment in list(graph.segments())[1:]:
         nodes = [node for node in segment if operation_of(node) not in TRANSPARENT]
         names = {operation_of(node) for node in nodes}
@@ -187,8 +199,9 @@ def _goes_along(graph: _Graph, before: _Draft, nodes: Sequence[fx.Node]) -> bool
 
 def _unit(graph: _Graph, draft: _Draft) -> Unit:
     nodes = [*draft.nodes, *draft.tail]
-    layers = _Layers(graph, draft).found()
+    layers = _Layers(graph, nodes).found(nodes)
     parameters = graph.parameters(nodes)
+    computed = graph.computed(nodes)
     output = nodes[-1]
     addition = _last_addition(graph, draft)
     closing = _closing(graph, draft, addition) if addition is not None else ()
@@ -198,9 +211,10 @@ def _unit(graph: _Graph, draft: _Draft) -> Unit:
         name=name,
         kind=kind,
         layers=layers,
+        beside=_Layers(graph, computed).found(computed),
         parameters=parameters,
-        nodes=tuple(node.name for node in nodes),
-        signature=signature_of(nodes, graph.capture),
+        nodes=tuple(node.name for node in (*computed, *nodes)),
+        signature=signature_of([*computed, *nodes], graph.capture),
         input=source_of(draft.source).name,
         output=output.name,
         closing=closing,
@@ -311,18 +325,17 @@ def _behind_moves(node: fx.Node) -> fx.Node:
 class _Layers:
     """Finds the layers of one unit, and where their outputs go."""
 
-    def __init__(self, graph: _Graph, draft: _Draft) -> None:
+    def __init__(self, graph: _Graph, nodes: Sequence[fx.Node]) -> None:
         self.graph = graph
-        self.nodes = [*draft.nodes, *draft.tail]
-        self.inside = set(self.nodes)
+        self.inside = set(nodes)
         self.paths: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self.shortcuts: set[fx.Node] = set()
-        for node in self.nodes:
+        for node in nodes:
             self.paths[node] = self._path(node)
 
-    def found(self) -> tuple[Layer, ...]:
+    def found(self, nodes: Sequence[fx.Node]) -> tuple[Layer, ...]:
         """The layers, in forward order."""
-        return tuple(self._layer(node) for node in self.nodes if operation_of(node) in LAYERS)
+        return tuple(self._layer(node) for node in nodes if operation_of(node) in LAYERS)
 
     def _path(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The layers and norms that lie between the unit's input and a node; notes which lie on a shortcut."""

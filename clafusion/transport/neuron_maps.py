@@ -50,7 +50,7 @@ def transport_problems(balanced: Balanced, options: FusionOptions) -> list[Trans
     structure = balanced.structure
     grouped: dict[tuple[str, str], list[tuple[Layer, Unit]]] = {}
     for unit in structure.units:
-        for layer in unit.layers:
+        for layer in (*unit.layers, *unit.beside):
             axis = structure.written(layer)
             for space in () if axis is None or (not shared and layer.kind == "depthwise") else axis.spaces:
                 grouped.setdefault((space if shared else layer.name, space), []).append((layer, unit))
