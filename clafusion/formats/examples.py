@@ -96,7 +96,7 @@ def _declared(model: nn.Module) -> Iterator[tuple[int, ...]]:
 
 
 def _guessed(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Shapes that fit the first Linear layer or the first convolution of a network; images come last."""
+    """The shapes that fit the first Linear layer or the first convolution of a network; images come last."""
     linear = next((one for one in model.modules() if isinstance(one, nn.Linear)), None)
     if linear is not None:
         yield (linear.in_features,)

@@ -49,7 +49,7 @@ class Reference:
 
     Attributes:
         source: "node", "tensor", "input", or "setting" for the data type and the device of the network.
-        key: the number of the node, the name of the tensor, or "float" or "device".
+        key: the number of the node, the name of the tensor, or the word of a setting.
         kind: "tensor", "tensors" or "number"; "dtype" or "device" for a setting.
     """
 

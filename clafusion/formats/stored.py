@@ -83,7 +83,7 @@ class StoredNetwork(nn.Module):
 
     @property
     def description(self) -> dict[str, Any]:
-        """What the network was made from."""
+        """The description that the network was made from, as `describe` returns it."""
         return copy.deepcopy(self._described)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class StoredNetwork(nn.Module):
                 return values[value.key]
             if value.source == "tensor":
                 return attrgetter(value.key)(self)
-            return x if value.source == "input" else {"float": dtype, "device": x.device}[value.key]
+            return x if value.source == "input" else {"dtype": dtype, "device": x.device}[value.kind]
 
         for number, step in enumerate(self._steps):
             args = [find(value) for value in step.args]

@@ -220,7 +220,7 @@ def _(x: Tensor) -> Tensor:
             "got clafusion_tests.doubled.default in the network, which PyTorch does not have elsewhere",
         ),
         (
-            Calls(lambda x: x.as_strided((len(x), 4), (4, 1))),
+            Calls(lambda x: x.as_strided((x.shape[0], 4), (4, 1))),
             "got aten.as_strided.default in the network, which is not",
         ),
         (nn.Sequential(nn.Linear(4, 4), Calls(torch.erfinv)), "got aten.erfinv.default in 1, which is not among those"),
