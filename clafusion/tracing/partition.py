@@ -182,6 +182,8 @@ def _colours(labelling: Labelling, root: Ints) -> Hashes:
             if id(array) not in seen:
                 seen.add(id(array))
                 np.add.at(colour, root[array.reshape(-1).numpy()], _hashed(0, number, place)[0])
+    for number, array in enumerate(labels.singled):
+        np.add.at(colour, root[array.reshape(-1).numpy()], _hashed(6, number)[0])
     for number, shift in enumerate(labels.shifts):
         if _repeats(shift, root):
             _add_order(colour, shift, number, root)
