@@ -92,7 +92,9 @@ T, M, H = (partial(partial, make) for make in (_torchvision, _timm, _transformer
 
 ZOO: dict[str, Sample] = {
     "torchvision/vit": Sample(
-        T("VisionTransformer", image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=48), 32, 10
+        T("VisionTransformer", image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=48),
+        32,
+        10,
     ),
     "torchvision/swin": Sample(T("SwinTransformer", **_SWIN), 32, 19),
     "torchvision/swin_v2": Sample(_swin_v2, 32, 27),
@@ -137,44 +139,56 @@ ZOO: dict[str, Sample] = {
     "timm/beit": Sample(M("beit_base_patch16_224", **_VIT), 32, 10),
     "timm/cait": Sample(M("cait_xxs24_224", **_VIT), 32, 22),
     "timm/mixer": Sample(_mixer, 32, 6),
-    "timm/resmlp": Sample(M("resmlp_12_224", img_size=64), 64, 0, slow=True),
-    "timm/gmlp": Sample(M("gmlp_ti16_224", img_size=64), 64, 0, slow=True),
-    "timm/convmixer": Sample(_convmixer, 64, 0),
+    "timm/resmlp": Sample(M("resmlp_12_224", img_size=64), 64, 14, slow=True),
+    "timm/gmlp": Sample(M("gmlp_ti16_224", img_size=64), 64, 32, slow=True),
+    "timm/convmixer": Sample(_convmixer, 64, 5),
     "timm/convnext_atto": Sample(M("convnext_atto"), 64, 17),
     "timm/convnextv2_atto": Sample(M("convnextv2_atto"), 64, 17),
     "timm/poolformer_s12": Sample(M("poolformer_s12"), 64, 17),
-    "timm/caformer": Sample(M("caformer_s18"), 64, 0, slow=True),
-    "timm/fastvit_t8": Sample(M("fastvit_t8"), 64, 0, slow=True),
-    "timm/edgenext_xx_small": Sample(M("edgenext_xx_small"), 64, 0, slow=True),
-    "timm/xcit": Sample(M("xcit_nano_12_p8_224", img_size=32, embed_dim=32, depth=2, num_heads=4), 32, 0),
-    "timm/pvt_v2_b0": Sample(M("pvt_v2_b0", depths=(1, 1, 1, 1)), 64, 0),
+    "timm/caformer": Sample(M("caformer_s18"), 64, 66, slow=True),
+    "timm/fastvit_t8": Sample(M("fastvit_t8"), 64, 17, slow=True),
+    "timm/edgenext_xx_small": Sample(M("edgenext_xx_small"), 64, 29, slow=True),
+    "timm/xcit": Sample(M("xcit_nano_12_p8_224", img_size=32, embed_dim=32, depth=2, num_heads=4), 32, 20),
+    "timm/pvt_v2_b0": Sample(M("pvt_v2_b0", depths=(1, 1, 1, 1)), 64, 23),
     "timm/twins_pcpvt": Sample(
-        M("twins_pcpvt_small", img_size=64, embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4)), 64, 0
+        M("twins_pcpvt_small", img_size=64, embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4)),
+        64,
+        23,
     ),
     "timm/twins_svt": Sample(
-        M("twins_svt_small", img_size=64, embed_dims=(16, 32, 48, 64), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4), wss=(4, 4, 4, 2)),
+        M(
+            "twins_svt_small",
+            img_size=64,
+            embed_dims=(16, 32, 48, 64),
+            depths=(1, 1, 2, 1),
+            num_heads=(1, 2, 3, 4),
+            wss=(4, 4, 4, 2),
+        ),
         64,
-        0,
+        25,
     ),
-    "timm/crossvit": Sample(M("crossvit_tiny_240"), 240, 0, slow=True),
+    "timm/crossvit": Sample(M("crossvit_tiny_240"), 240, 81, slow=True),
     "timm/volo": Sample(M("volo_d1_224", img_size=64), 64, 0, slow=True),
-    "timm/visformer_tiny": Sample(M("visformer_tiny", img_size=64), 64, 0),
+    "timm/visformer_tiny": Sample(M("visformer_tiny", img_size=64), 64, 58),
     "timm/levit_128s": Sample(M("levit_128s"), 224, 51, slow=True),
-    "timm/pit": Sample(M("pit_ti_224", img_size=64), 64, 0),
-    "timm/coat_lite_tiny": Sample(M("coat_lite_tiny", img_size=64), 64, 0, slow=True),
-    "timm/nest_tiny": Sample(M("nest_tiny", img_size=64), 64, 0, slow=True),
+    "timm/pit": Sample(M("pit_ti_224", img_size=64), 64, 52),
+    "timm/coat_lite_tiny": Sample(M("coat_lite_tiny", img_size=64), 64, 37, slow=True),
+    "timm/nest_tiny": Sample(M("nest_tiny", img_size=64), 64, 52, slow=True),
     "timm/focalnet": Sample(M("focalnet_tiny_srf"), 64, 0, slow=True),
     "timm/mvitv2": Sample(M("mvitv2_tiny", img_size=64), 64, 0, slow=True),
     "timm/davit": Sample(
-        M("davit_tiny", embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1), num_heads=(2, 2, 3, 4), window_size=4), 64, 0
+        M("davit_tiny", embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1), num_heads=(2, 2, 3, 4), window_size=4), 64, 37
     ),
-    "timm/efficientformer_l1": Sample(M("efficientformer_l1"), 224, 0, slow=True),
-    "timm/inception_next_atto": Sample(M("inception_next_atto"), 64, 0, slow=True),
-    "timm/mambaout": Sample(M("mambaout_femto", depths=(1, 1, 1, 1)), 64, 0),
+    "timm/efficientformer_l1": Sample(M("efficientformer_l1"), 224, 24, slow=True),
+    "timm/inception_next_atto": Sample(M("inception_next_atto"), 64, 30, slow=True),
+    "timm/mambaout": Sample(M("mambaout_femto", depths=(1, 1, 1, 1)), 64, 15),
     "timm/starnet": Sample(_starnet, 64, 0),
-    "timm/hiera": Sample(M("hiera_tiny_224", img_size=64, stages=(1, 1, 1, 1), embed_dim=16), 64, 0),
+    "timm/hiera": Sample(M("hiera_tiny_224", img_size=64, stages=(1, 1, 1, 1), embed_dim=16), 64, 20),
     "timm/tiny_vit": Sample(
-        M("tiny_vit_5m_224", embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1), num_heads=(2, 2, 3, 4)), 224, 0, slow=True
+        M("tiny_vit_5m_224", embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1), num_heads=(2, 2, 3, 4)),
+        224,
+        22,
+        slow=True,
     ),
     "timm/efficientvit_b0": Sample(M("efficientvit_b0"), 64, 38, slow=True),
     "timm/swinv2": Sample(
@@ -199,51 +213,49 @@ ZOO: dict[str, Sample] = {
     "timm/res2net50": Sample(M("res2net50_26w_4s"), 64, 94, slow=True),
     "timm/resnetv2_50": Sample(M("resnetv2_50x1_bit"), 64, 75, slow=True),
     "timm/nf_resnet26": Sample(M("nf_resnet26"), 64, 22),
-    "timm/resnetblur18": Sample(M("resnetblur18"), 64, 0),
-    "timm/resnest14d": Sample(M("resnest14d"), 64, 0),
-    "timm/skresnet18": Sample(M("skresnet18"), 64, 0),
+    "timm/resnetblur18": Sample(M("resnetblur18"), 64, 13),
+    "timm/resnest14d": Sample(M("resnest14d"), 64, 20),
+    "timm/skresnet18": Sample(M("skresnet18"), 64, 25),
     "timm/regnetx_002": Sample(M("regnetx_002"), 64, 45),
-    "timm/repvgg_a0": Sample(M("repvgg_a0"), 64, 0, slow=True),
+    "timm/repvgg_a0": Sample(M("repvgg_a0"), 64, 6, slow=True),
     "timm/vovnet39a": Sample(M("vovnet39a"), 64, 40),
     "timm/dla34": Sample(M("dla34"), 64, 26),
-    "timm/dpn48b": Sample(M("dpn48b"), 64, 0, slow=True),
+    "timm/dpn48b": Sample(M("dpn48b"), 64, 74, slow=True),
     "timm/mobileone_s0": Sample(M("mobileone_s0"), 64, 5, slow=True),
     "timm/ghostnet_050": Sample(M("ghostnet_050"), 64, 32, slow=True),
     "timm/hrnet_w18_small": Sample(M("hrnet_w18_small"), 64, 46, slow=True),
     "transformers/ViT": Sample(H("ViT", **_HF, intermediate_size=48), 32, 10),
     "transformers/DeiT": Sample(H("DeiT", **_HF, intermediate_size=48), 32, 10),
-    "transformers/ViTMSN": Sample(H("ViTMSN", **_HF, intermediate_size=48), 32, 0),
+    "transformers/ViTMSN": Sample(H("ViTMSN", **_HF, intermediate_size=48), 32, 10),
     "transformers/Dinov2": Sample(H("Dinov2", **_HF), 32, 10),
     "transformers/Beit": Sample(
         H("Beit", **_HF, intermediate_size=48, use_relative_position_bias=True, use_mask_token=False), 32, 10
     ),
     "transformers/Data2VecVision": Sample(
-        H("Data2VecVision", **_HF, intermediate_size=48, use_relative_position_bias=True, use_mask_token=False), 32, 0
+        H("Data2VecVision", **_HF, intermediate_size=48, use_relative_position_bias=True, use_mask_token=False), 32, 10
     ),
     "transformers/Swin": Sample(
         H("Swin", image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4), 32, 19
     ),
     "transformers/ConvNext": Sample(H("ConvNext", **_STAGES, image_size=64), 64, 10),
     "transformers/ResNet": Sample(H("ResNet", **_STAGES, embedding_size=16), 64, 15),
-    "transformers/RegNet": Sample(H("RegNet", **_STAGES, embedding_size=16, groups_width=8), 64, 0),
-    "transformers/PoolFormer": Sample(H("PoolFormer", **_STAGES), 64, 0),
+    "transformers/RegNet": Sample(H("RegNet", **_STAGES, embedding_size=16, groups_width=8), 64, 26),
+    "transformers/PoolFormer": Sample(H("PoolFormer", **_STAGES), 64, 10),
     "transformers/FocalNet": Sample(H("FocalNet", embed_dim=16, depths=[1, 1, 1, 1], image_size=64), 64, 0),
     "transformers/PvtV2": Sample(
         H("PvtV2", depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 48, 64], num_attention_heads=[1, 2, 3, 4], image_size=64),
         64,
-        0,
+        23,
     ),
     "transformers/Segformer": Sample(
-        H("Segformer", depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 48, 64], num_attention_heads=[1, 2, 3, 4]), 64, 0
+        H("Segformer", depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 48, 64], num_attention_heads=[1, 2, 3, 4]), 64, 23
     ),
-    "transformers/Cvt": Sample(
-        H("Cvt", depth=[1, 1, 1], embed_dim=[16, 32, 48], num_heads=[1, 2, 3]), 64, 0
-    ),
+    "transformers/Cvt": Sample(H("Cvt", depth=[1, 1, 2], embed_dim=[16, 32, 48], num_heads=[1, 2, 3]), 64, 0),
     "transformers/MobileViT": Sample(
-        H("MobileViT", hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 16, 24, 24, 48], image_size=64), 64, 0
+        H("MobileViT", hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 16, 24, 24, 48], image_size=64), 64, 62
     ),
     "transformers/SwiftFormer": Sample(
-        H("SwiftFormer", depths=[1, 1, 1, 1], embed_dims=[16, 24, 32, 40], image_size=64), 64, 0
+        H("SwiftFormer", depths=[1, 1, 1, 1], embed_dims=[16, 24, 32, 40], image_size=64), 64, 18
     ),
     "transformers/Levit": Sample(
         H(
@@ -255,7 +267,6 @@ ZOO: dict[str, Sample] = {
             image_size=64,
         ),
         64,
-        0,
+        27,
     ),
-    "transformers/EfficientNet": Sample(H("EfficientNet", width_coefficient=0.5, depth_coefficient=0.5), 64, 0, slow=True),
 }

@@ -174,7 +174,9 @@ class Labels:
         shape = torch.broadcast_shapes(*(value.shape for value in values))
         lifted = [self.tidy(_lifted(value, len(shape))) for value in values]
         same = frozenset(
-            dim for dim, size in enumerate(shape) if all(v.shape[dim] == 1 or dim in v.same for v in lifted) and size > 1
+            dim
+            for dim, size in enumerate(shape)
+            if all(v.shape[dim] == 1 or dim in v.same for v in lifted) and size > 1
         )
         if len(lifted) == 1 or not any(value.arrays for value in lifted):
             return Value(tuple(shape), lifted[0].arrays, None, same)
