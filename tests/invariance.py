@@ -16,7 +16,7 @@ from clafusion.tracing.spaces import Axis, Spaces, find_spaces
 
 
 def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The network in eval mode and float64, with random parameters and statistics: no two neurons are alike, none dead."""
+    """The network in eval mode and float64, with random parameters and statistics, so that no neuron is dead."""
     generator = torch.Generator().manual_seed(seed)
     model = model.double().eval()
     with torch.no_grad():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clafusion.tracing.calls import Call, Result
-from clafusion.tracing.labels import Labels, Value, varies
+from clafusion.tracing.labels import Labels, Value
 
 
 def normalised(labels: Labels, value: Value, dims: Iterable[int]) -> Value:
@@ -71,17 +71,19 @@ def attention(labels: Labels, call: Call) -> Result:
     if call["is_causal"]:
         query, key, value = (labels.pin(one, [-2]) for one in (query, key, value))
     mask = call["attn_mask"]
-    if call["enable_gqa"]:  # every head of the keys meets a group of heads of the queries
-        heads = key.shape[-3]
-        query = labels.reshape(query, (*query.shape[:-3], heads, query.shape[-3] // heads, *query.shape[-2:]))
-        key, value = (unsqueezed(labels, one, len(one.shape) - 2) for one in (key, value))
-        if mask is not None and len(mask.shape) > 2:
-            own = (heads, query.shape[-3]) if mask.shape[-3] > 1 else (1, 1)
-            mask = labels.reshape(mask, (*mask.shape[:-3], *own, *mask.shape[-2:]))
+    if call["enable_gqa"]:
+        turns = query.shape[-3] // key.shape[-3]
+        key, value = (_repeated(labels, one, turns) for one in (key, value))
     scores = product(labels, query, transposed(labels, key))
     if mask is not None:
         scores = labels.merge(scores, mask)
-    return labels.reshape(product(labels, normalised(labels, scores, [-1]), value), call.shape)
+    return product(labels, normalised(labels, scores, [-1]), value)
+
+
+def _repeated(labels: Labels, value: Value, turns: int) -> Value:
+    """Every head several times."""
+    shape = (*value.shape[:-3], value.shape[-3] * turns, *value.shape[-2:])
+    return labels.move(value, shape, lambda array: array.repeat_interleave(turns, -3), [-3])
 
 
 def einsum(labels: Labels, call: Call) -> Result:
@@ -112,7 +114,7 @@ def convolution(labels: Labels, call: Call) -> Result:
     """A convolution of any rank: a linear map of the channels of each group, at fixed positions."""
     x, weight, bias, groups = call["input"], call["weight"], call["bias"], call["groups"]
     kernel = len(weight.shape) - 2
-    weight = _without_positions(labels, call, weight, kernel)
+    weight = _without_positions(labels, weight, kernel)
     if call["transposed"] or "transpose" in call.name:
         if groups > 1 and weight.shape[1] > 1:
             raise call.refusal("with several output channels per group")
@@ -120,7 +122,7 @@ def convolution(labels: Labels, call: Call) -> Result:
         weight = transposed(labels, weight)
     else:
         weight = labels.reshape(weight, (groups, weight.shape[0] // groups, weight.shape[1]))
-    x = _without_positions(labels, call, x, kernel)
+    x = _without_positions(labels, x, kernel)
     x = labels.reshape(x, (*x.shape[:-1], groups, 1, x.shape[-1] // groups))
     result = contracted(labels, x, weight)
     result = labels.reshape(result, (*result.shape[:-2], weight.shape[0] * weight.shape[1]))
@@ -129,7 +131,7 @@ def convolution(labels: Labels, call: Call) -> Result:
     return Value(call.shape, tuple(array.reshape(*array.shape, *(1,) * kernel) for array in result.arrays))
 
 
-def _without_positions(labels: Labels, call: Call, value: Value, count: int) -> Value:
+def _without_positions(labels: Labels, value: Value, count: int) -> Value:
     """A value without its last dimensions, whose order is fixed."""
     rank = len(value.shape)
     last = range(rank - count, rank)
@@ -137,10 +139,7 @@ def _without_positions(labels: Labels, call: Call, value: Value, count: int) -> 
         kernels = value.constant.reshape(-1, value.constant[0, 0].numel())
         same = torch.unique(kernels, dim=0, return_inverse=True)[1].reshape(value.shape[: rank - count])
         return Value(value.shape[: rank - count], (), same)
-    value = labels.pin(value, last)
-    if any(varies(array) & set(last) for array in value.arrays):
-        raise call.refusal("over positions that belong to single neurons")
-    return labels.drop(Value((*value.shape[: rank - count], *(1,) * count), value.arrays), last)
+    return labels.drop(labels.per_channel(value, last), last)
 
 
 def softmax(labels: Labels, call: Call) -> Result:

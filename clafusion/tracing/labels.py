@@ -72,6 +72,7 @@ class Labels:
         elements: the elements of all arrays.
         place: what is named as the reason if an element is pinned now: the operation and the path of its module.
         reasons: all places that pinned something.
+        singled: arrays of elements that an operation took out of others.
         shifts, nestings: records from which it follows that elements are told apart by their order.
     """
 
@@ -79,6 +80,7 @@ class Labels:
         self.elements = Elements()
         self.place = ""
         self.reasons: list[str] = []
+        self.singled: list[Tensor] = []
         self.shifts: list[Shift] = []
         self.nestings: list[Nesting] = []
 
@@ -144,8 +146,11 @@ class Labels:
 
         if not keeps_order:
             self.shifts.extend(Shift((array,), run) for array in value.arrays)
+        moved = tuple(run(array) for array in value.arrays)
+        # An entry that is taken by itself has no label that varies, but is not like the others any more.
+        self.singled.extend(one for one, array in zip(moved, value.arrays, strict=True) if one.numel() < array.numel())
         constant = None if value.constant is None else move(value.constant)
-        return self.tidy(Value(tuple(shape), tuple(run(array) for array in value.arrays), constant))
+        return self.tidy(Value(tuple(shape), moved, constant))
 
     def reshape(self, value: Value, shape: Sequence[int]) -> Value:
         """Keep the row-major order of the entries under another shape."""
@@ -169,7 +174,9 @@ class Labels:
         shape = torch.broadcast_shapes(*(value.shape for value in values))
         lifted = [self.tidy(_lifted(value, len(shape))) for value in values]
         same = frozenset(
-            dim for dim, size in enumerate(shape) if all(v.shape[dim] == 1 or dim in v.same for v in lifted) and size > 1
+            dim
+            for dim, size in enumerate(shape)
+            if all(v.shape[dim] == 1 or dim in v.same for v in lifted) and size > 1
         )
         if len(lifted) == 1 or not any(value.arrays for value in lifted):
             return Value(tuple(shape), lifted[0].arrays, None, same)
@@ -220,6 +227,11 @@ class Labels:
         for array in value.arrays:
             self._pin(array, chosen)
         return self.tidy(value)
+
+    def per_channel(self, value: Value, dims: Iterable[int]) -> Value:
+        """Fix the positions along dimensions, and leave what is the same at all of them: with size 1 along these."""
+        dims = tuple(dims)
+        return self.reduce(self.pin(value, dims), dims)
 
     # Arrays
 

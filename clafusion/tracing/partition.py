@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clafusion.errors import FusionError
 from clafusion.tracing.elements import Elements, Ints, turns
-from clafusion.tracing.exporting import Capture
+from clafusion.tracing.exporting import Capture, operation_of
 from clafusion.tracing.labelling import Labelling, parameters_of
 from clafusion.tracing.labels import Shift, Value
 
@@ -117,7 +117,11 @@ def _tie_equal(elements: Elements, kind: Ints) -> bool:
             if blocks == len(link.child):
                 elements.tie(link.child, link.block)
             for other in links[:number]:
-                if blocks == len(np.unique(other.block)) == len(np.unique(np.stack([link.block, other.block]), axis=1).T):
+                if (
+                    blocks
+                    == len(np.unique(other.block))
+                    == len(np.unique(np.stack([link.block, other.block]), axis=1).T)
+                ):
                     elements.tie(link.block, other.block)
     return elements.version > version
 
@@ -182,6 +186,8 @@ def _colours(labelling: Labelling, root: Ints) -> Hashes:
             if id(array) not in seen:
                 seen.add(id(array))
                 np.add.at(colour, root[array.reshape(-1).numpy()], _hashed(0, number, place)[0])
+    for number, array in enumerate(labels.singled):
+        np.add.at(colour, root[array.reshape(-1).numpy()], _hashed(6, number)[0])
     for number, shift in enumerate(labels.shifts):
         if _repeats(shift, root):
             _add_order(colour, shift, number, root)
@@ -248,9 +254,7 @@ def _classes(colour: Hashes, labelling: Labelling, elements: Elements, root: Int
     return kind
 
 
-def _numbered(
-    capture: Capture, labelling: Labelling, root: Ints, kind: Ints
-) -> tuple[Ints, dict[int, str]]:
+def _numbered(capture: Capture, labelling: Labelling, root: Ints, kind: Ints) -> tuple[Ints, dict[int, str]]:
     """The index of every neuron in its class, and the name of every class with an axis, in order of appearance."""
     neuron: Ints = np.zeros(len(root), np.int64)
     first: dict[int, str] = {}
@@ -267,7 +271,8 @@ def _numbered(
                         first[one] = name
                         members = roots[kinds == one]
                         neuron[members] = np.arange(len(members))
-                    if dim == 0:
+                    # The weight of a transposed convolution begins with the inputs.
+                    if dim == (len(labelling.axes[name]) > 1 and operation_of(node).startswith("conv_transpose")):
                         written.setdefault(one, name)
     names: dict[int, str] = {}
     for one, name in first.items():

@@ -10,7 +10,7 @@ from clafusion.errors import FusionError
 from clafusion.tracing import contractions
 from clafusion.tracing.calls import Call, Result, Rule
 from clafusion.tracing.joining import concatenate
-from clafusion.tracing.labels import Labels, Value, varies
+from clafusion.tracing.labels import Labels, Value
 
 
 def elementwise(labels: Labels, call: Call) -> Result:
@@ -58,9 +58,7 @@ def positions(labels: Labels, call: Call) -> Result:
     last = set(range(len(x.shape) - count, len(x.shape)))
     if call.name.startswith("adaptive") and all(size == 1 for size in call.shape[-count:]) and not call.several:
         return labels.reduce(x, last)
-    x = labels.pin(x, last)
-    if any(varies(array) & last for array in x.arrays):
-        raise call.refusal("over positions that belong to single neurons")
+    x = labels.per_channel(x, last)
     result = [Value(shape, x.arrays) for shape in call.shapes]
     return result if call.several else result[0]
 
@@ -69,7 +67,7 @@ def sampled(labels: Labels, call: Call) -> Result:
     """`grid_sampler`: the second input gives positions."""
     for other in call.tensors[1:]:
         labels.pin(other)
-    x = labels.pin(call.input, range(2, len(call.input.shape)))
+    x = labels.per_channel(call.input, range(2, len(call.input.shape)))
     return Value(call.shape, x.arrays)
 
 
@@ -189,9 +187,7 @@ def edges(labels: Labels, call: Call) -> Result:
     """What is put around the entries comes from the edges: the order of the positions counts."""
     x = call.input
     fixed = [dim for dim, size in enumerate(call.shape) if size != x.shape[dim]]
-    x = labels.pin(x, fixed)
-    if any(varies(array) & set(fixed) for array in x.arrays):
-        raise call.refusal("over positions that belong to single neurons")
+    x = labels.per_channel(x, fixed)
     return Value(call.shape, x.arrays)
 
 
@@ -211,8 +207,9 @@ def scattered(labels: Labels, call: Call) -> Result:
         shape = (*x.shape[:dim], last - first, *x.shape[dim + 1 :])
         return labels.move(x, shape, lambda array: array.narrow(dim, first, last - first), [dim])
 
-    pieces = [part(0, start), source, part(max(end, start), length)]
-    return concatenate(labels, [one for one in pieces if one.shape[dim]], dim)
+    end = max(end, start)
+    before, after = ([part(*ends)] if ends[0] < ends[1] else [] for ends in ((0, start), (end, length)))
+    return concatenate(labels, [*before, *([source] if source.shape[dim] else []), *after], dim)
 
 
 def _unsqueezed(value: Value, dim: int) -> Value:
@@ -223,12 +220,10 @@ def _unsqueezed(value: Value, dim: int) -> Value:
 
 def unfolded(labels: Labels, call: Call) -> Result:
     """`im2col`: the windows of an image as columns; every channel once for each place in the window."""
-    x = labels.pin(call.input, [-1, -2])
-    if any(varies(array) & {2, 3} for array in x.arrays):
-        raise call.refusal("over positions that belong to single neurons")
+    x = labels.per_channel(call.input, [-1, -2])
     turns = call.shape[1] // x.shape[1]
     return labels.move(
-        labels.drop(Value((*x.shape[:2], 1, 1), x.arrays), [2, 3]),
+        labels.drop(x, [2, 3]),
         call.shape,
         lambda array: array.repeat_interleave(turns, 1).unsqueeze(2),
         [1],
@@ -239,9 +234,7 @@ def folded(labels: Labels, call: Call) -> Result:
     """`col2im`: overlapping windows, summed."""
     x = call.input
     places = (x.shape[0], call.shape[1], x.shape[1] // call.shape[1], x.shape[2])
-    x = labels.pin(labels.reshape(x, places), [2, 3])
-    if any(varies(array) & {2, 3} for array in x.arrays):
-        raise call.refusal("over positions that belong to single neurons")
+    x = labels.per_channel(labels.reshape(x, places), [2, 3])
     return labels.tidy(Value(call.shape, x.arrays))
 
 
@@ -273,8 +266,8 @@ def _table(rule: Rule, names: str) -> dict[str, Rule]:
 _RULES: dict[str, Rule] = {
     **_table(
         elementwise,
-        """relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid elu selu celu leaky_relu rrelu softplus softsign
-        mish logsigmoid log_sigmoid threshold hardshrink softshrink tanhshrink exp exp2 expm1 log log2 log10 log1p neg
+        """relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid elu selu celu leaky_relu rrelu softplus
+        softsign mish logsigmoid log_sigmoid threshold hardshrink softshrink tanhshrink exp exp2 expm1 log log2 log10 log1p neg
         negative positive sqrt rsqrt abs absolute square sign sgn sin cos tan asin acos atan sinh cosh asinh acosh atanh
         erf erfc erfinv reciprocal floor ceil round trunc frac clamp clamp_min clamp_max clip pow float_power logit
         sigmoid_backward nan_to_num isnan isinf isfinite logical_not bitwise_not dropout feature_dropout alpha_dropout

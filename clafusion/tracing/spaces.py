@@ -174,10 +174,11 @@ def _pinned(capture: Capture, labelling: Labelling, axes: Mapping[str, tuple[Axi
             continue
         weight, dim = node.args[1], int("transpose" in name)
         for parameter in parameters_of(node, capture.names):
-            array = labelling.axes.get(parameter, (None, None))[dim]
-            if capture.names.get(getattr(weight, "name", "")) == parameter and array is not None:
-                if axes[parameter][dim] is None:
-                    found[parameter] = _reason(labelling, array)
+            if capture.names.get(getattr(weight, "name", "")) != parameter or parameter not in axes:
+                continue
+            array = labelling.axes[parameter][dim]
+            if array is not None and axes[parameter][dim] is None:
+                found[parameter] = _reason(labelling, array)
     return found
 
 
