@@ -144,7 +144,7 @@ class _Draft:
     def add_identity(self, unit: Unit) -> None:
         """Let the stream before a unit that the parent lacks stand for the stream behind it."""
         stream = self.nodes[unit.input]
-        self.nodes[unit.output] = stream
+        self.nodes[unit.output] = self.nodes[unit.features] = stream
         ends = [node for layer in unit.layers for node in (layer.total, layer.pre, layer.post) if node is not None]
         if unit.kind == "residual":
             ends = [node for node in ends if node == unit.features or node == unit.output]

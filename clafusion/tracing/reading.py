@@ -15,7 +15,7 @@ from clafusion.tracing.fingerprints import fingerprint
 from clafusion.tracing.parameters import state_of
 from clafusion.tracing.spaces import find_spaces
 from clafusion.tracing.structure import Structure
-from clafusion.tracing.units import find_units
+from clafusion.tracing.units import find_units, unwritten
 
 #: Samples that a network and its graph are compared on.
 EXAMPLES = 3
@@ -105,7 +105,8 @@ def trace(model: nn.Module, example: Tensor) -> Structure:
     else:
         captured = export_graph(model, example)
         _check_constants(captured, name)
-        spaces = find_spaces(captured)
+        found = find_spaces(captured)
+        spaces = found.without(unwritten(captured, found))
         structure = Structure(spaces, *find_units(captured, spaces), captured, logits)
         if key is not None:
             with _LOCK:

@@ -4,8 +4,8 @@ A *neuron* is a set of entries that move together. A *space* is a set of neurons
 without changing the function, as long as neurons stay together with those of their block (an attention head, a group).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,16 @@ class Spaces:
         """
         return self._reader.node(name)
 
+    def without(self, names: Collection[str]) -> "Spaces":
+        """The same with the neurons of some spaces fixed."""
+        numbers = [number for number, name in enumerate(self._reader.found.names) if name in names]
+        space = np.where(np.isin(self._reader.found.space, numbers), -1, self._reader.found.space)
+        reader = _Reader(replace(self._reader.found, space=space), self._reader.values)
+        kept = {name: one for name, one in self.spaces.items() if name not in names}
+        axes = {name: tuple(None if one is None else reader.without(one, names) for one in one_axes)
+                for name, one_axes in self.axes.items()}
+        return Spaces(kept, axes, self.pinned, reader)
+
 
 def find_spaces(capture: Capture) -> Spaces:
     """Find the neuron spaces of a network in its graph.
@@ -119,7 +129,7 @@ class _Reader:
     """Axes from label arrays; equal arrays give the same axis."""
 
     def __init__(self, found: Partition, values: Mapping[fx.Node, Any]) -> None:
-        self._found = found
+        self.found, self.values = found, values
         self._values = {
             node.name: (len(value.shape), value.arrays) for node, value in values.items() if isinstance(value, Value)
         }
@@ -129,23 +139,36 @@ class _Reader:
         """The axis of a label array that varies along one dimension; None: nothing is free."""
         if array is None:
             return None
-        roots = self._found.root[array.reshape(-1).numpy()]
+        roots = self.found.root[array.reshape(-1).numpy()]
         key = roots.tobytes()
         if key not in self._known:
             self._known[key] = self._axis(roots)
         return self._known[key]
 
+    def without(self, axis: Axis, names: Collection[str]) -> Axis | None:
+        """An axis with the neurons of some spaces fixed."""
+        kept = [place for place, name in enumerate(axis.spaces) if name not in names]
+        if len(kept) == len(axis.spaces):
+            return axis
+        if not kept:
+            return None
+        of = torch.full_like(axis.of, -1)
+        for number, place in enumerate(kept):
+            of[axis.of == place] = number
+        free = of >= 0
+        return Axis(tuple(axis.spaces[place] for place in kept), of, axis.at * free, axis.turn * free)
+
     def _axis(self, roots: Ints) -> Axis | None:
-        spaces = self._found.space[roots]
+        spaces = self.found.space[roots]
         free = spaces >= 0
         if not free.any():
             return None
         order = by_appearance(spaces[free])
         place = np.full(int(order.max()) + 2, -1)
         place[order] = np.arange(len(order))
-        at = np.where(free, self._found.neuron[roots], 0)
+        at = np.where(free, self.found.neuron[roots], 0)
         turn = np.where(free, turns(roots), 0)
-        names = tuple(self._found.names[number] for number in order)
+        names = tuple(self.found.names[number] for number in order)
         return Axis(names, *map(torch.from_numpy, (place[spaces], at, turn)))
 
     def node(self, name: str) -> tuple[Axis | None, ...] | None:
@@ -155,8 +178,8 @@ class _Reader:
         rank, arrays = self._values[name]
         axes: list[Axis | None] = [None] * rank
         for array in arrays:
-            roots = self._found.root[array.numpy()]
-            if (self._found.space[roots] < 0).all():
+            roots = self.found.root[array.numpy()]
+            if (self.found.space[roots] < 0).all():
                 continue
             dims = [dim for dim in range(rank) if (roots.take([0], dim) != roots).any()]
             if len(dims) != 1 or axes[dims[0]] is not None:

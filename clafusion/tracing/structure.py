@@ -71,6 +71,7 @@ class Unit:
         input: the graph node that it reads, a cut point.
         output: the graph node of its result.
         closing: the parameters that, set to zero, make the branch of a residual unit zero; empty if there are none.
+        features: the graph node by which units are compared: before the last activation.
         resolution: sizes of the output without samples and neurons.
         insertable: whether an identity can stand in its place.
     """
@@ -85,6 +86,7 @@ class Unit:
     input: str
     output: str
     closing: tuple[str, ...]
+    features: str
     resolution: tuple[int, ...]
     insertable: bool
 
@@ -92,11 +94,6 @@ class Unit:
     def branch(self) -> tuple[Layer, ...]:
         """The layers that are not on the shortcut."""
         return tuple(layer for layer in self.layers if not layer.shortcut)
-
-    @property
-    def features(self) -> str:
-        """The node by which units are compared: before the last activation."""
-        return self.branch[-1].pre if self.branch else self.output
 
 
 @dataclass(frozen=True)

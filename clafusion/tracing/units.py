@@ -74,6 +74,21 @@ def find_units(
     return tuple(map(tuple, stages)), named
 
 
+def unwritten(capture: Capture, spaces: Spaces) -> frozenset[str]:
+    """The spaces that no layer writes, such as that of register tokens: nothing is known by which to compare them."""
+    written: set[str | None] = set()
+    for node in capture.graph.nodes:
+        if operation_of(node) in LAYERS:
+            weight = node.args[1].name  # type: ignore[union-attr]
+            axes = spaces.axes.get(capture.names.get(weight, "")) or spaces.of_node(weight) or (None,)
+            written.update(() if axes[0] is None else axes[0].spaces)
+    for name in list(written):
+        while name is not None:
+            name = spaces.spaces[name].parent
+            written.add(name)
+    return frozenset(name for name in spaces.spaces if name not in written)
+
+
 @dataclass
 class _Draft:
     """A unit under construction: the nodes between two cut points, and those behind that go with it."""
@@ -191,7 +206,7 @@ def _goes_along(graph: _Graph, before: _Draft, nodes: Sequence[fx.Node]) -> bool
     for node in nodes:
         name = operation_of(node)
         same = node.meta["shape"] == node.all_input_nodes[0].meta["shape"]
-        if not same or "pool" in name or name in _MOVES or (name in NORMS and name != "batch_norm"):
+        if not same or "pool" in name or "pad" in name or name in _MOVES or (name in NORMS and name != "batch_norm"):
             return False
     residual = any(operation_of(node) in ADDITIONS for node in before.nodes)
     return not (residual and graph.parameters(nodes))
@@ -218,9 +233,16 @@ def _unit(graph: _Graph, draft: _Draft) -> Unit:
         input=source_of(draft.source).name,
         output=output.name,
         closing=closing,
-        resolution=_resolution(graph, layers[-1].pre if layers else output.name),
+        features=_features(nodes, layers, addition),
+        resolution=_resolution(graph, output.name),
         insertable=bool(closing) if kind == "residual" else _can_be_identity(graph, draft, layers),
     )
+
+
+def _features(nodes: Sequence[fx.Node], layers: Sequence[Layer], addition: fx.Node | None) -> str:
+    """The node of the features of a unit as a whole, before its last activation."""
+    branch = [layer for layer in layers if not layer.shortcut]
+    return addition.name if addition is not None else branch[-1].pre if branch else nodes[-1].name
 
 
 def _owner(parameter: str) -> str:
