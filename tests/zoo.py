@@ -250,7 +250,7 @@ ZOO: dict[str, Sample] = {
     "transformers/Segformer": Sample(
         H("Segformer", depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 48, 64], num_attention_heads=[1, 2, 3, 4]), 64, 23
     ),
-    "transformers/Cvt": Sample(H("Cvt", depth=[1, 2, 3], embed_dim=[16, 32, 48], num_heads=[1, 2, 3]), 64, 0),
+    "transformers/Cvt": Sample(H("Cvt", depth=[1, 2, 3], embed_dim=[16, 32, 48], num_heads=[1, 2, 3]), 64, 27),
     "transformers/MobileViT": Sample(
         H("MobileViT", hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 16, 24, 24, 48], image_size=64), 64, 62
     ),
