@@ -168,21 +168,21 @@ ZOO: dict[str, Sample] = {
         25,
     ),
     "timm/crossvit": Sample(M("crossvit_tiny_240"), 240, 81, slow=True),
-    "timm/volo": Sample(M("volo_d1_224", img_size=64), 64, 0, slow=True),
+    "timm/volo": Sample(M("volo_d1_224", img_size=64), 64, 82, slow=True),
     "timm/visformer_tiny": Sample(M("visformer_tiny", img_size=64), 64, 58),
     "timm/levit_128s": Sample(M("levit_128s"), 224, 51, slow=True),
     "timm/pit": Sample(M("pit_ti_224", img_size=64), 64, 52),
     "timm/coat_lite_tiny": Sample(M("coat_lite_tiny", img_size=64), 64, 37, slow=True),
     "timm/nest_tiny": Sample(M("nest_tiny", img_size=64), 64, 52, slow=True),
-    "timm/focalnet": Sample(M("focalnet_tiny_srf"), 64, 0, slow=True),
-    "timm/mvitv2": Sample(M("mvitv2_tiny", img_size=64), 64, 0, slow=True),
+    "timm/focalnet": Sample(M("focalnet_tiny_srf"), 64, 41, slow=True),
+    "timm/mvitv2": Sample(M("mvitv2_tiny", img_size=64), 64, 27, slow=True),
     "timm/davit": Sample(
         M("davit_tiny", embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1), num_heads=(2, 2, 3, 4), window_size=4), 64, 37
     ),
     "timm/efficientformer_l1": Sample(M("efficientformer_l1"), 224, 24, slow=True),
     "timm/inception_next_atto": Sample(M("inception_next_atto"), 64, 30, slow=True),
     "timm/mambaout": Sample(M("mambaout_femto", depths=(1, 1, 1, 1)), 64, 15),
-    "timm/starnet": Sample(_starnet, 64, 0),
+    "timm/starnet": Sample(_starnet, 64, 10),
     "timm/hiera": Sample(M("hiera_tiny_224", img_size=64, stages=(1, 1, 1, 1), embed_dim=16), 64, 20),
     "timm/tiny_vit": Sample(
         M("tiny_vit_5m_224", embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1), num_heads=(2, 2, 3, 4)),
@@ -241,7 +241,7 @@ ZOO: dict[str, Sample] = {
     "transformers/ResNet": Sample(H("ResNet", **_STAGES, embedding_size=16), 64, 15),
     "transformers/RegNet": Sample(H("RegNet", **_STAGES, embedding_size=16, groups_width=8), 64, 26),
     "transformers/PoolFormer": Sample(H("PoolFormer", **_STAGES), 64, 10),
-    "transformers/FocalNet": Sample(H("FocalNet", embed_dim=16, depths=[1, 1, 1, 1], image_size=64), 64, 0),
+    "transformers/FocalNet": Sample(H("FocalNet", embed_dim=16, depths=[1, 1, 1, 1], image_size=64), 64, 17),
     "transformers/PvtV2": Sample(
         H("PvtV2", depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 48, 64], num_attention_heads=[1, 2, 3, 4], image_size=64),
         64,
@@ -250,7 +250,7 @@ ZOO: dict[str, Sample] = {
     "transformers/Segformer": Sample(
         H("Segformer", depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 48, 64], num_attention_heads=[1, 2, 3, 4]), 64, 23
     ),
-    "transformers/Cvt": Sample(H("Cvt", depth=[1, 1, 2], embed_dim=[16, 32, 48], num_heads=[1, 2, 3]), 64, 0),
+    "transformers/Cvt": Sample(H("Cvt", depth=[1, 2, 3], embed_dim=[16, 32, 48], num_heads=[1, 2, 3]), 64, 27),
     "transformers/MobileViT": Sample(
         H("MobileViT", hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 16, 24, 24, 48], image_size=64), 64, 62
     ),

@@ -267,7 +267,8 @@ _RULES: dict[str, Rule] = {
     **_table(
         elementwise,
         """relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid elu selu celu leaky_relu rrelu softplus
-        softsign mish logsigmoid log_sigmoid threshold hardshrink softshrink tanhshrink exp exp2 expm1 log log2 log10 log1p neg
+        softsign mish logsigmoid log_sigmoid threshold hardshrink softshrink tanhshrink exp exp2 expm1 log log2 log10
+        log1p neg
         negative positive sqrt rsqrt abs absolute square sign sgn sin cos tan asin acos atan sinh cosh asinh acosh atanh
         erf erfc erfinv reciprocal floor ceil round trunc frac clamp clamp_min clamp_max clip pow float_power logit
         sigmoid_backward nan_to_num isnan isinf isfinite logical_not bitwise_not dropout feature_dropout alpha_dropout
