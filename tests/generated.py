@@ -329,7 +329,10 @@ class Generator:
     def convmixer(self, width: int) -> nn.Module:
         spatial = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, groups=width), self.act(), nn.BatchNorm2d(width))
         return nn.Sequential(
-            Residual(spatial, nn.Identity(), nn.Identity(), 0), nn.Conv2d(width, width, 1), self.act(), nn.BatchNorm2d(width)
+            Residual(spatial, nn.Identity(), nn.Identity(), 0),
+            nn.Conv2d(width, width, 1),
+            self.act(),
+            nn.BatchNorm2d(width),
         )
 
     def gated(self, width: int) -> nn.Module:
@@ -345,7 +348,10 @@ class Generator:
     def shuffled(self, width: int) -> nn.Module:
         groups = 2 if width % 2 == 0 else 1
         return nn.Sequential(
-            nn.Conv2d(width, width, 1, groups=groups), nn.ReLU(), Shuffle(groups), nn.Conv2d(width, width, 1, groups=groups)
+            nn.Conv2d(width, width, 1, groups=groups),
+            nn.ReLU(),
+            Shuffle(groups),
+            nn.Conv2d(width, width, 1, groups=groups),
         )
 
     def skip(self, width: int) -> nn.Module:
@@ -371,7 +377,11 @@ class Generator:
             layers.append(self.block(width))
             if size > 2 and self.random.random() < 0.4:
                 layers.append(self.pool())
-                size = (size + 1) // 2 if isinstance(layers[-1], nn.MaxPool2d) and layers[-1].kernel_size == 3 else size // 2
+                size = (
+                    (size + 1) // 2
+                    if isinstance(layers[-1], nn.MaxPool2d) and layers[-1].kernel_size == 3
+                    else size // 2
+                )
             if self.random.random() < 0.3:
                 wider = width + 2
                 layers.append(self.layer(width, wider))
@@ -514,7 +524,9 @@ def restored(model: nn.Module, samples: Tensor, seed: int) -> str:
     for layer in room.layers:
         if layer.weight is not None:
             weight = room.capture.tensors[layer.weight]
-            weight += 0.2 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)).double()
+            weight += (
+                0.2 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)).double()
+            )
     expected = model(samples)
     before = relative(network(samples), expected)
     correct(network, room, Targets(balanced, ({}, {}), (0.5, 0.5), options), samples)

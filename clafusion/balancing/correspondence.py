@@ -4,7 +4,6 @@ Nothing is built: a unit that the parent lacks is an identity, so that the paren
 stream behind it.
 """
 
-
 from clafusion.alignment.stages import Alignment, pair_stages
 from clafusion.errors import FusionError
 from clafusion.tracing.signatures import first_difference

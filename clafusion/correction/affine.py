@@ -149,9 +149,7 @@ def design_rows(part: FoldedLayer, inputs: Tensor, observations: Tensor) -> Tens
     padded = F.pad(inputs, [side for pair in reversed(padding) for side in pair])
     extents = [
         (extent - one_dilation * (one_kernel - 1) - 1) // one_stride + 1
-        for extent, one_dilation, one_kernel, one_stride in zip(
-            padded.shape[2:], dilation, kernel, stride, strict=True
-        )
+        for extent, one_dilation, one_kernel, one_stride in zip(padded.shape[2:], dilation, kernel, stride, strict=True)
     ]
     rest, places = observations, []
     for extent in reversed(extents):

@@ -109,11 +109,15 @@ def _wanted(
     result = []
     for indices, *outputs in zip(observations, *runs, strict=True):
         parts = [
-            share * targets.moved(k, step, rows(output[nodes[k]], step.dim)[indices], structure)
+            share * targets.moved(k, step, _rows_of(targets, k, step, output[nodes[k]], structure)[indices], structure)
             for (k, share), output in zip(shares.items(), outputs, strict=True)
         ]
         result.append(torch.stack(parts).sum(0))
     return torch.cat(result)
+
+
+def _rows_of(targets: Targets, k: int, step: Step, output: Tensor, structure: Structure) -> Tensor:
+    return rows(targets.beside(k, step, output, structure), step.dim)
 
 
 def _measured(

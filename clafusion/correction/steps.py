@@ -66,7 +66,9 @@ def steps_of(structure: Structure) -> list[Step]:
 
 def _joins(structure: Structure, layer: Layer) -> bool:
     """Whether a layer can be fitted to the sum that it ends in."""
-    if layer.total is None or structure.neurons_at(layer.total) is None:
+    found, written = structure.neurons_at(layer.total) if layer.total is not None else None, structure.written(layer)
+    # Behind a transposition the sum may be over other neurons than those that the layer writes.
+    if found is None or written is None or found[1].spaces != written.spaces or len(found[1].of) != len(written.of):
         return False
     tensors = structure.capture.tensors
     return layer.scale is None or tensors[layer.scale].numel() in (1, len(tensors[str(layer.weight)]))

@@ -52,6 +52,17 @@ class Targets:
         total = sum(owned.values())
         return {k: weight / total if total else 1 / len(owned) for k, weight in owned.items()}
 
+    def beside(self, k: int, step: Step, output: Tensor, result: Structure) -> Tensor:
+        """A parent's output at a step with the neurons along its other dimensions carried onto the fused network's."""
+        parent = self.balanced.parents[k]
+        old, new = (
+            one.spaces.of_node(name) for one, name in ((parent.structure, parent.nodes[step.node]), (result, step.node))
+        )
+        for dim, (ours, theirs) in enumerate(zip(new or (), old or (), strict=False)):
+            move = axis_move(theirs, ours, self.maps[k], parent.spaces) if dim != step.dim % output.ndim else None
+            output = output if move is None else move.apply(output, dim)
+        return output
+
     def moved(self, k: int, step: Step, features: Tensor, result: Structure) -> Tensor:
         """Rows of a parent's features at a step carried onto the fused network's neurons, float64."""
         parent = self.balanced.parents[k]

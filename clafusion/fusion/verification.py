@@ -25,12 +25,16 @@ SHARE_TOLERANCE = 1e-6
 
 
 def check_free(structure: Structure, called: str) -> None:
-    """Refuse a network whose neurons have an order that a layer's own weights do not give them."""
-    for name, why in structure.spaces.pinned.items():
-        raise FusionError(
-            f"Expected neurons of {called} that can be permuted, got those that {name!r} writes in a fixed order, because "
-            f"of {why}; choose networks without it"
-        )
+    """Refuse a network in which the neurons behind a unit have a fixed order: there is nothing to align."""
+    for unit in structure.units:
+        axes = structure.spaces.of_node(unit.output)
+        if unit.layers and unit.output != structure.capture.logits and axes is not None and not any(axes):
+            names = [name for name in unit.parameters if name in structure.spaces.pinned]
+            why = structure.spaces.pinned[names[0]] if names else "what follows it"
+            raise FusionError(
+                f"Expected neurons of {called} that can be permuted, got those behind {unit.name!r} in a fixed order, "
+                f"because of {why}; choose networks without it"
+            )
 
 
 def check_maps(balanced: Balanced, maps: Sequence[Maps]) -> None:

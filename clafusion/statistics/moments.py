@@ -12,6 +12,8 @@ from clafusion.tracing.execution import Ahead, GraphRunner, working_precision
 from clafusion.tracking import tracked
 
 K = TypeVar("K")
+#: A smaller share of the sum of squares than this, left around the mean, is rounding.
+SMALLEST_VARIANCE = 1e-12
 #: Observations whose products are summed in single precision before they are added to sums in float64.
 BLOCK = 4096
 
@@ -25,6 +27,7 @@ class Moments:
         x, y: sums, [n] and [m].
         xx, yy: sums of squares, [n] and [m].
         xy: sums of products, [n, m].
+        before: the moments of the same neurons before their activation function, where some do not vary behind it.
     """
 
     count: int
@@ -33,6 +36,16 @@ class Moments:
     xx: Tensor
     yy: Tensor
     xy: Tensor
+    before: "Moments | None" = None
+
+    def silent(self) -> tuple[Tensor, Tensor]:
+        """Which neurons of both sets do not vary, [n] and [m]."""
+        sides = ((self.x, self.xx), (self.y, self.yy))
+        found = []
+        for total, squares in sides:
+            variance = squares - total.square() / self.count
+            found.append(variance <= SMALLEST_VARIANCE * squares)
+        return found[0], found[1]
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, onto: "Moments | None" = None) -> "Moments":
@@ -124,15 +137,21 @@ class Observation:
         node: whose output they are in.
         dim: the dimension of the output along which they lie.
         entries: their places along it, [turns, neurons], every turn an observation of its own; None: all, in order.
+        others: dimensions along which other neurons lie, whose order in two networks need not be the same; of these the
+            mean and the root mean square are compared.
     """
 
     network: int
     node: str
     dim: int
     entries: Tensor | None
+    others: tuple[int, ...] = ()
 
     def of(self, output: Tensor) -> Tensor:
         """The features, [observations, neurons, positions]."""
+        if self.others:
+            mean, square = output.mean(self.others, keepdim=True), output.square().mean(self.others, keepdim=True)
+            output = torch.cat([mean, square.sqrt()], self.others[0])
         if self.dim == 1 and self.entries is None:
             return output
         last = output.movedim(self.dim, -1)

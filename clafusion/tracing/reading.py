@@ -130,7 +130,10 @@ def structure_of(model: nn.Module, samples: Tensor) -> Structure:
 
 def on_network(structure: Structure, network: nn.Module) -> Structure:
     """A structure on the tensors of another network of the same graph."""
-    state = {**dict(network.named_buffers(remove_duplicate=False)), **dict(network.named_parameters(remove_duplicate=False))}
+    state = {
+        **dict(network.named_buffers(remove_duplicate=False)),
+        **dict(network.named_parameters(remove_duplicate=False)),
+    }
     tensors = {
         name: state[name] if name in state else structure.capture.tensors[name]
         for name in structure.capture.names.values()

@@ -16,7 +16,20 @@ LAYERS = frozenset(("linear", "conv1d", "conv2d", "conv3d"))
 NORMS = frozenset(("batch_norm", "layer_norm", "group_norm", "rms_norm", "instance_norm"))
 ADDITIONS = frozenset(("add",))
 ACTIVATIONS = frozenset(
-    ("relu", "relu6", "leaky_relu", "gelu", "silu", "elu", "celu", "selu", "hardswish", "hardtanh", "hardsigmoid", "mish")
+    (
+        "relu",
+        "relu6",
+        "leaky_relu",
+        "gelu",
+        "silu",
+        "elu",
+        "celu",
+        "selu",
+        "hardswish",
+        "hardtanh",
+        "hardsigmoid",
+        "mish",
+    )
     + ("tanh", "sigmoid", "softplus", "clamp", "clamp_min", "prelu")
 )
 #: What they let through they leave as it is: applied twice, they are applied once.
@@ -27,9 +40,20 @@ _MOVES = frozenset(
     + ("split", "chunk", "unbind", "split_with_sizes", "expand", "getitem", "movedim", "to", "_to_copy", "type_as")
 )
 #: Operations that give zero for zero, one operand given.
-_ZERO_FOR_ZERO = _MOVES | TRANSPARENT | frozenset(
-    ("relu", "relu6", "gelu", "silu", "tanh", "hardswish", "leaky_relu", "elu", "mish", "neg", "mean", "sum", "pad")
-    + ("constant_pad_nd", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d")
+_ZERO_FOR_ZERO = (
+    _MOVES
+    | TRANSPARENT
+    | frozenset(
+        ("relu", "relu6", "gelu", "silu", "tanh", "hardswish", "leaky_relu", "elu", "mish", "neg", "mean", "sum", "pad")
+        + (
+            "constant_pad_nd",
+            "avg_pool2d",
+            "max_pool2d",
+            "adaptive_avg_pool2d",
+            "upsample_nearest2d",
+            "upsample_bilinear2d",
+        )
+    )
 )
 #: By operation the positions of weight and bias.
 _AFFINE: Mapping[str, tuple[int, int]] = {
@@ -38,9 +62,7 @@ _AFFINE: Mapping[str, tuple[int, int]] = {
 }
 
 
-def find_units(
-    capture: Capture, spaces: Spaces
-) -> tuple[tuple[tuple[Unit, ...], ...], dict[str, Transition]]:
+def find_units(capture: Capture, spaces: Spaces) -> tuple[tuple[tuple[Unit, ...], ...], dict[str, Transition]]:
     """Cut a captured network into units and transitions, and group the units into stages.
 
     Args:

@@ -36,7 +36,9 @@ def neutral_value(parameter: str, structure: Structure, like: Tensor) -> Tensor:
     """
     for node in structure.capture.graph.nodes:
         names = [structure.capture.names.get(one.name) for one in node.args if isinstance(one, fx.Node)]
-        if parameter not in names or not node.target.__name__.startswith(("batch_norm", "layer_norm", "group_norm", "rms")):
+        if parameter not in names or not node.target.__name__.startswith(
+            ("batch_norm", "layer_norm", "group_norm", "rms")
+        ):
             continue
         first = next(number for number, name in enumerate(names) if name is not None)
         # Dividing by sqrt(variance + eps) must change nothing.

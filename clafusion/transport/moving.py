@@ -88,7 +88,9 @@ def _with_head_sizes(balanced: Balanced, k: int, axis: Axis | None, maps: Maps) 
     return {**maps, **scaled}
 
 
-def moved_parameter(balanced: Balanced, k: int, name: str, tensor: Tensor, maps: Maps, options: FusionOptions) -> Tensor:
+def moved_parameter(
+    balanced: Balanced, k: int, name: str, tensor: Tensor, maps: Maps, options: FusionOptions
+) -> Tensor:
     """A parameter of a parent with all its axes carried onto the neurons of the result."""
     layer = balanced.layer_of.get(name)
     moves = parameter_moves(balanced, k, name, maps, options)
@@ -135,7 +137,9 @@ def incoming_weights(
     """
     weight = parameter_of(balanced, k, layer.weight) if layer.weight is not None else None
     if weight is None or layer.weight is None:
-        raise FusionError(f"Expected {layer.name!r} to have a weight to compare neurons by, got none; compare activations")
+        raise FusionError(
+            f"Expected {layer.name!r} to have a weight to compare neurons by, got none; compare activations"
+        )
     parent = balanced.parents[k]
     rows = weight.double()
     if maps is not None and options is not None and layer.kind != "grouped":

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -40,6 +40,8 @@ class TransportProblem:
     reference: int
 
 
+#: A node, a space of neurons, and two networks.
+_Key = tuple[str, str, int, int]
 #: The moments of the two networks of a problem at every node to compare; for Gromov of each network with itself.
 Sides = Sequence[Sequence[Moments]]
 
@@ -118,7 +120,9 @@ def _compared_layer(balanced: Balanced, problem: TransportProblem) -> Layer | No
     """The first layer whose incoming weights both networks have, or an identity stands in for."""
     both = (problem.parent, problem.reference)
     layers = [layer for layer, _ in problem.layers if layer.weight is not None]
-    return next((one for one in layers if all(parameter_of(balanced, k, str(one.weight)) is not None for k in both)), None)
+    return next(
+        (one for one in layers if all(parameter_of(balanced, k, str(one.weight)) is not None for k in both)), None
+    )
 
 
 def _check_equal_widths(balanced: Balanced) -> None:
@@ -147,7 +151,7 @@ def _activation_moments(
 ) -> Callable[[TransportProblem], Sides]:
     """Measure what neurons compute for the samples; gives the moments of each problem."""
     nodes = {problem: _observed(balanced, problem, options) for problem in problems}
-    wanted: dict[tuple[str, str, int, int], tuple[Observation, Observation]] = {}
+    wanted: dict[_Key, tuple[Observation, Observation]] = {}
     for problem, names in nodes.items():
         for name in names:
             for one, other in _pairs(problem, options):
@@ -156,23 +160,53 @@ def _activation_moments(
                     _observation(balanced, other, name, problem.space),
                 )
     runners = balanced.runners
-    moments = paired_moments(runners, wanted, samples, batch_size(runners, options.memory_budget))
+    size = batch_size(runners, options.memory_budget)
+    moments = paired_moments(runners, wanted, samples, size)
+    if options.cost == "correlation" and options.features == "activations" and options.solver != "gromov":
+        moments |= _moments_of_silent(balanced, problems, nodes, moments, samples, size)
     return lambda problem: [
-        [moments[name, problem.space, one, other] for name in nodes[problem]]
-        for one, other in _pairs(problem, options)
+        [moments[name, problem.space, one, other] for name in nodes[problem]] for one, other in _pairs(problem, options)
     ]
+
+
+def _moments_of_silent(
+    balanced: Balanced,
+    problems: Sequence[TransportProblem],
+    nodes: Mapping[TransportProblem, Sequence[str]],
+    moments: Mapping[_Key, Moments],
+    samples: Tensor,
+    size: int,
+) -> dict[_Key, Moments]:
+    """Moments by which neurons that do not vary are told apart: those before their activation function."""
+    before = {layer.post: layer.pre for layer in balanced.structure.layers if layer.post != layer.pre}
+    wanted: dict[_Key, tuple[Observation, Observation]] = {}
+    for problem in problems:
+        one, other = problem.parent, problem.reference
+        for name in nodes[problem]:
+            key = name, problem.space, one, other
+            silent = [int(side.sum()) for side in moments[key].silent()]
+            if min(silent) > 0 and max(silent) > 1 and name in before:
+                earlier = before[name]
+                if all(_is_observable(balanced, problem, node) for node in (name, earlier)):
+                    wanted[key] = (
+                        _observation(balanced, one, earlier, problem.space),
+                        _observation(balanced, other, earlier, problem.space),
+                    )
+    found = paired_moments(balanced.runners, wanted, samples, size) if wanted else {}
+    return {key: replace(moments[key], before=one) for key, one in found.items()}
 
 
 def _observation(balanced: Balanced, k: int, node: str, space: str) -> Observation:
     """Where the neurons of a space of a parent are in the output of one of its nodes."""
     parent = balanced.parents[k]
     own = parent.nodes[node]
-    found = parent.structure.neurons_at(own)
-    assert found is not None
-    dim, axis = found
+    axes = parent.structure.spaces.of_node(own)
+    assert axes is not None
+    dim, axis = next((d, one) for d, one in enumerate(axes) if one is not None and parent.spaces[space] in one.spaces)
     entries = places(axis, axis.spaces.index(parent.spaces[space]))
     whole = len(entries) == 1 and torch.equal(entries[0], torch.arange(len(axis.of)))
-    return Observation(k, own, dim, None if whole else entries)
+    others = tuple(d for d, one in enumerate(axes) if one is not None and d != dim)
+    return Observation(k, own, dim, None if whole else entries, others)
 
 
 def _pairs(problem: TransportProblem, options: FusionOptions) -> list[tuple[int, int]]:
@@ -200,8 +234,8 @@ def _is_observable(balanced: Balanced, problem: TransportProblem, node: str) -> 
     """Whether both networks of a problem have a node, with the neurons along one dimension of its output."""
     for k in (problem.parent, problem.reference):
         parent = balanced.parents[k]
-        found = parent.structure.neurons_at(parent.nodes[node]) if node in parent.nodes else None
-        if found is None or parent.spaces.get(problem.space) not in found[1].spaces:
+        axes = parent.structure.spaces.of_node(parent.nodes[node]) if node in parent.nodes else None
+        if sum(axis is not None and parent.spaces.get(problem.space) in axis.spaces for axis in axes or ()) != 1:
             return False
     return True
 
@@ -227,7 +261,8 @@ def _solve(
     first = group[0]
     structure = balanced.structure
     try:
-        if _top(structure, first.space) is None or options.streams != "shared":
+        in_blocks = any(_top(structure, problem.space) is not None for problem in group)
+        if not in_blocks or options.streams != "shared":
             return {first.key: _solve_one(balanced, first, sides_of(first), options)}
         if options.solver == "gromov":
             raise FusionError("Expected another solver than gromov for neurons in blocks (heads or groups), got it")
@@ -235,7 +270,9 @@ def _solve(
         parent, reference = (balanced.parents[k] for k in (first.parent, first.reference))
         blocks = {
             name: (parent.structure.spaces.spaces[own].block, reference.structure.spaces.spaces[other].block)
-            for name, own, other in ((name, parent.spaces[name], reference.spaces[name]) for name in _tree(structure, grounds))
+            for name, own, other in (
+                (name, parent.spaces[name], reference.spaces[name]) for name in _tree(structure, grounds)
+            )
         }
         tops = {name: structure.spaces.spaces[name].parent for name in blocks}
         sizes = {

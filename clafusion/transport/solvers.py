@@ -37,7 +37,8 @@ def ground_cost(moments: Moments, kind: str = "correlation", squared: bool = Fal
 
     Args:
         moments: joint sums of the features of n and m neurons.
-        kind: `correlation` (1 minus Pearson's; 1 for a neuron that does not vary), `euclidean` (distance of the feature
+        kind: `correlation` (1 minus Pearson's; 1 for a neuron that does not vary, less between two of them that are
+            alike before their activation function), `euclidean` (distance of the feature
             vectors) or `cosine` (1 minus the cosine).
         squared: square the euclidean distance.
         normalize: divide by the `max`, `mean` or `median`, take `log` (of 1 + cost), or `none`.
@@ -58,9 +59,23 @@ def ground_cost(moments: Moments, kind: str = "correlation", squared: bool = Fal
         variance_x = _variance(moments.xx / moments.count, mean_x, moments.count)
         variance_y = _variance(moments.yy / moments.count, mean_y, moments.count)
         cost = 1 - _ratio(centred, variance_x, variance_y)
+        if moments.before is not None:
+            _tell_apart_silent(cost, moments, moments.before)
     else:
         cost = 1 - _ratio(moments.xy, moments.xx, moments.yy)
     return _NORMALIZERS[normalize](cost.clamp_min_(0))
+
+
+def _tell_apart_silent(cost: Tensor, moments: Moments, before: Moments) -> None:
+    """Lower, in place, the costs between neurons that do not vary, by how alike they are before their activation.
+
+    Of neurons that do not vary there either, such as behind a dead input, the means are compared.
+    """
+    rows, columns = (side.nonzero().flatten() for side in moments.silent())
+    means = (before.x[rows] / before.count)[:, None] - before.y[columns] / before.count
+    apart = means.abs() / means.abs().max().clamp_min(torch.finfo(means.dtype).tiny)
+    alike = ground_cost(before, "correlation")[rows][:, columns]
+    cost[rows[:, None], columns] = 0.5 + 0.249 * alike + 0.001 * apart
 
 
 def _variance(square: Tensor, mean: Tensor, count: int) -> Tensor:
