@@ -15,7 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from clafusion import Ensemble, FusionOptions, fuse, load_network, networks, save_network
+from clafusion import Ensemble, FusionError, FusionOptions, fuse, load_network, networks, save_network
 from clafusion.datamodules import MNISTDataModule
 
 #: What the second table has no row for is measured and dropped. `equal features`: hidden layers, too, are refit to the
@@ -64,8 +64,25 @@ def mlp(hidden: Sequence[int]) -> dict[str, Any]:
     return {"name": "MLP", "in_features": 784, "hidden": list(hidden), "num_classes": 10}
 
 
+def vit(depth: int, width: int) -> dict[str, Any]:
+    """A vision transformer of torchvision's with patches of 8 x 8, 4 heads and a doubled width inside."""
+    sizes = {"num_layers": depth, "hidden_dim": width, "mlp_dim": 2 * width}
+    return {"name": "torchvision.VisionTransformer", "image_size": 32, "patch_size": 8, "num_heads": 4, **sizes}
+
+
+def convnext(*stages: tuple[int, int | None, int]) -> dict[str, Any]:
+    """A ConvNeXt of torchvision's from its stages: width, width of the next stage, blocks."""
+    return {"name": "torchvision.ConvNeXt", "block_setting": [list(stage) for stage in stages]}
+
+
 def build(architecture: Mapping[str, Any]) -> nn.Module:
     """A network with random weights, one of ours or, by the name `torchvision.NAME`, one of torchvision's."""
+    given = {key: value for key, value in architecture.items() if key != "name"}
+    if architecture["name"] == "torchvision.VisionTransformer":
+        return torchvision.models.VisionTransformer(num_classes=10, **given)
+    if architecture["name"] == "torchvision.ConvNeXt":
+        blocks = [torchvision.models.convnext.CNBlockConfig(*stage) for stage in given["block_setting"]]
+        return torchvision.models.ConvNeXt(blocks, num_classes=10)
     if architecture["name"].startswith("torchvision."):
         return torchvision.models.get_model(architecture["name"].removeprefix("torchvision."), num_classes=10)
     return networks.build(architecture)
@@ -73,7 +90,7 @@ def build(architecture: Mapping[str, Any]) -> nn.Module:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How networks are trained: SGD, momentum 0.9, a one-cycle or constant learning rate."""
+    """How networks are trained: SGD, momentum 0.9, a one-cycle or constant learning rate; or by AdamW."""
 
     epochs: int
     learning_rate: float
@@ -81,6 +98,7 @@ class Recipe:
     batch_size: int = 128
     weight_decay: float = 5e-4
     one_cycle: bool = True
+    adam: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +125,7 @@ class Experiment:
 
 
 PLAIN, NORMED, SHALLOW = Recipe(2, 0.05), Recipe(2, 0.1), Recipe(10, 0.01, 0.5, 64, weight_decay=0.0, one_cycle=False)
+MODERN = Recipe(4, 1e-3, weight_decay=0.05, adam=True)
 R34, R18 = (3, 4, 6, 3), (2, 2, 2, 2)
 EXPERIMENTS = {
     "mlp": Experiment((mlp([400, 200, 100, 50, 25]), mlp([400, 200, 100])), SHALLOW, flat=True),
@@ -123,6 +142,12 @@ EXPERIMENTS = {
     "resnet_x4": Experiment((resnet(R34), resnet(R18), resnet(R34), resnet(R18)), PLAIN, finetune=False),
     "torchvision_resnets": Experiment(
         ({"name": "torchvision.resnet34"}, {"name": "torchvision.resnet18"}), NORMED, num_train=20_000
+    ),
+    "vit": Experiment((vit(6, 64), vit(4, 64)), MODERN, num_train=20_000),
+    # Of a class that cannot be built at other widths the deepest parent is the anchor.
+    "vit_narrow": Experiment((vit(6, 64), vit(4, 48)), MODERN, num_train=20_000),
+    "convnext": Experiment(
+        (convnext((32, 64, 2), (64, None, 4)), convnext((32, 64, 1), (64, None, 2))), MODERN, num_train=20_000
     ),
     "torchvision_vggs": Experiment(
         ({"name": "torchvision.vgg13_bn"}, {"name": "torchvision.vgg11_bn"}),
@@ -156,8 +181,11 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, se
     """Plain training; gradients are clipped, without which networks that have no BatchNorm may diverge."""
     generator = torch.Generator().manual_seed(seed)
     network = network.train()
-    optimizer = torch.optim.SGD(
-        network.parameters(), recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay
+    rates = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.AdamW(network.parameters(), **rates)
+        if recipe.adam
+        else torch.optim.SGD(network.parameters(), momentum=recipe.momentum, **rates)
     )
     steps = recipe.epochs * (len(images) // recipe.batch_size)
     schedule: torch.optim.lr_scheduler.LRScheduler = (
@@ -199,9 +227,8 @@ def parents_of(experiment: Experiment, images: Images, seed: int, folder: Path) 
             torch.manual_seed(1000 * seed + number)
             chosen = _skill(images.train_labels, number, seed) if experiment.skills else slice(None)
             network = build(architecture)
-            save_network(
-                train(network, images.train[chosen], images.train_labels[chosen], experiment.recipe, seed), path
-            )
+            network = train(network, images.train[chosen], images.train_labels[chosen], experiment.recipe, seed)
+            save_network(network, path, example=images.train[:2])
         found.append(load_network(path))
     return found
 
@@ -223,7 +250,8 @@ def before_finetuning(
     found = {f"parent {k}": accuracy(parent, images) for k, parent in enumerate(parents, 1)}
     found["ensemble"] = accuracy(Ensemble(parents), images)
     anchor = experiment.fusion.get("anchor", 0)
-    found["published"] = accuracy(fuse(parents, [samples], FusionOptions.paper(anchor=anchor)).model, images)
+    if experiment.recipe is not MODERN:  # the published method knows plain and residual networks alone
+        found["published"] = accuracy(fuse(parents, [samples], FusionOptions.paper(anchor=anchor)).model, images)
     kept = {f"parent {k}": parent for k, parent in enumerate(parents, 1)}
     for name, changes in VARIANTS.items():
         if changes.keys() & experiment.fusion.keys():
@@ -232,13 +260,18 @@ def before_finetuning(
         found[name] = accuracy(result.model, images)
         if name in FINETUNED:
             kept[f"fused, {name}"] = result.model
-        kept["balanced"] = result.balanced[1]
+        try:
+            kept["balanced"] = result.balanced[1]
+        except FusionError:  # a class that cannot be built at the widths of the shallow parent
+            continue
     return found, kept
 
 
-def after_finetuning(kept: Mapping[str, nn.Module], images: Images, seed: int, epochs: int) -> dict[str, float]:
+def after_finetuning(
+    kept: Mapping[str, nn.Module], images: Images, seed: int, epochs: int, modern: bool
+) -> dict[str, float]:
     """Test accuracy of every network after the same short training."""
-    recipe = Recipe(epochs, 0.01)
+    recipe = replace(MODERN, epochs=epochs, learning_rate=3e-4) if modern else Recipe(epochs, 0.01)
     return {
         name: accuracy(train(network, images.train, images.train_labels, recipe, 100 + seed), images)
         for name, network in kept.items()
@@ -286,7 +319,7 @@ def measure(name: str, seed: int, folder: Path, num_samples: int, finetune_epoch
     result = {"experiment": name, "seed": seed, "before": before, "seconds": seconds}
     if experiment.finetune and finetune_epochs:
         short = Images(images.train[:10_000], images.train_labels[:10_000], images.test, images.test_labels)
-        result["after"] = after_finetuning(kept, short, seed, finetune_epochs)
+        result["after"] = after_finetuning(kept, short, seed, finetune_epochs, experiment.recipe is MODERN)
     return result
 
 

@@ -50,6 +50,8 @@ def transport_problems(balanced: Balanced, options: FusionOptions) -> list[Trans
     """Everything that needs a map and is written by a layer, in forward order."""
     shared = options.streams == "shared"
     structure = balanced.structure
+    if not shared:
+        _check_one_map_per_layer(structure)
     grouped: dict[tuple[str, str], list[tuple[Layer, Unit]]] = {}
     for unit in structure.units:
         for layer in (*unit.layers, *unit.beside):
@@ -66,6 +68,17 @@ def transport_problems(balanced: Balanced, options: FusionOptions) -> list[Trans
         reference = balanced.reference(space)
         problems += [TransportProblem(key, space, tuple(layers), k, reference) for k in owners if k != reference]
     return problems
+
+
+def _check_one_map_per_layer(structure: Structure) -> None:
+    """Refuse a network in which a layer writes neurons of several kinds, or neurons in blocks."""
+    for layer in structure.layers:
+        axis = structure.written(layer)
+        if axis is not None and (len(axis.spaces) > 1 or structure.spaces.spaces[axis.spaces[0]].parent is not None):
+            raise FusionError(
+                f"Expected layers with neurons of one kind for streams=per_layer, got {layer.name!r}, which writes heads, "
+                "groups or several kinds; use streams=shared"
+            )
 
 
 def neuron_maps(
