@@ -47,8 +47,9 @@ def carry_out(command: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_shows_runs_as_typed(page, tmp_path, monkeypatch, capsys):
-    if page.endswith("timm.md"):
-        pytest.importorskip("timm")
+    for package in ("timm", "transformers"):
+        if f"import {package}" in (DOCS / page).read_text():
+            pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
     for language, text in blocks(page):
@@ -59,7 +60,7 @@ def test_what_a_page_shows_runs_as_typed(page, tmp_path, monkeypatch, capsys):
             if line.startswith("clafusion "):
                 carry_out(line)
             else:
-                assert line in ("", "pip install .", "pip install timm"), line
+                assert line in ("", "pip install .", "pip install timm", "pip install transformers"), line
 
 
 def test_the_test_of_the_pages_can_fail():

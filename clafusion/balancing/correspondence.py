@@ -127,6 +127,11 @@ class _Draft:
         """Pair what is in two units that do the same."""
         self.nodes.update(zip(ours.nodes, theirs.nodes, strict=True))
         self.nodes.setdefault(ours.input, theirs.input)
+        if ours.resolution != theirs.resolution:
+            raise FusionError(
+                f"Expected {self.called} to give {list(ours.resolution)} positions or tokens behind {theirs.name!r} as the "
+                f"deepest parent does behind {ours.name!r}, got {list(theirs.resolution)}; choose parents of one input size"
+            )
         if len(ours.parameters) != len(theirs.parameters):
             raise FusionError(
                 f"Expected {theirs.name!r} of {self.called} to have {len(ours.parameters)} parameters as {ours.name!r} "

@@ -24,8 +24,9 @@ _CONSTANTS: Mapping[str, Sequence[int]] = {
     "batch_norm": (7,),
     "layer_norm": (4,),
     "group_norm": (4,),
-    "pad": (1, 2, 3),
-    "constant_pad_nd": (1, 2),
+    # Not by how much: that may depend on the size of the images that a network was made for.
+    "pad": (2, 3),
+    "constant_pad_nd": (2,),
     "upsample_nearest2d": (2, 3),
 }
 #: Operations that in eval mode give their input.
