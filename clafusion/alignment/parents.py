@@ -60,7 +60,9 @@ def with_anchor(structures: Sequence[Structure], samples: Tensor, options: Fusio
     agreements = torch.zeros(len(runners), dtype=torch.int64)
     for chunk in chunks(samples):
         answers = [
-            dict(runner.observe(as_input(chunk, runner.capture), [runner.capture.logits]))[runner.capture.logits].softmax(1)
+            dict(runner.observe(as_input(chunk, runner.capture), [runner.capture.logits]))[
+                runner.capture.logits
+            ].softmax(1)
             for runner in runners
         ]
         together = sum(weight * answer for weight, answer in zip(weights, answers, strict=True)).argmax(1)

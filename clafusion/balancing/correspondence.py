@@ -4,7 +4,6 @@ Nothing is built: a unit that the parent lacks is an identity, so that the paren
 stream behind it.
 """
 
-
 from clafusion.alignment.stages import Alignment, pair_stages
 from clafusion.errors import FusionError
 from clafusion.tracing.signatures import first_difference
@@ -192,7 +191,7 @@ class _Draft:
 
 
 def _pattern(axis: Axis | None) -> tuple[tuple[int, ...], int] | None:
-    """How often the neurons of each space occur along an axis, and how many entries are fixed."""
+    """The number of times that the neurons of each space occur along an axis, and how many entries are fixed."""
     if axis is None:
         return None
     turns = tuple(int(axis.turn[axis.of == place].max()) + 1 for place in range(len(axis.spaces)))

@@ -115,6 +115,6 @@ def _identity(unit: Unit, a: Structure, room: Mapping[str, Tensor], zero_branche
 def _eye(like: Tensor) -> Tensor:
     """An identity matrix or kernel of the shape of a weight, which need not be square."""
     weight = torch.zeros_like(like)
-    middle = weight[(slice(None), slice(None), *((length - 1) // 2 for length in like.shape[2:]))]
+    middle = weight.movedim((0, 1), (-2, -1))[tuple((length - 1) // 2 for length in like.shape[2:])]
     middle.fill_(1) if like.shape[1] == 1 < len(like) else middle.fill_diagonal_(1)
     return weight

@@ -117,10 +117,15 @@ def _layer_by_layer(
 
 @torch.no_grad()
 def _average_with_lead(structure: Structure, targets: Targets) -> None:
-    """Let class tokens and positions, which are added as they are, have the anchor's lead: their average is their refit."""
+    """Give class tokens and positions the anchor's lead: added as they are, they are refit by their average."""
     balanced = targets.balanced
-    known = {name for node in structure.nodes.values() if operation_of(node) in LAYERS | NORMS | {"mul"}
-             for name in (structure.capture.names.get(used.name) for used in node.all_input_nodes) if name}
+    known = {
+        name
+        for node in structure.nodes.values()
+        if operation_of(node) in LAYERS | NORMS | {"mul"}
+        for name in (structure.capture.names.get(used.name) for used in node.all_input_nodes)
+        if name
+    }
     for unit in structure.units:
         for name in unit.parameters:
             if name in known or name not in structure.capture.parameters:
@@ -141,8 +146,11 @@ def _left_alone(structure: Structure) -> list[str]:
     """The layers whose weights are computed, and the BatchNorms that no layer takes along when it is corrected."""
     taken = {layer.norm for layer in structure.layers if layer.weight is not None}
     lone = [name for name, node in structure.nodes.items() if operation_of(node) == "batch_norm" and name not in taken]
-    norms = [structure.capture.names.get(used.name, "").rpartition(".")[0] for name in lone
-             for used in structure.nodes[name].all_input_nodes[1:2]]
+    norms = [
+        structure.capture.names.get(used.name, "").rpartition(".")[0]
+        for name in lone
+        for used in structure.nodes[name].all_input_nodes[1:2]
+    ]
     computed = [f"{layer.name!r}, whose weight is computed" for layer in structure.layers if layer.weight is None]
     return [*computed, *(f"the norm {name!r}, which follows no layer directly" for name in norms)]
 

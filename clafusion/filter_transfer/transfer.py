@@ -227,7 +227,8 @@ def _modules(structure: Structure, unit: Unit, shortcuts: bool) -> list[tuple[st
     """The path and the kind of every layer and norm of a unit; those of shortcuts last, or not at all."""
     layers = {layer.node: layer for layer in unit.layers}
     beside = {node for layer in unit.layers if layer.shortcut for node in (layer.node, layer.norm)}
-    branch, projections = [], []
+    branch: list[tuple[str, str]] = []
+    projections: list[tuple[str, str]] = []
     for name in unit.nodes:
         operation = operation_of(structure.nodes[name])
         tensors = [structure.capture.names.get(one.name) for one in structure.nodes[name].all_input_nodes]

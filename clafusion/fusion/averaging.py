@@ -67,9 +67,7 @@ def _add_up(
     fused.copy_(total)
 
 
-def _shares(
-    balanced: Balanced, unit: Unit, name: str, weights: Sequence[float], options: FusionOptions
-) -> list[float]:
+def _shares(balanced: Balanced, unit: Unit, name: str, weights: Sequence[float], options: FusionOptions) -> list[float]:
     r"""The share of every parent in one parameter.
 
     Most parameters are plainly averaged: parent k has the share :math:`w_k`. But let the parents have the shares

@@ -28,8 +28,8 @@ def check_free(structure: Structure, called: str) -> None:
     """Refuse a network whose neurons have an order that a layer's own weights do not give them."""
     for name, why in structure.spaces.pinned.items():
         raise FusionError(
-            f"Expected neurons of {called} that can be permuted, got those that {name!r} writes in a fixed order, because "
-            f"of {why}; choose networks without it"
+            f"Expected neurons of {called} that can be permuted, got those that {name!r} writes in a fixed order, "
+            f"because of {why}; choose networks without it"
         )
 
 
@@ -161,6 +161,7 @@ def check_outputs(model: nn.Module, structure: Structure, samples: Tensor) -> No
     error = difference(expected, logits)
     if not error <= TOLERANCE[logits.dtype]:
         raise FusionError(
-            f"Expected {type(model).__name__} to compute with its new parameters, got logits that differ by {error:.1e} "
-            "(relative) from those of its graph; it stores results of its parameters: pass fresh copies of the networks"
+            f"Expected {type(model).__name__} to compute with its new parameters, got logits that differ by "
+            f"{error:.1e} (relative) from those of its graph; it stores results of its parameters: pass fresh copies "
+            "of the networks"
         )

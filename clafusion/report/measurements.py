@@ -102,7 +102,9 @@ def diagnose(
     kernels: dict[tuple[str, int, int], list[Tensor]] = {}
     everyone = [*networks, *parents]
     for chunk in tracked(parts, "comparing features", len(parts)):
-        ahead = [Ahead(one.runner, chunk, [one.nodes[name] for name in layers if name in one.nodes]) for one in everyone]
+        ahead = [
+            Ahead(one.runner, chunk, [one.nodes[name] for name in layers if name in one.nodes]) for one in everyone
+        ]
         for name in layers:
             features = {k: ahead[k].take(one.nodes[name]) for k, one in enumerate(everyone) if name in one.nodes}
             for k, x in features.items():

@@ -24,7 +24,9 @@ def few_of(samples: Tensor) -> Tensor:
     return samples[: VECTORS if samples.ndim == 2 else IMAGES]
 
 
-def exact_outputs(structure: Structure, few: Tensor, names: Iterable[str], change: Change | None = None) -> dict[str, Tensor]:
+def exact_outputs(
+    structure: Structure, few: Tensor, names: Iterable[str], change: Change | None = None
+) -> dict[str, Tensor]:
     """The outputs of nodes in the precision of the checks.
 
     Args:

@@ -68,14 +68,14 @@ def _value(value: Any) -> Hashable:
 
 
 def _tensors(model: nn.Module) -> Hashable:
-    """Shapes of all tensors, which of them are one, and the values of those that are constants."""
+    """The shapes of all tensors, which of them are one, and the values of those that are constants."""
     first: dict[int, int] = {}
     found: list[Hashable] = []
     for number, (name, one) in enumerate(model.named_parameters(remove_duplicate=False)):
         found.append((name, tuple(one.shape), one.dtype, one.device, first.setdefault(id(one), number)))
-    for name, one in model.named_buffers(remove_duplicate=False):
-        digest = None if name.rpartition(".")[2] in _STATISTICS else _digest(one)
-        found.append((name, tuple(one.shape), one.dtype, one.device, digest))
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        digest = None if name.rpartition(".")[2] in _STATISTICS else _digest(buffer)
+        found.append((name, tuple(buffer.shape), buffer.dtype, buffer.device, digest))
     return tuple(found)
 
 

@@ -12,7 +12,7 @@ which they are constant.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -284,7 +284,7 @@ class Labels:
         self._nest(array, block)
         return block
 
-    def _known_blocks(self, array: Tensor, dims: frozenset[int]) -> Iterable[Tensor]:
+    def _known_blocks(self, array: Tensor, dims: frozenset[int]) -> Iterator[Tensor]:
         for known in self.elements.blocks_of(array.numpy()):
             block = self._compact(torch.from_numpy(known))
             if varies(block) == dims:
@@ -307,7 +307,7 @@ class Labels:
         return result
 
     def _tie(self, array: Tensor, others: Sequence[Tensor]) -> bool:
-        """Let an array have the elements of others that vary alike, and say whether it adds to them: as their content."""
+        """Give an array the elements of others that vary alike; return whether it adds to them, as their content."""
         if any(self._implies(other, array) for other in others):
             return False
         if any(self._implies(array, other) for other in others):

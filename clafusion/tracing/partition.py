@@ -165,15 +165,17 @@ def _mixed(hashes: Hashes) -> Hashes:
     """Scatter the bits of hashes (splitmix64)."""
     hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return hashes ^ (hashes >> np.uint64(31))
+    result: Hashes = hashes ^ (hashes >> np.uint64(31))
+    return result
 
 
 def _hashed(*numbers: Ints | int) -> Hashes:
     """Odd hashes of tuples of numbers, so that multiples of them differ as well."""
-    result = np.zeros(1, np.uint64)
+    result: Hashes = np.zeros(1, np.uint64)
     for number in numbers:
         result = _mixed(result + np.uint64(0x9E3779B97F4A7C15) + np.atleast_1d(np.asarray(number, np.uint64)))
-    return result | np.uint64(1)
+    odd: Hashes = result | np.uint64(1)
+    return odd
 
 
 def _colours(labelling: Labelling, root: Ints) -> Hashes:
@@ -320,8 +322,8 @@ def _chain(links: list[_Link], name: str) -> list[_Link]:
             continue
         if chain and (chain[-1].parent == link.parent or not _is_function(chain[-1].block, link.block)):
             raise FusionError(
-                f"Expected neurons in blocks (such as attention heads) that do not cross, got those of {name} in blocks "
-                f"by {chain[-1].place} and in others by {link.place}; fusion cannot align this network"
+                f"Expected neurons in blocks (such as attention heads) that do not cross, got those of {name} in "
+                f"blocks by {chain[-1].place} and in others by {link.place}; fusion cannot align this network"
             )
         chain.append(link)
     return chain

@@ -12,8 +12,12 @@ _CONSTANTS: Mapping[str, Sequence[int]] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), (3, 4, 5)),
     **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d"), range(1, 6)),
     **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d"), (1,)),
-    **dict.fromkeys(("leaky_relu", "elu", "celu", "hardtanh", "clamp", "clamp_min", "clamp_max", "softplus"), (1, 2, 3)),
-    **dict.fromkeys(("permute", "transpose", "softmax", "log_softmax", "mean", "sum", "amax", "roll", "select"), (1, 2)),
+    **dict.fromkeys(
+        ("leaky_relu", "elu", "celu", "hardtanh", "clamp", "clamp_min", "clamp_max", "softplus"), (1, 2, 3)
+    ),
+    **dict.fromkeys(
+        ("permute", "transpose", "softmax", "log_softmax", "mean", "sum", "amax", "roll", "select"), (1, 2)
+    ),
     **dict.fromkeys(("add", "sub", "rsub", "mul", "div", "pow"), (1, 2)),
     **dict.fromkeys(("cat", "stack", "unsqueeze", "squeeze", "glu", "pixel_shuffle", "pixel_unshuffle"), (1,)),
     "gelu": (),
@@ -42,7 +46,7 @@ def source_of(node: fx.Node) -> fx.Node:
 
 
 def signature_of(nodes: Sequence[fx.Node], capture: Capture) -> Signature:
-    """What a sequence of operations does: equal for parts that differ only in their widths.
+    """The doings of a sequence of operations: equal for parts that differ only in their widths.
 
     The scale of attention scores follows from the head size, and so is not compared; nor are operations that give their
     input, which `nodes` must not contain.

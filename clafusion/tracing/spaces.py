@@ -88,8 +88,10 @@ class Spaces:
         space = np.where(np.isin(self._reader.found.space, numbers), -1, self._reader.found.space)
         reader = _Reader(replace(self._reader.found, space=space), self._reader.values)
         kept = {name: one for name, one in self.spaces.items() if name not in names}
-        axes = {name: tuple(None if one is None else reader.without(one, names) for one in one_axes)
-                for name, one_axes in self.axes.items()}
+        axes = {
+            name: tuple(None if one is None else reader.without(one, names) for one in one_axes)
+            for name, one_axes in self.axes.items()
+        }
         return Spaces(kept, axes, self.pinned, reader)
 
 

@@ -118,7 +118,9 @@ def _compared_layer(balanced: Balanced, problem: TransportProblem) -> Layer | No
     """The first layer whose incoming weights both networks have, or an identity stands in for."""
     both = (problem.parent, problem.reference)
     layers = [layer for layer, _ in problem.layers if layer.weight is not None]
-    return next((one for one in layers if all(parameter_of(balanced, k, str(one.weight)) is not None for k in both)), None)
+    return next(
+        (one for one in layers if all(parameter_of(balanced, k, str(one.weight)) is not None for k in both)), None
+    )
 
 
 def _check_equal_widths(balanced: Balanced) -> None:
@@ -158,13 +160,12 @@ def _activation_moments(
     runners = balanced.runners
     moments = paired_moments(runners, wanted, samples, batch_size(runners, options.memory_budget))
     return lambda problem: [
-        [moments[name, problem.space, one, other] for name in nodes[problem]]
-        for one, other in _pairs(problem, options)
+        [moments[name, problem.space, one, other] for name in nodes[problem]] for one, other in _pairs(problem, options)
     ]
 
 
 def _observation(balanced: Balanced, k: int, node: str, space: str) -> Observation:
-    """Where the neurons of a space of a parent are in the output of one of its nodes."""
+    """The places of the neurons of a space of a parent in the output of one of its nodes."""
     parent = balanced.parents[k]
     own = parent.nodes[node]
     found = parent.structure.neurons_at(own)
@@ -235,7 +236,9 @@ def _solve(
         parent, reference = (balanced.parents[k] for k in (first.parent, first.reference))
         blocks = {
             name: (parent.structure.spaces.spaces[own].block, reference.structure.spaces.spaces[other].block)
-            for name, own, other in ((name, parent.spaces[name], reference.spaces[name]) for name in _tree(structure, grounds))
+            for name, own, other in (
+                (name, parent.spaces[name], reference.spaces[name]) for name in _tree(structure, grounds)
+            )
         }
         tops = {name: structure.spaces.spaces[name].parent for name in blocks}
         sizes = {
