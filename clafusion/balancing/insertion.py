@@ -37,7 +37,7 @@ def insert_identities(
         shallow: the network whose function the result has; left as it is.
         deep: the network whose depth (and layer names) it has; left as it is.
         alignment: per stage, the unit of `deep` that each unit of `shallow` becomes.
-        example: samples [batch, ...]; None: made up from the first layer.
+        example: samples [batch, ...]; None: of the shape that `shallow` declares, or of a common one.
         zero_branches: make the inner layers of an inserted residual unit zero as well, as published.
 
     Returns:
@@ -48,7 +48,7 @@ def insert_identities(
             cannot have the widths of `shallow`, or if the result differs from `shallow` as a function (its activations
             are not ReLU-like).
     """
-    example = example_for(shallow) if example is None else example
+    example = example_for(shallow)[0] if example is None else example
     a, b = structure_of(deep, example), structure_of(shallow, example)
     return inserted(deep, a, b, alignment, example, zero_branches)
 

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clafusion.tracing.example import INPUT_SHAPE
+
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size, Enum, range)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 #: The attributes that every module has, which are accounted for otherwise or are of no account in eval mode.
-_COMMON = frozenset(vars(nn.Module())) | {"inplace"}
+_COMMON = frozenset(vars(nn.Module())) | {"inplace", INPUT_SHAPE}
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 #: An object whose state takes more bytes than this is not compared.
 _LONGEST = 2**20

@@ -73,7 +73,7 @@ def _averaged(balanced: Balanced, name: str, dim: int, axis: Axis | None, maps: 
 
 
 def _with_head_sizes(balanced: Balanced, k: int, axis: Axis | None, maps: Maps) -> Maps:
-    """The maps for queries and keys that keep the size of attention scores, which are divided by the root of the head size.
+    """The maps for queries and keys that keep the size of attention scores, divided by the root of the head size.
 
     Of each of the two the fourth root of the ratio of the head sizes is missing.
     """
