@@ -77,6 +77,12 @@ def inserted(
     return network.requires_grad_(True)
 
 
+@torch.no_grad()
+def check_insertable(deep: nn.Module, a: Structure, b: Structure, alignment: Alignment, samples: Tensor) -> None:
+    """Refuse, as `inserted` does, a deep network whose class cannot have the other's widths, whatever its weights."""
+    room_for(deep, a, _sizes(a, correspond(a, b, alignment, "the shallow network")), samples)
+
+
 def _sizes(a: Structure, parent: Correspondence) -> dict[str, int]:
     """The width of every space of the deep network once the shallow one's units are in it.
 

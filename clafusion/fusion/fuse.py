@@ -79,11 +79,13 @@ class Fusion:
         Raises:
             FusionError: if the template's class cannot have a parent's widths.
         """
-        if self.steps:
-            return tuple(step.balanced[place] for step, place in self.steps)
-        return tuple(self._balanced(k) for k in range(len(self.parents)))
+        return tuple(self.balanced_parent(k) for k in range(len(self.parents)))
 
-    def _balanced(self, k: int) -> nn.Module:
+    def balanced_parent(self, k: int) -> nn.Module:
+        """One of `balanced`, made anew where it is not the parent itself."""
+        if self.steps:
+            step, place = self.steps[k]
+            return step.balanced_parent(place)
         if k == self.template:
             return self.parents[k]
         template, network = self.balancing.structure, self.balancing.parents[k].merged

@@ -42,7 +42,7 @@ def example_for(model: nn.Module) -> tuple[Tensor, Tensor | None]:
             return example, control if other else None
     raise FusionError(
         f"Expected {type(model).__name__} to say which samples it takes, got none of the common shapes that it runs "
-        "on; pass some samples"
+        f"on; set its {INPUT_SHAPE} to the shape of a sample, or pass samples"
     )
 
 
