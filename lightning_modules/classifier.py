@@ -141,7 +141,7 @@ class ImageClassifier(LightningModule):
 
     def describe_for(self, image_shape: Sequence[int]) -> None:
         """Describe a network of a foreign class anew if it was described for images of another shape."""
-        architecture, shape = self.hparams["architecture"], list(image_shape)
+        architecture, shape = self.hparams["architecture"] or {}, list(image_shape)
         if architecture.get("input", shape) != shape and not isinstance(self.network, StoredNetwork):
             self.set_network(with_input_shape(self._network(), shape))
 

@@ -14,6 +14,7 @@ from clafusion.lightning import LightningDataModule, Trainer
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.compatibility import ImageData
 from clafusion.lightning_modules.progress import Step
+from clafusion.tracing.example import example_of
 
 
 def contestants(parents: list[nn.Module], result: Fusion) -> dict[str, nn.Module]:
@@ -22,12 +23,13 @@ def contestants(parents: list[nn.Module], result: Fusion) -> dict[str, nn.Module
     Warns:
         UserWarning: A balanced parent is left out, since the class of the template cannot have its widths.
     """
-    described = [describe(network) for network in parents]
+    samples = example_of(result.structure.capture)
+    described = [describe(network, samples) for network in parents]
     found = {f"parent {number}": network for number, network in enumerate(parents, 1)}
     found["ensemble"] = Ensemble(parents, result.weights)
     for number, before in enumerate(described, 1):
         balanced = _balanced(result, number)
-        if balanced is not None and describe(balanced) != before:
+        if balanced is not None and describe(balanced, samples) != before:
             found[f"balanced {number}"] = balanced
     if all(description == described[0] for description in described):
         found["naive average"] = average(parents, result.weights)
