@@ -5,8 +5,7 @@
 Every row is a fresh process of one thread that first runs the bare networks over the samples, without gradients, in
 batches of 32 and in batches of 64, of which the faster counts, and then fuses them: the ratio is that of neighbouring
 minutes, and "MiB above" is how much the peak of memory grew by when the fusion followed. The straightforward
-implementation runs one sample at a time, every inserted layer too, stacks all features in double precision and compares
-them then.
+implementation runs one sample at a time, stacks all features in double precision and compares them then.
 """
 
 import json
@@ -31,9 +30,8 @@ from common import (
 from torch import Tensor
 
 from clafusion import FusionOptions, fuse, networks
-from clafusion.balancing import balance
 from clafusion.fusion import fuse as fusion
-from clafusion.statistics.moments import Moments
+from clafusion.statistics.moments import Moments, Observation
 from clafusion.statistics.samples import rows
 from clafusion.tracing.execution import GraphRunner
 from clafusion.transport import neuron_maps as maps
@@ -128,29 +126,26 @@ def timed_phases(device: str) -> Iterator[dict[str, float]]:
 
 
 def one_at_a_time(
-    runners: Sequence[GraphRunner], pairs: Mapping[str, Sequence[tuple[int, int]]], samples: Tensor, size: int
-) -> dict[tuple[str, int, int], Moments]:
+    runners: Sequence[GraphRunner], wanted: Mapping[Any, tuple[Observation, Observation]], samples: Tensor, size: int
+) -> dict[Any, Moments]:
     """`paired_moments`, the straightforward way, whatever the size of a batch."""
-    names = frozenset(name for name, wanted in pairs.items() if wanted)
-    stacks: list[dict[str, list[Tensor]]] = [{name: [] for name in names} for _ in runners]
-    for runner, stack in zip(runners, stacks, strict=True):
-        for sample in samples:
-            for name, value in runner.observe(sample[None], names):
-                stack[name].append(rows(value))
-    stacked = [{name: torch.cat(values).double() for name, values in stack.items()} for stack in stacks]
-    return {
-        (name, one, other): Moments.of(stacked[one][name], stacked[other][name])
-        for name in names
-        for one, other in pairs[name]
-    }
+    stacks: dict[Observation, list[Tensor]] = {one: [] for pair in wanted.values() for one in pair}
+    for sample in samples:
+        for network, runner in enumerate(runners):
+            found = dict(runner.observe(sample[None], {one.node for one in stacks if one.network == network}))
+            for one, stack in stacks.items():
+                if one.network == network:
+                    stack.append(rows(one.of(found[one.node])))
+    stacked = {one: torch.cat(stack).double() for one, stack in stacks.items()}
+    return {key: Moments.of(stacked[one], stacked[other]) for key, (one, other) in wanted.items()}
 
 
 def with_straightforward(run: Callable[[], object], taken: dict[str, float]) -> None:
     """Run a fusion whose statistics are collected the straightforward way."""
-    kept = maps.paired_moments, balance.bypass_of
-    maps.paired_moments, balance.bypass_of = one_at_a_time, lambda *_: {}
+    kept = maps.paired_moments
+    maps.paired_moments = one_at_a_time
     taken["fuse"] = seconds(run)
-    maps.paired_moments, balance.bypass_of = kept
+    maps.paired_moments = kept
 
 
 def difference(one: fusion.Fusion, other: fusion.Fusion) -> float:

@@ -2,7 +2,7 @@
 
 import importlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from clafusion.errors import FusionError
 from clafusion.formats.files import restore, snapshot
+from clafusion.formats.stored import StoredNetwork
 from clafusion.lightning import LightningModule, OptimizerLRScheduler
 from clafusion.lightning_modules.checkpoints.reading import PREFIX, not_finite, read_checkpoint, refuse_classes
 from clafusion.lightning_modules.compatibility import check_images
+from clafusion.tracing.example import with_input_shape
 
 Batch = tuple[Tensor, Tensor]
 
@@ -137,6 +139,12 @@ class ImageClassifier(LightningModule):
         self.hparams["architecture"] = self._describe(network)
         self.network = network
 
+    def describe_for(self, image_shape: Sequence[int]) -> None:
+        """Describe a network of a foreign class anew if it was described for images of another shape."""
+        architecture, shape = self.hparams["architecture"] or {}, list(image_shape)
+        if architecture.get("input", shape) != shape and not isinstance(self.network, StoredNetwork):
+            self.set_network(with_input_shape(self._network(), shape))
+
     def forward(self, images: Tensor) -> Tensor:
         """The logits `[N, classes]` of images `[N, C, H, W]`."""
         if self._channels_last:
@@ -149,6 +157,7 @@ class ImageClassifier(LightningModule):
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if self.network is not None and hasattr(datamodule, "image_shape"):
             check_images(self.network, datamodule, "the network")
+            self.describe_for(datamodule.image_shape)
         self._prepare()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,6 @@ from clafusion.errors import FusionError
 from clafusion.formats.stored import StoredNetwork
 from clafusion.lightning import Trainer
 from clafusion.lightning_modules.checkpoints.reading import load_parent
-from clafusion.tracing.execution import GraphRunner
 
 #: Numbers that a layer of a network from a file may give: at most, and at most for every number of the image.
 _LARGEST, _MOST_OF_ONE = 2**28, 2**15
@@ -91,11 +90,24 @@ def run(network: nn.Module, samples: Tensor) -> Any:
         if isinstance(blank, StoredNetwork):
             blank.observe(samples.to("meta"), check)
             return network(samples)
-        runner = GraphRunner(blank)
-        for name, value in runner.observe(samples.to("meta"), runner.nodes):
-            check(name, value)
+        _Watched(blank, check).run(samples.to("meta"))
         # Not called: called, a graph module prints a traceback when it fails.
         return network.forward(samples)
+
+
+class _Watched(fx.Interpreter):
+    """Runs a graph and shows each value as it comes, with the name of its node."""
+
+    def __init__(self, module: fx.GraphModule, see: Callable[[str, Any], None]) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
+        self.see = see
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node as it is, and show its value."""
+        value = super().run_node(n)
+        self.see(n.name, value)
+        return value
 
 
 def _shape(output: object) -> Any:

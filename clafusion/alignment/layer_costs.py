@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.alignment.similarity import MIN_SAMPLES, cca, cka_from_hsic, gram, hsic_sums
+from clafusion.alignment.stages import StagePair, check_same_stages
 from clafusion.errors import FusionError
 from clafusion.statistics.moments import Moments
 from clafusion.statistics.samples import chunks, collect
 from clafusion.tracing.execution import GraphRunner, as_input
-from clafusion.alignment.stages import StagePair, check_same_stages
 from clafusion.tracing.reading import structure_of
 from clafusion.tracing.structure import Structure, Unit
 from clafusion.tracking import tracked

@@ -137,5 +137,5 @@ def _pair_either_way(one: Structure, other: Structure, k: int) -> None:
 
 def _fingerprint(structure: Structure) -> tuple[int, float]:
     """Rank networks by what they are and not by where they stand, so that the order of the parents does not matter."""
-    tensors = list(structure.capture.tensors.values())
+    tensors = [tensor.detach() for tensor in structure.capture.tensors.values()]
     return sum(tensor.numel() for tensor in tensors), sum(float(tensor.double().sum()) for tensor in tensors)

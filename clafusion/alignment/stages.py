@@ -63,7 +63,7 @@ def _alike(ours: Sequence[Unit], theirs: Sequence[Unit]) -> bool:
 
 
 def allowed(pair: StagePair, inserting: bool) -> Tensor:
-    """What to add to the costs of a stage, [units of deep, units of shallow], so that only possible pairs are chosen.
+    """Penalties for the costs of a stage, [units of deep, units of shallow], so that only possible pairs are chosen.
 
     Args:
         pair: the units.

@@ -196,7 +196,7 @@ class _Draft:
 
 
 def _pattern(axis: Axis | None) -> tuple[tuple[int, ...], int] | None:
-    """How often the neurons of each space occur along an axis, and how many entries are fixed."""
+    """The number of times that the neurons of each space occur along an axis, and how many entries are fixed."""
     if axis is None:
         return None
     turns = tuple(int(axis.turn[axis.of == place].max()) + 1 for place in range(len(axis.spaces)))

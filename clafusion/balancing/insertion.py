@@ -37,7 +37,7 @@ def insert_identities(
         shallow: the network whose function the result has; left as it is.
         deep: the network whose depth (and layer names) it has; left as it is.
         alignment: per stage, the unit of `deep` that each unit of `shallow` becomes.
-        example: samples [batch, ...]; None: made up from the first layer.
+        example: samples [batch, ...]; None: of the shape that `shallow` declares, or of a common one.
         zero_branches: make the inner layers of an inserted residual unit zero as well, as published.
 
     Returns:
@@ -48,7 +48,7 @@ def insert_identities(
             cannot have the widths of `shallow`, or if the result differs from `shallow` as a function (its activations
             are not ReLU-like).
     """
-    example = example_for(shallow) if example is None else example
+    example = example_for(shallow)[0] if example is None else example
     a, b = structure_of(deep, example), structure_of(shallow, example)
     return inserted(deep, a, b, alignment, example, zero_branches)
 
@@ -75,6 +75,12 @@ def inserted(
             "(relative); only ReLU-like activations pass an identity"
         )
     return network.requires_grad_(True)
+
+
+@torch.no_grad()
+def check_insertable(deep: nn.Module, a: Structure, b: Structure, alignment: Alignment, samples: Tensor) -> None:
+    """Refuse, as `inserted` does, a deep network whose class cannot have the other's widths, whatever its weights."""
+    room_for(deep, a, _sizes(a, correspond(a, b, alignment, "the shallow network")), samples)
 
 
 def _sizes(a: Structure, parent: Correspondence) -> dict[str, int]:
@@ -115,6 +121,6 @@ def _identity(unit: Unit, a: Structure, room: Mapping[str, Tensor], zero_branche
 def _eye(like: Tensor) -> Tensor:
     """An identity matrix or kernel of the shape of a weight, which need not be square."""
     weight = torch.zeros_like(like)
-    middle = weight[(slice(None), slice(None), *((length - 1) // 2 for length in like.shape[2:]))]
+    middle = weight.movedim((0, 1), (-2, -1))[tuple((length - 1) // 2 for length in like.shape[2:])]
     middle.fill_(1) if like.shape[1] == 1 < len(like) else middle.fill_diagonal_(1)
     return weight

@@ -48,7 +48,7 @@ class FoldedLayer:
 
     @property
     def groups(self) -> int:
-        """Groups of a convolution; 1 for a Linear."""
+        """The number of groups of a convolution; 1 for a Linear."""
         groups = (*self.operation.args, *[1] * 7)[6] if self.layer.kind != "linear" else 1
         assert isinstance(groups, int)
         return groups
@@ -151,7 +151,8 @@ def design_rows(part: FoldedLayer, inputs: Tensor, observations: Tensor) -> Tens
         (extent - one_dilation * (one_kernel - 1) - 1) // one_stride + 1
         for extent, one_dilation, one_kernel, one_stride in zip(padded.shape[2:], dilation, kernel, stride, strict=True)
     ]
-    rest, places = observations, []
+    rest: Tensor = observations
+    places: list[Tensor] = []
     for extent in reversed(extents):
         places.insert(0, rest % extent)
         rest = rest // extent

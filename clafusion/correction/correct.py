@@ -117,7 +117,7 @@ def _layer_by_layer(
 
 @torch.no_grad()
 def _average_with_lead(structure: Structure, targets: Targets) -> None:
-    """Let class tokens and positions, which are added as they are, have the anchor's lead: their average is their refit."""
+    """Give class tokens and positions the anchor's lead: added as they are, they are refit by their average."""
     balanced = targets.balanced
     known = {
         name

@@ -127,7 +127,7 @@ def _measured(
     placed: Sequence[Sequence[Tensor | None]],
     observations: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """What the step gives now, [observations, neurons], and the inputs of its layers side by side."""
+    """The outputs of the step as it is, [observations, neurons], and the inputs of its layers side by side."""
     base, design = [], []
     names = {step.node, *(part.layer.input for part in parts)}
     for chunk, (indices, outputs) in enumerate(zip(observations, fused.look_ahead(names), strict=True)):

@@ -156,9 +156,10 @@ class RidgeSystem:
 def rectified_regression(system: RidgeSystem, target: Tensor, base: Tensor, prior: Tensor) -> Tensor:
     r"""Ridge regression of what a ReLU lets through: a negative target asks for no more than a negative output.
 
-    Minimises :math:`\sum r^2 + \lambda \lVert W - W_0 \rVert^2`, where with the output y the error r is :math:`t - y` where the target is positive and :math:`\max(y, 0)` elsewhere. The objective is convex and
-    its curvature is at most that of plain regression, so that each step solves the same factorised system. It begins
-    with the weights of plain regression; the steps are accelerated (Nesterov 1983, as in Beck and Teboulle 2009).
+    Minimises :math:`\sum r^2 + \lambda \lVert W - W_0 \rVert^2`, where with the output y the error r is
+    :math:`t - y` where the target is positive and :math:`\max(y, 0)` elsewhere. The objective is convex and its
+    curvature is at most that of plain regression, so that each step solves the same factorised system. It begins with
+    the weights of plain regression; the steps are accelerated (Nesterov 1983, as in Beck and Teboulle 2009).
 
     Args:
         system: of the inputs.
@@ -227,7 +228,7 @@ def _block_rows(x: Tensor) -> int:
 
 
 def _sums(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums and sums of squares of the inputs over the observations, [groups, inputs], float64."""
+    """The sums of the inputs and of their squares over the observations, [groups, inputs], float64."""
     total = x.new_zeros(x.shape[1:], dtype=torch.float64)
     squares = total.clone()
     for block in _blocks(x):

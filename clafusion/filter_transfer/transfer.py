@@ -21,7 +21,7 @@ from clafusion.filter_transfer.filters import fitted_state
 from clafusion.formats.files import describe, restore
 from clafusion.options import FusionOptions
 from clafusion.statistics.samples import collect
-from clafusion.tracing.example import example_for
+from clafusion.tracing.example import example_for, example_of
 from clafusion.tracing.exporting import operation_of
 from clafusion.tracing.parameters import independent_copy, load_state, state_of
 from clafusion.tracing.structure import Structure, Unit
@@ -115,7 +115,7 @@ def transfer(
     for ours, theirs in chosen if classifier else chosen[:-1]:
         for path, other in _matched_modules(b, a, ours, theirs, shortcuts and _projects(theirs)):
             state.update(fitted_state(b, a, (state_of(target), state_of(source)), path, other))
-    network = _fresh(target, options.seed) if reinitialize else independent_copy(target)
+    network = _fresh(target, b, options.seed) if reinitialize else independent_copy(target)
     return load_state(network, {**state_of(network), **state})
 
 
@@ -148,7 +148,7 @@ def _structures(source: nn.Module, target: nn.Module, samples: Tensor | None) ->
     """Return the structures of source and target; without samples, each is traced on made-up ones."""
     named = {"the source": source, "the target": target}
     check_alike(list(named.values()), list(named))
-    a, b = (trace_as(net, example_for(net) if samples is None else samples, name) for name, net in named.items())
+    a, b = (trace_as(net, example_for(net)[0] if samples is None else samples, name) for name, net in named.items())
     check_same_stages(a, b, ("the source", "the target"))
     return a, b
 
@@ -227,7 +227,8 @@ def _modules(structure: Structure, unit: Unit, shortcuts: bool) -> list[tuple[st
     """The path and the kind of every layer and norm of a unit; those of shortcuts last, or not at all."""
     layers = {layer.node: layer for layer in unit.layers}
     beside = {node for layer in unit.layers if layer.shortcut for node in (layer.node, layer.norm)}
-    branch, projections = [], []
+    branch: list[tuple[str, str]] = []
+    projections: list[tuple[str, str]] = []
     for name in unit.nodes:
         operation = operation_of(structure.nodes[name])
         tensors = [structure.capture.names.get(one.name) for one in structure.nodes[name].all_input_nodes]
@@ -243,11 +244,11 @@ def _projects(unit: Unit) -> bool:
     return any(layer.shortcut for layer in unit.layers)
 
 
-def _fresh(model: nn.Module, seed: int) -> nn.Module:
+def _fresh(model: nn.Module, structure: Structure, seed: int) -> nn.Module:
     """A copy of a network with weights drawn anew; the global random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fresh = restore(describe(model))
+        fresh = restore(describe(model, example_of(structure.capture)))
     drawn = {name for name, _ in fresh.named_parameters()}
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     # Other buffers are constants, which a description does not hold.

@@ -15,6 +15,7 @@ from clafusion import networks
 from clafusion.errors import FusionError
 from clafusion.formats.files import FLOATS, describe, restore
 from clafusion.formats.recognition import DENSE_VGG, Recognised, recognise
+from clafusion.networks.families import FAMILIES
 from clafusion.networks.layers import check_sizes, check_stages
 
 _PARALLEL = "module."  # DataParallel puts it before every name.
@@ -93,8 +94,7 @@ def published_state(network: nn.Module) -> dict[str, Tensor]:
         >>> list(published_state(networks.MLP(4, [3], 2)))
         ['fc1.weight', 'fc2.weight']
     """
-    name = describe(network)["name"]
-    if name not in ("MLP", "VGG", "ResNet"):
+    if type(network) not in FAMILIES or describe(network)["name"] == "aten":
         raise FusionError(
             f"Expected an MLP, VGG or ResNet, got {type(network).__name__} of other layers, for which the published "
             "code has no names; keep it as it is, or save network.state_dict()"

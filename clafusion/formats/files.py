@@ -20,15 +20,15 @@ from clafusion import networks
 from clafusion.errors import FusionError
 from clafusion.formats import first_version
 from clafusion.formats.atomic import write_together
-from clafusion.formats.examples import check_sizes, example_for
-from clafusion.formats.graph_json import FORMAT, encode_nodes
+from clafusion.formats.graph_json import FORMAT, check_storable, encode_nodes
 from clafusion.formats.stored import CONSTANTS, StoredNetwork, base_dtype, tensor_table
+from clafusion.networks.families import FAMILIES
+from clafusion.tracing.example import check_sizes, example_for
 from clafusion.tracing.exporting import export_graph
 
 #: The types that saved weights may have.
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _FORMAT = {"format": "clafusion", "version": "1"}
-_OWN = (networks.MLP, networks.VGG, networks.ResNet)
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,25 @@ def snapshot(model: nn.Module, example: Tensor | None = None) -> Snapshot:
         skeleton.load_state_dict(taken.state, assign=True)
         check_sizes(model, skeleton.eval(), control)
     return taken
+
+
+def check_saved(model: nn.Module, example: Tensor, called: str) -> None:
+    """Refuse a network whose graph cannot be saved at other widths either, before anything is computed with it.
+
+    Args:
+        model: the network.
+        example: samples that it takes.
+        called: what the message calls it.
+
+    Raises:
+        FusionError: It has an operation or an argument that cannot be stored.
+    """
+    if type(model) in FAMILIES or isinstance(model, StoredNetwork):
+        return
+    try:
+        check_storable(export_graph(model, example))
+    except FusionError as error:
+        raise FusionError(f"{error} (in {called})") from error
 
 
 def captured(model: nn.Module, example: Tensor) -> Snapshot:
@@ -191,7 +210,7 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
 def _known_architecture(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """Return what a network knows about itself; None for a foreign one, or one changed beyond it."""
     try:
-        if type(model) in _OWN:
+        if type(model) in FAMILIES:
             architecture: dict[str, Any] | None = model.architecture  # type: ignore[assignment]
         elif isinstance(model, StoredNetwork):
             architecture = model.description

@@ -23,9 +23,11 @@ from clafusion.errors import FusionError
 from clafusion.fusion.averaging import moved_average
 from clafusion.fusion.record import FusionSummary
 from clafusion.fusion.verification import check_free, check_maps, check_moved, check_outputs
+from clafusion.networks.families import FAMILIES
 from clafusion.options import FusionOptions, normalized
 from clafusion.statistics.memory import within_memory
 from clafusion.statistics.samples import collect
+from clafusion.tracing.example import example_of, with_input_shape
 from clafusion.tracing.parameters import independent_copy
 from clafusion.tracing.reading import structure_of
 from clafusion.tracing.structure import Structure
@@ -77,19 +79,21 @@ class Fusion:
         Raises:
             FusionError: if the template's class cannot have a parent's widths.
         """
-        if self.steps:
-            return tuple(step.balanced[place] for step, place in self.steps)
-        return tuple(self._balanced(k) for k in range(len(self.parents)))
+        return tuple(self.balanced_parent(k) for k in range(len(self.parents)))
 
-    def _balanced(self, k: int) -> nn.Module:
-        merged, deep = self.balancing.parents[k].merged, self.parents[self.template]
-        if k == self.template or merged is not None:
-            return self.parents[k] if merged is None else merged
-        template = self.balancing.structure
-        shape = template.nodes[template.capture.entry].meta["shape"]
-        samples = torch.randn(2, *shape[1:], generator=torch.Generator().manual_seed(0)).to(template.capture.reference)
-        zero_branches = self.options.streams == "per_layer"
-        return inserted(deep, template, self.structures[k], self.alignments[k], samples, zero_branches)
+    def balanced_parent(self, k: int) -> nn.Module:
+        """One of `balanced`, made anew where it is not the parent itself."""
+        if self.steps:
+            step, place = self.steps[k]
+            return step.balanced_parent(place)
+        if k == self.template:
+            return self.parents[k]
+        template, network = self.balancing.structure, self.balancing.parents[k].merged
+        samples = example_of(template.capture)
+        if network is None:
+            deep, zero_branches = self.parents[self.template], self.options.streams == "per_layer"
+            network = inserted(deep, template, self.structures[k], self.alignments[k], samples, zero_branches)
+        return _carry_shape(network, samples.shape[1:])
 
     @property
     def template(self) -> int:
@@ -148,7 +152,9 @@ def fuse(models: Sequence[nn.Module], batches: Iterable[Any], options: FusionOpt
             check_free(structure, f"parent {number}")
         anchored = with_anchor(structures, samples, options)
         one_by_one = anchored.many == "iterative" and len(parents) > 2
-        return (_fuse_one_by_one if one_by_one else _fuse_at_once)(parents, structures, samples, weights, anchored)
+        found = (_fuse_one_by_one if one_by_one else _fuse_at_once)(parents, structures, samples, weights, anchored)
+        _carry_shape(found.model, samples.shape[1:])
+        return found
 
     return within_memory(compute)
 
@@ -180,6 +186,11 @@ def _fuse_at_once(
         model.requires_grad_(True), structure, balanced, tuple(models), tuple(structures), alignments, layer_costs,
         maps, costs, tuple(weights), options, len(samples),
     )  # fmt: skip
+
+
+def _carry_shape(network: nn.Module, shape: Sequence[int]) -> nn.Module:
+    """Let a network of a foreign class say which samples it takes, for those who describe and save it."""
+    return network if type(network) in FAMILIES else with_input_shape(network, shape)
 
 
 def _fuse_one_by_one(

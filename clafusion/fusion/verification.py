@@ -165,6 +165,7 @@ def check_outputs(model: nn.Module, structure: Structure, samples: Tensor) -> No
     error = difference(expected, logits)
     if not error <= TOLERANCE[logits.dtype]:
         raise FusionError(
-            f"Expected {type(model).__name__} to compute with its new parameters, got logits that differ by {error:.1e} "
-            "(relative) from those of its graph; it stores results of its parameters: pass fresh copies of the networks"
+            f"Expected {type(model).__name__} to compute with its new parameters, got logits that differ by "
+            f"{error:.1e} (relative) from those of its graph; it stores results of its parameters: pass fresh copies "
+            "of the networks"
         )

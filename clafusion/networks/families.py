@@ -282,6 +282,10 @@ def published() -> tuple[str, ...]:
     return tuple(PUBLISHED)
 
 
+#: The classes that know their own `architecture`.
+FAMILIES = (MLP, VGG, ResNet)
+
+
 def build(architecture: Mapping[str, Any]) -> MLP | VGG | ResNet:
     """Build the network that a plain dict describes, with fresh random weights.
 

@@ -159,7 +159,7 @@ class Observation:
             return last.flatten(0, -2)
         turns, neurons = self.entries.shape
         picked = last.flatten(0, -2)[:, self.entries.flatten().to(output.device)]
-        return picked.unflatten(1, (turns, neurons)).movedim(1, 2)
+        return torch.unflatten(picked, 1, (turns, neurons)).movedim(1, 2)
 
 
 @torch.no_grad()

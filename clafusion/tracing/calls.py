@@ -93,11 +93,11 @@ def call_of(node: fx.Node, values: Mapping[fx.Node, Any]) -> Call:
         arguments.update(zip(arguments, args, strict=False))
         arguments.update(kwargs)
     found = node.meta.get("val")
-    several = isinstance(found, list | tuple)
-    tensors = [one for one in (found if isinstance(found, list | tuple) else [found]) if isinstance(one, Tensor)]
+    parts = found if isinstance(found, list | tuple) else [found]
+    tensors = [one for one in parts if isinstance(one, Tensor)]
     shapes = tuple(shape_of(one) for one in tensors)
     dtype = tensors[0].dtype if tensors else torch.float32
-    return Call(operation_name(node), place_of(node), arguments, shapes, several, dtype, node.target)  # type: ignore[arg-type]
+    return Call(operation_name(node), place_of(node), arguments, shapes, parts is found, dtype, node.target)  # type: ignore[arg-type]
 
 
 def resolved(node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

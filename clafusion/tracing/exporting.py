@@ -10,9 +10,9 @@ import inspect
 import operator
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,7 +32,7 @@ _VIEWS = frozenset(
 #: The views that can be written back: the operation that puts a part into its whole.
 _SCATTERS = {"slice": aten.slice_scatter.default, "select": aten.select_scatter.default}
 #: The operations that take nothing but the kind of their input, and what they fill a new tensor with.
-_FILLED = {"new_zeros": 0, "new_ones": 1, "new_full": None}
+_FILLED = {"new_zeros": 0, "new_ones": 1, "new_full": 0}
 #: The nodes that check and compute nothing.
 _CHECKS = frozenset(("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "_assert_async"))
 
@@ -42,9 +42,9 @@ class Capture:
     """A network as a graph of ATen operations that writes into none of its inputs.
 
     Attributes:
-        graph: its placeholders are the tensors of the network and its input; every other node is a call. After
-            `capture` each node has `meta["shape"]`: the shape of its tensor for a batch of one sample, or None; and `meta["batch"]`: the dimensions
-            whose size depends on the number of samples.
+        graph: its placeholders are the tensors of the network and its input; every other node is a call. Each node
+            has `meta["shape"]`, the shape of its tensor for a batch of one sample, or None; and `meta["batch"]`, the
+            dimensions whose size depends on the number of samples.
         entry: the name of the placeholder of the input.
         logits: the name of the node that gives the logits.
         names: from the name of a placeholder to the name of its parameter, buffer or constant.
@@ -206,8 +206,10 @@ def _inline(graph: fx.Graph, module: fx.GraphModule) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or not operation_of(node).startswith("wrap_with_"):
             continue
-        position = next(i for i, one in enumerate(node.args) if isinstance(one, fx.Node) and one.op == "get_attr")
-        nested: fx.GraphModule = module.get_submodule(str(node.args[position].target))
+        place, called = next(
+            (i, one) for i, one in enumerate(node.args) if isinstance(one, fx.Node) and one.op == "get_attr"
+        )
+        nested = cast(fx.GraphModule, module.get_submodule(str(called.target)))
         if operation_of(node) == "wrap_with_autocast" and node.args[2]:
             raise FusionError(
                 f"Expected a network without autocast inside, got it in {module_path(node) or 'its forward'}; call it "
@@ -215,11 +217,11 @@ def _inline(graph: fx.Graph, module: fx.GraphModule) -> None:
             )
         _inline(nested.graph, nested)
         entries = [one for one in nested.graph.nodes if one.op == "placeholder"]
-        inner: dict[fx.Node, Any] = dict(zip(entries, node.args[position + 1 :], strict=True))
+        inner: dict[fx.Node, Any] = dict(zip(entries, node.args[place + 1 :], strict=True))
         with graph.inserting_before(node):
-            outputs = graph.graph_copy(nested.graph, inner)
+            outputs = cast(Sequence[fx.Node], graph.graph_copy(nested.graph, inner))
         for user in list(node.users):  # one getitem per output
-            user.replace_all_uses_with(outputs[user.args[1]])
+            user.replace_all_uses_with(outputs[cast(int, user.args[1])])
             graph.erase_node(user)
         graph.erase_node(node)
 
@@ -245,7 +247,7 @@ def _fold_constants(
             with torch.no_grad():
                 known[node] = node.target(*args, **kwargs)
         elif operation_of(node) in _FILLED and all(type(size) is int for size in node.args[1]):
-            value = node.args[2] if len(node.args) > 2 else _FILLED[operation_of(node)]
+            value = node.args[2] if operation_of(node) == "new_full" else _FILLED[operation_of(node)]
             like = node.meta["val"]
             known[node] = torch.full(node.args[1], value, dtype=like.dtype, device=like.device)
     count = 0

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clafusion.tracing.example import INPUT_SHAPE
+
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size, Enum, range)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 #: The attributes that every module has, which are accounted for otherwise or are of no account in eval mode.
-_COMMON = frozenset(vars(nn.Module())) | {"inplace"}
+_COMMON = frozenset(vars(nn.Module())) | {"inplace", INPUT_SHAPE}
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 #: An object whose state takes more bytes than this is not compared.
 _LONGEST = 2**20
@@ -68,14 +70,14 @@ def _value(value: Any) -> Hashable:
 
 
 def _tensors(model: nn.Module) -> Hashable:
-    """Shapes of all tensors, which of them are one, and the values of those that are constants."""
+    """The shapes of all tensors, which of them are one, and the values of those that are constants."""
     first: dict[int, int] = {}
     found: list[Hashable] = []
     for number, (name, one) in enumerate(model.named_parameters(remove_duplicate=False)):
         found.append((name, tuple(one.shape), one.dtype, one.device, first.setdefault(id(one), number)))
-    for name, one in model.named_buffers(remove_duplicate=False):
-        digest = None if name.rpartition(".")[2] in _STATISTICS else _digest(one)
-        found.append((name, tuple(one.shape), one.dtype, one.device, digest))
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        digest = None if name.rpartition(".")[2] in _STATISTICS else _digest(buffer)
+        found.append((name, tuple(buffer.shape), buffer.dtype, buffer.device, digest))
     return tuple(found)
 
 

@@ -138,7 +138,7 @@ def _axes(value: Value, groups: int) -> tuple[Tensor | None, ...]:
 
 
 def _called(labels: Labels, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    """What a call returns."""
+    """The values that a call returns."""
     args, kwargs = resolved(node, values)
     if node.target is getitem:
         return args[0][args[1]]

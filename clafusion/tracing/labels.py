@@ -306,7 +306,7 @@ class Labels:
         return result
 
     def _tie(self, array: Tensor, others: Sequence[Tensor]) -> bool:
-        """Let an array have the elements of others that vary alike, and say whether these are its blocks instead."""
+        """Give an array the elements of others that vary alike; return whether it adds to them, as their content."""
         if any(self._implies(other, array) for other in others):
             return False
         if any(self._implies(array, other) for other in others):

@@ -94,7 +94,7 @@ def axis_move(
 
 
 def places(axis: Axis, space: int) -> Tensor:
-    """Where along an axis the neurons of one of its spaces are, [turns, neurons]."""
+    """The places along an axis of the neurons of one of its spaces, [turns, neurons]."""
     here = (axis.of == space).nonzero().flatten()
     turns, neurons = int(axis.turn[here].max()) + 1, int(axis.at[here].max()) + 1
     found = here.new_empty(turns, neurons)

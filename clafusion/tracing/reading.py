@@ -30,7 +30,7 @@ _LOCK = threading.Lock()
 
 
 def _logits(model: nn.Module, example: Tensor) -> Tensor:
-    """What a network gives for a few samples; it is left as it is."""
+    """The logits of a network for a few samples; it is left as it is."""
     network = shell(model)
     try:
         with torch.no_grad():
@@ -57,8 +57,8 @@ def _check_same(captured: Capture, expected: Tensor, example: Tensor, name: str)
     error = float((logits - expected).abs().max() / scale)
     if expected.isfinite().all() and not error <= TOLERANCE.get(expected.dtype, 1e-4):
         raise FusionError(
-            f"Expected {name} to be the function of its graph, got logits that differ by {error:.1e} (relative); it may "
-            "draw random numbers, or depend on its data or on the number of samples in what it does"
+            f"Expected {name} to be the function of its graph, got logits that differ by {error:.1e} (relative); it "
+            "may draw random numbers, or depend on its data or on the number of samples in what it does"
         )
 
 

@@ -184,7 +184,7 @@ def _padded_along(labels: Labels, x: Value, dim: int, before: int, after: int) -
 
 
 def edges(labels: Labels, call: Call) -> Result:
-    """What is put around the entries comes from the edges: the order of the positions counts."""
+    """Entries put around others come from the edges: the order of the positions counts."""
     x = call.input
     fixed = [dim for dim, size in enumerate(call.shape) if size != x.shape[dim]]
     x = labels.per_channel(x, fixed)
@@ -244,7 +244,7 @@ def masked(labels: Labels, call: Call) -> Result:
 
 
 def filled(labels: Labels, call: Call) -> Result:
-    """Of a tensor nothing but the shape."""
+    """A result that takes nothing of a tensor but its shape."""
     constant = call.run(torch.zeros((), dtype=call.dtype).expand(call.input.shape))
     return Value(call.shape, (), constant)
 
@@ -268,15 +268,13 @@ _RULES: dict[str, Rule] = {
         elementwise,
         """relu relu6 gelu silu sigmoid tanh hardtanh hardswish hardsigmoid elu selu celu leaky_relu rrelu softplus
         softsign mish logsigmoid log_sigmoid threshold hardshrink softshrink tanhshrink exp exp2 expm1 log log2 log10
-        log1p neg
-        negative positive sqrt rsqrt abs absolute square sign sgn sin cos tan asin acos atan sinh cosh asinh acosh atanh
-        erf erfc erfinv reciprocal floor ceil round trunc frac clamp clamp_min clamp_max clip pow float_power logit
-        sigmoid_backward nan_to_num isnan isinf isfinite logical_not bitwise_not dropout feature_dropout alpha_dropout
-        feature_alpha_dropout i0 sinc digamma lgamma polygamma
-        add sub subtract rsub mul multiply div divide true_divide floor_divide fmod remainder maximum minimum fmax fmin
-        where addcmul addcdiv lerp atan2 arctan2 hypot logaddexp logaddexp2 xlogy eq ne lt le gt ge equal not_equal less
-        greater masked_fill logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor heaviside copysign
-        isclose""",
+        log1p neg negative positive sqrt rsqrt abs absolute square sign sgn sin cos tan asin acos atan sinh cosh asinh
+        acosh atanh erf erfc erfinv reciprocal floor ceil round trunc frac clamp clamp_min clamp_max clip pow
+        float_power logit sigmoid_backward nan_to_num isnan isinf isfinite logical_not bitwise_not dropout
+        feature_dropout alpha_dropout feature_alpha_dropout i0 sinc digamma lgamma polygamma add sub subtract rsub mul
+        multiply div divide true_divide floor_divide fmod remainder maximum minimum fmax fmin where addcmul addcdiv
+        lerp atan2 arctan2 hypot logaddexp logaddexp2 xlogy eq ne lt le gt ge equal not_equal less greater masked_fill
+        logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor heaviside copysign isclose""",
     ),
     **_table(
         unchanged,

@@ -47,7 +47,7 @@ def source_of(node: fx.Node) -> fx.Node:
 
 
 def signature_of(nodes: Sequence[fx.Node], capture: Capture) -> Signature:
-    """What a sequence of operations does: equal for parts that differ only in their widths.
+    """The doings of a sequence of operations: equal for parts that differ only in their widths.
 
     The scale of attention scores follows from the head size, and so is not compared; nor are operations that give their
     input, which `nodes` must not contain.

@@ -181,7 +181,7 @@ class Structure:
     def _weight_axes(self, layer: Layer) -> tuple[Axis | None, ...]:
         if layer.weight is not None:
             return self.axes[layer.weight]
-        return self.spaces.of_node(self.nodes[layer.node].args[1].name) or (None, None)  # type: ignore[union-attr]
+        return self.spaces.of_node(str(self.nodes[layer.node].args[1])) or (None, None)
 
     def neurons_at(self, node: str) -> tuple[int, Axis] | None:
         """The dimension of a node's output along which its neurons lie, and these; None where there is not just one."""

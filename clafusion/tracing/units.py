@@ -16,21 +16,8 @@ LAYERS = frozenset(("linear", "conv1d", "conv2d", "conv3d"))
 NORMS = frozenset(("batch_norm", "layer_norm", "group_norm", "rms_norm", "instance_norm"))
 ADDITIONS = frozenset(("add",))
 ACTIVATIONS = frozenset(
-    (
-        "relu",
-        "relu6",
-        "leaky_relu",
-        "gelu",
-        "silu",
-        "elu",
-        "celu",
-        "selu",
-        "hardswish",
-        "hardtanh",
-        "hardsigmoid",
-        "mish",
-    )
-    + ("tanh", "sigmoid", "softplus", "clamp", "clamp_min", "prelu")
+    ("relu", "relu6", "leaky_relu", "gelu", "silu", "elu", "celu", "selu", "hardswish", "hardtanh", "hardsigmoid")
+    + ("mish", "tanh", "sigmoid", "softplus", "clamp", "clamp_min", "prelu")
 )
 #: What they let through they leave as it is: applied twice, they are applied once.
 IDEMPOTENT = frozenset(("relu", "relu6", "hardtanh", "clamp", "clamp_min"))
@@ -45,14 +32,8 @@ _ZERO_FOR_ZERO = (
     | TRANSPARENT
     | frozenset(
         ("relu", "relu6", "gelu", "silu", "tanh", "hardswish", "leaky_relu", "elu", "mish", "neg", "mean", "sum", "pad")
-        + (
-            "constant_pad_nd",
-            "avg_pool2d",
-            "max_pool2d",
-            "adaptive_avg_pool2d",
-            "upsample_nearest2d",
-            "upsample_bilinear2d",
-        )
+        + ("constant_pad_nd", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d")
+        + ("upsample_nearest2d", "upsample_bilinear2d")
     )
 )
 #: By operation the positions of weight and bias.
@@ -101,7 +82,7 @@ def unwritten(capture: Capture, spaces: Spaces) -> frozenset[str]:
     written: set[str | None] = set()
     for node in capture.graph.nodes:
         if operation_of(node) in LAYERS:
-            weight = node.args[1].name  # type: ignore[union-attr]
+            weight = str(node.args[1])
             axes = spaces.axes.get(capture.names.get(weight, "")) or spaces.of_node(weight) or (None,)
             written.update(() if axes[0] is None else axes[0].spaces)
     for name in list(written):
@@ -346,13 +327,13 @@ def _zeroed(graph: _Graph, node: fx.Node) -> tuple[str, ...] | None:
         tensors = [one for one in used if isinstance(one, fx.Node)]
         known = [names.get(one.name) for one in tensors]
         return tuple(map(str, known)) if known and all(one in graph.capture.parameters for one in known) else None
-    operands = [one for one in node.all_input_nodes if one not in names]
+    operands = node.all_input_nodes
     if name == "mul":
-        factors = [names.get(behind.name) for behind in map(_behind_moves, node.all_input_nodes)]
+        factors = [names.get(behind.name) for behind in map(_behind_moves, operands)]
         scale = next((one for one in factors if one in graph.capture.parameters), None)
         return (scale,) if scale is not None else next((z for z in (_zeroed(graph, o) for o in operands) if z), None)
     if name == "div":
-        return _zeroed(graph, node.all_input_nodes[0])
+        return _zeroed(graph, operands[0])
     if name in ADDITIONS or name == "cat":
         parts = [_zeroed(graph, one) for one in operands]
         return None if not parts or any(part is None for part in parts) else sum(map(tuple, parts), ())  # type: ignore

@@ -38,7 +38,7 @@ class Correspondence:
     merged: nn.Module | None = field(default=None, repr=False)
 
     def runner(self) -> GraphRunner:
-        """Runs the parent."""
+        """The runner of the parent."""
         return GraphRunner(self.structure.capture)
 
 

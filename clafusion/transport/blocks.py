@@ -77,10 +77,10 @@ def _solve(
         for j, column in enumerate(columns.tolist()):
             parts[i, j] = {}
             for child in inside:
-                members = [_members(blocks[child][side], one) for side, one in ((0, row), (1, column))]
-                found = _solve(child, *members, grounds, children, blocks, solver)
-                total[i, j] += found[child][1]
-                parts[i, j] |= found
+                members = _members(blocks[child][0], row), _members(blocks[child][1], column)
+                solved = _solve(child, *members, grounds, children, blocks, solver)
+                total[i, j] += solved[child][1]
+                parts[i, j] |= solved
     if name in grounds:
         total = total + grounds[name].cpu()[rows][:, columns]
     plan = solver(total)
@@ -88,8 +88,8 @@ def _solve(
     result: dict[str, tuple[_Part, float]] = {name: ((rows, columns, mapping), float((plan * total).sum()))}
     for (i, j), found in parts.items():
         if mapping[i, j]:
-            for child, (part, cost) in found.items():
-                result[child] = _joined(result.get(child), part, float(mapping[i, j]), float(plan[i, j]) * cost)
+            for child, (part, each) in found.items():
+                result[child] = _joined(result.get(child), part, float(mapping[i, j]), float(plan[i, j]) * each)
     return result
 
 

@@ -21,7 +21,7 @@ def identity_value(parameter: str, layer: Layer, structure: Structure, size: int
     inputs = 1 if layer.kind == "depthwise" else size
     weight = like.new_zeros(size, inputs, *like.shape[2:])
     # Of an even kernel with padding="same" the middle is the earlier one.
-    middle = weight[(slice(None), slice(None), *((length - 1) // 2 for length in like.shape[2:]))]
+    middle = weight.movedim((0, 1), (-2, -1))[tuple((length - 1) // 2 for length in like.shape[2:])]
     middle.fill_(1) if layer.kind == "depthwise" else middle.fill_diagonal_(1)
     return weight
 

@@ -73,7 +73,7 @@ def _averaged(balanced: Balanced, name: str, dim: int, axis: Axis | None, maps: 
 
 
 def _with_head_sizes(balanced: Balanced, k: int, axis: Axis | None, maps: Maps) -> Maps:
-    """Maps for queries and keys that keep the size of attention scores, which are divided by the root of the head size.
+    """The maps for queries and keys that keep the size of attention scores, divided by the root of the head size.
 
     Of each of the two the fourth root of the ratio of the head sizes is missing.
     """
@@ -113,7 +113,7 @@ def grouped(weight: Tensor, groups: int) -> Tensor:
     """The inverse of `dense`."""
     outputs = len(weight)
     group = torch.arange(outputs, device=weight.device) // (outputs // groups)
-    parts = weight.unflatten(1, (groups, -1))
+    parts = torch.unflatten(weight, 1, (groups, -1))
     return parts[torch.arange(outputs, device=weight.device), group]
 
 
@@ -125,7 +125,7 @@ def incoming_weights(
     maps: Maps | None = None,
     options: FusionOptions | None = None,
 ) -> Tensor:
-    """The incoming weights of the neurons of a space, [neurons, weights], float64; with maps, of aligned inputs, and the bias.
+    """The incoming weights of a space's neurons, [neurons, weights], float64; with maps of aligned inputs, and bias.
 
     Args:
         balanced: the parents.

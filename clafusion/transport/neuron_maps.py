@@ -210,7 +210,7 @@ def _moments_of_silent(
 
 
 def _observation(balanced: Balanced, k: int, node: str, space: str) -> Observation:
-    """Where the neurons of a space of a parent are in the output of one of its nodes."""
+    """The places of the neurons of a space of a parent in the output of one of its nodes."""
     parent = balanced.parents[k]
     own = parent.nodes[node]
     axes = parent.structure.spaces.of_node(own)

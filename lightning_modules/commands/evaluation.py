@@ -1,30 +1,47 @@
 """Networks side by side: their accuracies on the test images, and the table that shows them."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import cast
 
 from torch import nn
 
 from clafusion import Ensemble, Fusion, average
+from clafusion.errors import FusionError
 from clafusion.formats.files import describe
 from clafusion.fusion.record import NetworkRow
 from clafusion.lightning import LightningDataModule, Trainer
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.compatibility import ImageData
 from clafusion.lightning_modules.progress import Step
+from clafusion.tracing.example import example_of
 
 
 def contestants(parents: list[nn.Module], result: Fusion) -> dict[str, nn.Module]:
-    """Return the networks to compare, by name: the parents, the baselines and the fused network last."""
-    described = [describe(network) for network in parents]
+    """Return the networks to compare, by name: the parents, the baselines and the fused network last.
+
+    Warns:
+        UserWarning: A balanced parent is left out, since the class of the template cannot have its widths.
+    """
+    samples = example_of(result.structure.capture)
+    described = [describe(network, samples) for network in parents]
     found = {f"parent {number}": network for number, network in enumerate(parents, 1)}
     found["ensemble"] = Ensemble(parents, result.weights)
-    for number, (before, balanced) in enumerate(zip(described, result.balanced, strict=True), 1):
-        if describe(balanced) != before:
+    for number, before in enumerate(described, 1):
+        balanced = _balanced(result, number)
+        if balanced is not None and describe(balanced, samples) != before:
             found[f"balanced {number}"] = balanced
     if all(description == described[0] for description in described):
         found["naive average"] = average(parents, result.weights)
     return {**found, "fused": result.model}
+
+
+def _balanced(result: Fusion, number: int) -> nn.Module | None:
+    try:
+        return result.balanced_parent(number - 1)
+    except FusionError as error:
+        warnings.warn(f"balanced {number} is left out: {error}", UserWarning, stacklevel=3)
+        return None
 
 
 def evaluate_networks(

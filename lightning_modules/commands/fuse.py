@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clafusion import Fusion, FusionOptions, fuse
+from clafusion.formats.files import check_saved
 from clafusion.fusion.record import AlignmentRecord, FusionRecord, NetworkRow
 from clafusion.lightning import Trainer
 from clafusion.lightning_modules.classifier import ImageClassifier
@@ -67,6 +68,8 @@ def fuse_and_record(
     """
     step(f"fusing {len(paths)} networks")
     parents = load_parents(paths, data)
+    for path, parent in zip(paths, parents, strict=True):
+        check_saved(parent, torch.zeros(2, *data.image_shape), path)
     batches = list(data.alignment_batches(options.num_samples, options.seed))
 
     started = time.perf_counter()

@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import nn
 
 from clafusion.errors import FusionError
+from clafusion.formats.files import restore
 from clafusion.lightning import LightningDataModule
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.compatibility import ImageData, check_images
@@ -67,7 +68,7 @@ def plan(experiment: Experiment, data: LightningDataModule) -> Plan:
     Raises:
         FusionError: A network cannot be built, does not fit the data or the others, or a name is not that of a network.
     """
-    built: dict[str, ImageClassifier] = {}
+    built: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
     for name, parent in experiment.parents.items():
         # Parents that are built alike are looked at once.
         if repr(parent.architecture) not in built:
@@ -76,8 +77,8 @@ def plan(experiment: Experiment, data: LightningDataModule) -> Plan:
     draft = Draft(
         experiment,
         data,
-        {name: cast(nn.Module, classifier.network) for name, classifier in parents.items()},
-        {name: classifier.hparams["architecture"] for name, classifier in parents.items()},
+        {name: network for name, (network, _) in parents.items()},
+        {name: architecture for name, (_, architecture) in parents.items()},
     )
     for kind in KINDS:
         draft = replace(draft, stages=(*draft.stages, *kind.plan(draft)))
@@ -102,12 +103,18 @@ def stage_from(record: Mapping[str, Any]) -> Stage:
     return from_plain(kind, {**common, **description["settings"]}, "stage")
 
 
-def _built(architecture: dict[str, Any], data: LightningDataModule, where: str) -> ImageClassifier:
-    """Build a network only to see what it is, and whether it fits the data; it is in eval mode."""
+def _built(architecture: dict[str, Any], data: LightningDataModule, where: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the network that a stage will train, in eval mode, only to see what it is, and whether it fits the data.
+
+    Returns:
+        The network and its canonical architecture.
+    """
     try:
         classifier = ImageClassifier(architecture)
     except FusionError as error:
         raise FusionError(f"{error} (in {where}.architecture)") from error
-    network = cast(nn.Module, classifier.network)
-    check_images(network.eval(), cast(ImageData, data), where)
-    return classifier
+    images = cast(ImageData, data)
+    check_images(cast(nn.Module, classifier.network).eval(), images, where)
+    classifier.describe_for(images.image_shape)
+    canonical = classifier.hparams["architecture"]
+    return restore(canonical).eval(), canonical

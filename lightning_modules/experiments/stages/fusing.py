@@ -1,13 +1,17 @@
 """The stages that make networks of the parents without training: fusions and transfers."""
 
 import time
+import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, cast
 
 from clafusion import FusionOptions, map_units
+from clafusion.alignment.layer_maps import align_stages
 from clafusion.alignment.parents import template_of, trace_all
+from clafusion.balancing.correspondence import correspond
+from clafusion.balancing.insertion import check_insertable
 from clafusion.errors import FusionError
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.commands.fuse import fuse_and_record
@@ -58,7 +62,7 @@ class FuseStage(Stage):
             try:
                 # The random numbers that it draws are nobody's: every stage begins with a seed of its own.
                 structures = structures or trace_all(list(draft.parents.values()), draft.blank_images)
-                balanced = _changed(list(draft.parents), structures, how.options)
+                balanced = _changed(draft, structures, how.options)
             except FusionError as error:
                 numbered = ", ".join(f"parent {number}: {name}" for number, name in enumerate(draft.parents))
                 raise FusionError(f"{error} (in experiment.fusions.{variant}; {numbered})") from error
@@ -80,7 +84,7 @@ class FuseStage(Stage):
                 fusion, record = fuse_and_record(paths, data, self.options, device, report=context.report, step=step)
             save_as(ImageClassifier(), fusion.model, record, folder / "fused.ckpt")
             for name in self.balanced:
-                balanced = fusion.balanced[list(inputs).index(name)]
+                balanced = fusion.balanced_parent(list(inputs).index(name))
                 save_as(ImageClassifier(), balanced, None, folder / _balanced_file(name))
             write_results(record, folder / "fusion.json")
             return {"seconds": record["seconds"], "peak_memory_bytes": record["peak_memory_bytes"]}
@@ -162,8 +166,29 @@ def _balancing(options: FusionOptions) -> Hashable:
     return weights, *(getattr(options, name) for name in _BALANCING)
 
 
-def _changed(parents: Sequence[str], structures: Sequence[Structure], options: FusionOptions) -> list[str]:
-    """Return the names of the parents that balancing changes."""
+def _changed(draft: Draft, structures: Sequence[Structure], options: FusionOptions) -> list[str]:
+    """Return the names of the parents that balancing changes.
+
+    Raises:
+        FusionError: The parents cannot be fused.
+
+    Warns:
+        UserWarning: One is left out, since the class of the template cannot have its widths.
+    """
     template = template_of(structures, options)
-    depths = [[len(stage) for stage in structure.stages] for structure in structures]
-    return [name for name, depth in zip(parents, depths, strict=True) if depth != depths[template]]
+    deep, network = structures[template], list(draft.parents.values())[template]
+    found = []
+    for number, (name, structure) in enumerate(zip(draft.parents, structures, strict=True)):
+        if [len(stage) for stage in structure.stages] == [len(stage) for stage in deep.stages]:
+            continue
+        found.append(name)
+        if options.balance == "merge":
+            continue
+        alignment = align_stages(deep, structure, (None,) * len(deep.stages), options)
+        correspond(deep, structure, alignment, f"parent {number}")
+        try:
+            check_insertable(network, deep, structure, alignment, draft.blank_images)
+        except FusionError as error:
+            warnings.warn(f"balanced {name} is left out: {error}", UserWarning, stacklevel=2)
+            found.remove(name)
+    return found

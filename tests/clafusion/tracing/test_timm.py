@@ -6,31 +6,32 @@ import pytest
 import torch
 from torch import nn
 
-from clafusion import FusionError, fuse, load_network, save_network, trace
+from clafusion import FusionError, fuse, load_network, save_network
+from clafusion.formats.files import check_saved
+from clafusion.fusion.verification import check_free
+from clafusion.tracing.reading import trace
 from tests.helpers import ROOT, plain
 
 timm = pytest.importorskip("timm")
 PAGE = (ROOT / "docs/tutorials/timm.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def split_norms():
-    """The function that the page shows."""
-    scope: dict = {}
-    [code] = re.findall(r"(from timm\.layers import .*?return network\n)", PAGE, re.DOTALL)
-    exec(compile(code, "timm.md", "exec"), scope)
-    return scope["split_norms"]
-
-
-def made(name: str, seed: int = 0) -> nn.Module:
+def made(name: str, seed: int = 0, **more: int) -> nn.Module:
     """A network of timm with weights of its own, and norms that are not neutral."""
     torch.manual_seed(seed)
-    network = timm.create_model(name, num_classes=10).eval()
+    network = timm.create_model(name, num_classes=10, **more).eval()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.running_mean, 0, 0.1)
     return network
+
+
+def images(network: nn.Module, count: int = 2) -> torch.Tensor:
+    """Images of the size of a network, small ones where it takes any."""
+    settings = network.default_cfg
+    size = settings["input_size"][1] if settings.get("fixed_input_size") else 64
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def listed(heading: str) -> dict[str, str]:
@@ -41,46 +42,45 @@ def listed(heading: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", listed("Taken as they are"))
-def test_these_are_understood_as_they_are(name):
-    assert trace(made(name), torch.randn(2, 3, 32, 32)).stages
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", listed("Taken after `split_norms`"))
-def test_these_are_understood_with_their_norms_apart(name, split_norms):
-    with pytest.raises(FusionError, match="num_batches_tracked"):
-        trace(made(name), torch.randn(2, 3, 32, 32))
-    assert trace(split_norms(made(name)), torch.randn(2, 3, 32, 32)).stages
+@pytest.mark.parametrize("name", listed("Taken"))
+def test_these_are_understood_and_could_be_saved(name):
+    network = made(name)
+    samples = images(network)
+    check_free(trace(network, samples), name)
+    check_saved(network, samples, name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "reason"), listed("Refused").items())
-def test_these_are_refused_by_name(name, reason, split_norms):
-    network = split_norms(made(name))
-    size = network.default_cfg["input_size"][1] if network.default_cfg.get("fixed_input_size") else 64
-    expected = reason.strip("`")
-    if name.startswith("vit") and torch.__version__.startswith("2.6."):
-        expected = "Expected a network that torch.fx can trace"  # it cannot trace attention yet
-    with pytest.raises(FusionError, match=re.escape(expected)):
-        trace(network, torch.randn(2, 3, size, size))
+def test_these_are_refused_by_name(name, reason):
+    network = made(name)
+    with pytest.raises(FusionError, match=re.escape(reason.strip("`"))):
+        check_free(trace(network, images(network)), name)
 
 
-def test_two_are_fused_and_saved(tmp_path):
-    samples = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    parents = [made("test_resnet", seed) for seed in (0, 1)]
+def fused_and_loaded(parents: list[nn.Module], path: str) -> None:
+    samples = images(parents[0], 4)
     fused = fuse(parents, [samples], plain(num_samples=4)).model
-    save_network(fused, tmp_path / "fused.safetensors")
-    again = load_network(tmp_path / "fused.safetensors")
+    save_network(fused, path)
     with torch.no_grad():
         assert fused(samples).shape == (4, 10)
-        assert torch.equal(again(samples), fused(samples))
+        assert torch.equal(load_network(path)(samples), fused(samples))
+
+
+def test_transformers_of_two_depths_are_fused_and_saved(tmp_path):
+    fused_and_loaded([made("test_vit", 0), made("test_vit", 1, depth=3)], tmp_path / "fused.safetensors")
 
 
 @pytest.mark.slow
-def test_a_network_fused_with_itself_stays_itself(split_norms):
+@pytest.mark.parametrize(("deep", "shallow"), [("seresnet34", "seresnet18"), ("mobilenetv2_100", "mobilenetv2_050")])
+def test_pairs_are_fused_and_saved(deep, shallow, tmp_path):
+    fused_and_loaded([made(deep, 0), made(shallow, 1)], tmp_path / "fused.safetensors")
+
+
+@pytest.mark.slow
+def test_a_network_fused_with_itself_stays_itself():
     samples = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    network = split_norms(made("mnasnet_050"))
+    network = made("mnasnet_050")
     # So few samples tell neurons apart by distance only: many a ReLU lets just one of them through.
     options = plain(num_samples=4, cost="euclidean", features="preactivations")
     fused = fuse([network, network], [samples], options).model

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import save_file
 
-from clafusion import FusionError, networks, save_network
+from clafusion import FusionError, networks, restore, save_network
 from clafusion.datamodules import DigitsDataModule
 from clafusion.datamodules.idx import read_idx
 from clafusion.datamodules.pickles import read_pickle
@@ -226,34 +226,69 @@ def test_forged_headers_are_refused(name, tmp_path):
             assert read(reader, Path("bad.safetensors")) == "refused"
 
 
-class Blown(nn.Module):
-    """Asks for an image of 30000 x 30000 points, without a weight."""
+def pooling(size: int, dim: int) -> dict[str, Any]:
+    """The graph of a network that pools to a size, pools to one point, and flattens from a dimension on."""
+    calls = [
+        ["aten.adaptive_avg_pool2d.default", [{"input": 0}, [size, size]], {}],
+        ["aten.adaptive_avg_pool2d.default", [{"node": 0}, [1, 1]], {}],
+        ["aten.flatten.using_ints", [{"node": 1}, dim], {}],
+        ["aten.linear.default", [{"node": 2}, {"tensor": "head.weight"}, {"tensor": "head.bias"}], {}],
+    ]
+    tensors = [["head.weight", "parameter", [10, 1], "float"], ["head.bias", "parameter", [10], "float"]]
+    return {
+        "name": "aten", "version": 1, "input": [1, 8, 8], "nodes": calls, "logits": {"node": 3}, "tensors": tensors,
+    }  # fmt: skip
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool, self.small, self.head = nn.AdaptiveAvgPool2d(1), nn.AdaptiveAvgPool2d(1), nn.Linear(1, 10)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.flatten(self.small(self.pool(x)), 1))
+def pooling_of_the_first_version(size: int, dim: int) -> dict[str, Any]:
+    """The same as it was written before."""
+    nodes = [
+        ("placeholder", "x", "x", []),
+        ("call_module", "pool", "pool", [{"node": "x"}]),
+        ("call_module", "small", "small", [{"node": "pool"}]),
+        ("call_function", "flat", "torch.flatten", [{"node": "small"}, dim]),
+        ("call_module", "head", "head", [{"node": "flat"}]),
+        ("output", "output", "output", [{"node": "head"}]),
+    ]
+    modules = {
+        "pool": {"type": "AdaptiveAvgPool2d", "output_size": size},
+        "small": {"type": "AdaptiveAvgPool2d", "output_size": 1},
+        "head": {"type": "Linear", "in_features": 1, "out_features": 10, "bias": True},
+    }
+    names = ("op", "name", "target", "args")
+    return {
+        "name": "graph",
+        "nodes": [{**dict(zip(names, node, strict=True)), "kwargs": {}} for node in nodes],
+        "modules": modules,
+    }
+
+
+GRAPHS = {pooling: "aten.adaptive_avg_pool2d.default, operation 0", pooling_of_the_first_version: "pool"}
+
+
+def written(architecture: dict[str, Any]) -> Path:
+    metadata = {"format": "clafusion", "version": "1", "architecture": json.dumps(architecture)}
+    save_file(restore(architecture).state_dict(), "bad.safetensors", metadata)
+    return Path("bad.safetensors")
 
 
 class Images:
     image_shape, num_classes = (1, 8, 8), 10
 
 
-def test_a_network_that_blows_images_up_is_refused_before_it_does(tmp_path):
-    network = Blown()
-    network.pool.output_size = 30_000
-    save_network(network, "bad.safetensors")
-    with Watch(tmp_path).over(0), pytest.raises(FusionError, match="got 1,800,000,000 from 'pool'; choose another"):
-        check_images(load_parent("bad.safetensors"), Images(), "bad.safetensors")
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_a_network_that_blows_images_up_is_refused_before_it_does(graph, tmp_path):
+    assert check_images(load_parent(written(graph(1, 1))), Images(), "good.safetensors") == 10
+    path = written(graph(30_000, 1))
+    refused = f"got 1,800,000,000 from '{GRAPHS[graph]}'; choose another"
+    with Watch(tmp_path).over(0), pytest.raises(FusionError, match=refused):
+        check_images(load_parent(path), Images(), "bad.safetensors")
 
 
-def test_a_graph_that_fails_prints_nothing(capfd):
-    save_network(Blown(), "bad.safetensors")
-    Path("bad.safetensors").write_bytes(Path("bad.safetensors").read_bytes().replace(b'"args\\": [{\\"node\\": \\"small\\"}, 1]', b'"args\\": [{\\"node\\": \\"small\\"}, 9]'))  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_a_graph_that_fails_prints_nothing(graph, capfd):
     with pytest.raises(FusionError, match="got 1x8x8 from Images"):
-        check_images(load_parent("bad.safetensors"), Images(), "bad.safetensors")
+        check_images(load_parent(written(graph(1, 9))), Images(), "bad.safetensors")
     assert capfd.readouterr() == ("", "")
 
 

@@ -388,6 +388,17 @@ def test_all_networks_are_finetuned_unless_some_are_named():
     assert tuned == [f"finetune {name}" for name in ("deep", "shallow", "fused default", "balanced shallow")]
 
 
+def test_a_balanced_network_that_cannot_be_built_is_left_out_with_a_line():
+    made = {"class_path": "tests.lightning_modules.normed.Normed"}
+    parents = {
+        name: {**EXPERIMENT["parents"]["deep"], "architecture": {**made, "init_args": {"depth": depth, "width": width}}}
+        for name, depth, width in (("deep", 3, 12), ("alike", 2, 12), ("narrow", 2, 8))
+    }
+    with pytest.warns(UserWarning, match="^balanced narrow is left out: Expected StoredNetwork to run at other widths"):
+        found = planned(parents=parents, fusions={"default": {}}, finetune=None, distill=None)
+    assert [name for name in found if "balanced" in name] == ["evaluate balanced alike"]
+
+
 def test_variants_share_what_they_balance_alike():
     merge = {"balance": "merge"}
     fusions = {"default": {}, "none": {"correction": "none"}, "merge": merge, "half": {"weights": [0.2, 0.8]}}
