@@ -1,49 +1,63 @@
-"""The check that a parent with inserted layers is the function that it was, on a handful of samples."""
+"""The check that a unit which a parent lacks is an identity, on a handful of samples."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from clafusion.alignment.layer_maps import Alignment
-from clafusion.balancing.correspondence import match_layers, matched_units
 from clafusion.errors import FusionError
-from clafusion.tracing.comparison import TOLERANCE, Observed, difference, few_of, first_wrong, logits_of, outputs_of
+from clafusion.tracing.comparison import TOLERANCE, difference, exact_outputs
+from clafusion.tracing.execution import GraphRunner
+from clafusion.tracing.exporting import operation_of
 from clafusion.tracing.structure import Structure, Unit
+from clafusion.tracing.units import IDEMPOTENT
+from clafusion.transport.identities import identity_value
 
 
-def check_inserted(network: Structure, original: Structure, alignment: Alignment, samples: Tensor, called: str) -> None:
-    """Refuse a network that its inserted layers have made another function.
+@torch.no_grad()
+def check_passing(structure: Structure, units: Sequence[Unit], few: Tensor) -> None:
+    """Refuse a unit that does not pass its input on when its parameters are those of an identity.
+
+    What stands for a unit is not built for the parent that lacks it; so this is tried on the network that has it.
 
     Args:
-        network: with inserted units.
-        original: without them.
-        alignment: per stage, the unit of the network that each unit of the original became.
-        samples: inputs; the first few are run.
-        called: what the message calls the network.
+        structure: of the network that has the units.
+        units: those that another network lacks.
+        few: samples.
     """
-    few = few_of(samples)
-    error = difference(logits_of(original, few), logits_of(network, few))
-    if error <= TOLERANCE.get(next(original.module.parameters()).dtype, 1e-3):
-        return
-    partners = matched_units(network, original, alignment)
-    ends = [node for unit in network.units for node in (unit.input, unit.output.post)]
-    expected, got = outputs_of(original, few), outputs_of(network, few, ends)
-    pairs = (pair for unit in network.units for pair in _inserted(unit, partners, expected, got))
-    raise FusionError(
-        f"Expected inserted layers to leave {called}'s function as it is, got logits that differ by {error:.1e} "
-        f"(relative), first behind {first_wrong(pairs, network)}; only ReLU-like activations pass an identity"
-    )
+    inputs = exact_outputs(structure, few, [unit.input for unit in units])
+    for unit in units:
+        expected = activated(structure, unit, inputs[unit.input])
+        error = difference(expected, _passed(structure, unit, inputs[unit.input]))
+        if not error <= TOLERANCE[expected.dtype]:
+            raise FusionError(
+                f"Expected {unit.name!r} to pass its input on with the parameters of an identity, got features that "
+                f"differ by {error:.1e} (relative); it cannot be inserted safely, report it"
+            )
 
 
-def _inserted(
-    unit: Unit, partners: Mapping[str, Unit], expected: Mapping[str, Tensor], got: Mapping[str, Tensor]
-) -> Iterator[Observed]:
-    """The outputs that the layers of a unit should have: those of its partner, or without one the input of the unit."""
-    if unit.name in partners:
-        pairs = match_layers(unit, partners[unit.name])
-        yield from ((layer, expected[other.node], got[layer.node]) for layer, other in pairs)
-        return
-    if unit.kind == "plain":
-        yield from ((layer, got[unit.input], got[layer.node]) for layer in unit.layers)
-    closing = next(layer for layer in unit.layers if layer.name == unit.closing)
-    yield closing, got[unit.input], got[unit.output.post]
+def _passed(structure: Structure, unit: Unit, stream: Tensor) -> Tensor:
+    """What a unit gives for a stream once its parameters are those of an identity."""
+    tensors, found = structure.capture.tensors, structure.neurons_at(unit.input)
+    size = 0 if found is None else len(found[1].of)
+
+    def fetch(name: str) -> Tensor:
+        tensor = tensors[name].detach()
+        if name in unit.closing:
+            tensor = torch.zeros_like(tensor)
+        elif unit.kind == "plain" and name in unit.parameters:
+            tensor = identity_value(name, unit.layers[0], structure, size, tensor)
+        return tensor.to(stream.dtype) if tensor.is_floating_point() else tensor
+
+    runner = GraphRunner(structure.capture, fetch)
+    output: Tensor = dict(runner.resume({unit.input: stream}, [unit.output]))[unit.output]
+    return output
+
+
+def activated(structure: Structure, unit: Unit, stream: Tensor) -> Tensor:
+    """A stream behind the activations that end a unit."""
+    for name in unit.nodes[unit.nodes.index(unit.features) + 1 if unit.features in unit.nodes else 0 :]:
+        node = structure.nodes[name]
+        if operation_of(node) in IDEMPOTENT:
+            stream = node.target(stream, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    return stream
