@@ -10,15 +10,14 @@ from clafusion.alignment.layer_maps import deep_and_shallow
 from clafusion.alignment.stages import Alignment, pair_stages
 from clafusion.balancing.correspondence import correspond, itself
 from clafusion.balancing.merging import merged
+from clafusion.balancing.verification import activated, check_passing
 from clafusion.errors import FusionError
 from clafusion.options import FusionOptions
 from clafusion.tracing.comparison import TOLERANCE, difference, few_of
 from clafusion.tracing.execution import GraphRunner, as_input
-from clafusion.tracing.exporting import operation_of
 from clafusion.tracing.reading import structure_of
 from clafusion.tracing.resizing import room_for
-from clafusion.tracing.structure import Structure, Unit
-from clafusion.tracing.units import IDEMPOTENT
+from clafusion.tracing.structure import Structure
 from clafusion.transport.balanced import Balanced, Correspondence
 
 
@@ -93,7 +92,7 @@ def _same_depth(structure: Structure) -> Alignment:
 
 @torch.no_grad()
 def check_identities(template: Structure, parent: Correspondence, samples: Tensor, called: str) -> None:
-    """Refuse an activation that changes the stream of a parent which it would be inserted into.
+    """Refuse units that are no identities, and activations that change the stream which they would be inserted into.
 
     Args:
         template: the structure with all units.
@@ -102,28 +101,19 @@ def check_identities(template: Structure, parent: Correspondence, samples: Tenso
         called: what the message calls the parent.
     """
     missing = [unit for unit in template.units if unit.name not in parent.units]
+    check_passing(template, missing, few_of(samples))
     wanted = {parent.nodes[unit.input] for unit in missing}
     run = GraphRunner(parent.structure.capture).observe(as_input(few_of(samples), parent.structure.capture), wanted)
     streams = dict(run)
     for unit in missing:
         stream = streams[parent.nodes[unit.input]]
-        passed = _activated(template, unit, stream)
+        passed = activated(template, unit, stream)
         error = difference(stream, passed)
         if not error <= TOLERANCE.get(stream.dtype, 1e-3):
             raise FusionError(
                 f"Expected inserted layers to leave {called}'s function as it is, got features that differ by "
                 f"{error:.1e} (relative) behind {unit.name!r}; only ReLU-like activations pass an identity"
             )
-
-
-def _activated(template: Structure, unit: Unit, stream: Tensor) -> Tensor:
-    """A stream behind the activations that end a unit."""
-    nodes = {node.name: node for node in template.capture.graph.nodes}
-    for name in unit.nodes[unit.nodes.index(unit.features) + 1 if unit.features in unit.nodes else 0 :]:
-        node = nodes[name]
-        if operation_of(node) in IDEMPOTENT:
-            stream = node.target(stream, *node.args[1:], **node.kwargs)
-    return stream
 
 
 def owners_by_unit(

@@ -39,12 +39,14 @@ def correspond(template: Structure, parent: Structure, alignment: Alignment, cal
     """
     units = matched_units(template, parent, alignment, called)
     draft = _Draft(template, parent, called)
-    for unit in template.units:
-        draft.add_transition(unit, units.get(unit.name))
-        if unit.name in units:
-            draft.add_unit(unit, units[unit.name])
-        else:
-            draft.add_identity(unit)
+    for ours, theirs in pair_stages(template, parent, called):
+        if theirs:
+            draft.add_transition(ours[0], theirs[0])
+        for unit in ours:
+            if unit.name in units:
+                draft.add_unit(unit, units[unit.name])
+            else:
+                draft.add_identity(unit)
     draft.nodes[template.capture.logits] = parent.capture.logits
     draft.add_blocks()
     return Correspondence(parent, units, draft.nodes, draft.parameters, draft.spaces, draft.identities)
@@ -85,8 +87,8 @@ def matched_units(
     missing = next((unit for unit in template.units if unit.name not in units and not unit.insertable), None)
     if missing is not None:
         raise FusionError(
-            f"Expected {called} to have a unit for {missing.name!r} of the deepest parent, since no identity can stand "
-            "in its place (only ReLU-like activations pass one), got none; choose parents of equal depth there"
+            f"Expected {called} to have a unit for {missing.name!r} of the deepest parent, got none, and no identity can "
+            "stand in its place: only ReLU-like activations pass an identity; choose parents of equal depth there"
         )
     return units
 
@@ -107,18 +109,13 @@ class _Draft:
         self.spaces: dict[str, str] = {}
         self.identities: dict[str, str] = {}
 
-    def add_transition(self, unit: Unit, partner: Unit | None) -> None:
-        """Pair the operations before a unit; those before a unit that the parent lacks are the parent's own there."""
-        ours = self.template.transitions[unit.name]
-        if partner is None:
-            if ours.nodes:
-                raise FusionError(f"Expected {self.called} to have a unit behind {ours.nodes[-1]!r}, got none")
-            return
-        theirs = self.parent.transitions[partner.name]
+    def add_transition(self, unit: Unit, other: Unit) -> None:
+        """Pair the operations before the first unit of a stage, whether the parent has that unit or an identity."""
+        ours, theirs = self.template.transitions[unit.name], self.parent.transitions[other.name]
         if ours.signature != theirs.signature:
             a, b = first_difference(ours.signature, theirs.signature)
             raise FusionError(
-                f"Expected {self.called} to do before {partner.name!r} what the deepest parent does before "
+                f"Expected {self.called} to do before {other.name!r} what the deepest parent does before "
                 f"{unit.name!r}, got {b} for {a}"
             )
         self.nodes.update(zip(ours.nodes, theirs.nodes, strict=True))

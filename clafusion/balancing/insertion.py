@@ -1,6 +1,6 @@
 """Insertion: the shallow network grows to the deep one's depth, by units that are identities."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -86,21 +86,29 @@ def check_insertable(deep: nn.Module, a: Structure, b: Structure, alignment: Ali
 def _sizes(a: Structure, parent: Correspondence) -> dict[str, int]:
     """The width of every space of the deep network once the shallow one's units are in it.
 
-    An inserted unit is as wide inside as the shallow network's unit of its kind before it, or else after it.
+    An inserted unit is as wide inside as the shallow network's unit before it in its stage, or else after it.
     """
     sizes = {name: parent.structure.sizes[other] for name, other in parent.spaces.items()}
-    for number, unit in enumerate(a.units):
-        if unit.name in parent.units:
-            continue
-        alike = [one for one in a.units if one.name in parent.units and one.signature == unit.signature]
-        before = [one for one in a.units[:number] if one in alike]
-        model = before[-1] if before else next(iter(alike), None)
-        pairs = zip(unit.parameters, model.parameters, strict=True) if model is not None else ()
-        for name, other in pairs:
-            for axis, another in zip(a.axes[name], a.axes[other], strict=True):
-                for space, known in zip(axis.spaces, another.spaces, strict=True) if axis and another else ():
-                    sizes.setdefault(space, sizes[known])
+    for stage in a.stages:
+        known = [unit for unit in stage if unit.name in parent.units]
+        for unit in stage:
+            if unit.name in parent.units:
+                known = [unit, *known]
+            else:
+                alike = [one for one in a.units if one.name in parent.units and one.signature == unit.signature]
+                for ours, theirs in _alike_spaces(a, unit, [*known[:1], *alike]):
+                    sizes.setdefault(ours, sizes[theirs])
     return {name: sizes.get(name, size) for name, size in a.sizes.items()}
+
+
+def _alike_spaces(a: Structure, unit: Unit, models: Sequence[Unit]) -> Iterator[tuple[str, str]]:
+    """The spaces that the layers of a unit write, with those of the first unit that has the same layers."""
+    kinds = [layer.kind for layer in unit.branch]
+    model = next((one for one in models if [layer.kind for layer in one.branch] == kinds), None)
+    for layer, other in zip(unit.branch, model.branch, strict=True) if model is not None else ():
+        ours, theirs = a.written(layer), a.written(other)
+        if ours is not None and theirs is not None:
+            yield from zip(ours.spaces, theirs.spaces, strict=False)
 
 
 def _identity(unit: Unit, a: Structure, room: Mapping[str, Tensor], zero_branches: bool) -> dict[str, Tensor]:

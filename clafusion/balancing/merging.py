@@ -96,7 +96,7 @@ def _check_mergeable(structure: Structure, dropped: Sequence[Unit]) -> None:
             or not bare
             or (unit in dropped and unit.layers[-1].activation != "relu")
         ):
-            kinds = ", ".join(layer.kind for layer in unit.layers)
+            kinds = ", ".join([layer.kind for layer in unit.layers] + ([] if bare else ["norm"]))
             raise FusionError(
                 f"Expected to merge Linear layers with ReLU, got {unit.name!r} ({kinds}, activation "
                 f"{unit.layers[-1].activation if unit.layers else None}); balance this pair with insert"

@@ -20,9 +20,9 @@ def pair():
 def features(model, samples):
     """The pre-activations of every hidden layer."""
     structure = trace(model, samples[:2])
-    names = [unit.output.pre for unit in structure.stages[0]]
+    names = [unit.features for unit in structure.stages[0]]
     with torch.no_grad():
-        values = dict(GraphRunner(structure.module).observe(samples, names))
+        values = dict(GraphRunner(structure.capture).observe(samples, names))
     return [values[name] for name in names]
 
 

@@ -36,12 +36,19 @@ NETWORKS = {
 def parts_of(model, samples):
     """Every layer with its input and its output, observations first."""
     structure = trace(model, samples[:2])
-    cursor = Cursor(GraphRunner(structure.module), [samples])
-    for layer in (layer for layer in structure.layers if layer.weighted):
+    for layer in structure.layers:
         part = folded_layer(structure, layer)
-        [outputs] = cursor.look_ahead([part.input, part.output])
-        output = rows(outputs[part.output])
-        yield part, design_rows(part.module, outputs[part.input], torch.arange(len(output))), output
+        [outputs] = Cursor(GraphRunner(structure.capture), [samples]).look_ahead([layer.input, part.output])
+        output = rows(outputs[part.output], part.dim)
+        yield part, design_rows(part, outputs[layer.input], torch.arange(len(output))), output
+
+
+def before_the_norm(model, samples, number):
+    """What a layer gives before the norm behind it, observations first."""
+    structure = trace(model, samples[:2])
+    layer = structure.layers[number]
+    [(_, output)] = GraphRunner(structure.capture).observe(samples, [layer.node])
+    return rows(output)
 
 
 def computed(x, weight, bias, groups):
@@ -71,8 +78,7 @@ def test_writing_what_was_read_changes_nothing(name):
         mean, variance = (torch.rand(len(bias), generator=torch.Generator().manual_seed(number)) for _ in range(2))
         part.write(weight, bias, (mean, variance))
         if part.norm is not None:
-            assert torch.equal(part.norm.running_mean, mean.double())
-            assert torch.equal(part.norm.running_var, variance.double())
+            assert torch.equal(part.norm[2], mean.double()) and torch.equal(part.norm[3], variance.double())
     assert torch.allclose(model(samples), before, atol=1e-12)
 
 
@@ -83,7 +89,7 @@ def test_what_is_written_is_computed(name):
         model = make()
         generator = torch.Generator().manual_seed(number)
         part, x, _ = list(parts_of(model, samples))[number]
-        weight = torch.randn(len(part.module.weight), part.fan_in, generator=generator).double()
+        weight = torch.randn(len(part.weight), part.fan_in, generator=generator).double()
         bias = torch.randn(len(weight), generator=generator).double() * part.has_bias
         plain = computed(x, weight, torch.zeros(()), part.groups)
         part.write(weight, bias, (plain.mean(0), plain.var(0, correction=0)))
@@ -91,9 +97,9 @@ def test_what_is_written_is_computed(name):
         assert torch.allclose(output, computed(x, weight, bias, part.groups), atol=1e-12)
         if part.norm is not None:
             # In training mode the norm would see what it has stored.
-            stored = rows(part.module(samples)) if number == 0 else plain
-            assert torch.allclose(stored.mean(0), part.norm.running_mean, atol=1e-12)
-            assert torch.allclose(stored.var(0, correction=0), part.norm.running_var, atol=1e-12)
+            seen, (_, _, mean, variance) = before_the_norm(model, samples, number), part.norm
+            assert torch.allclose(seen.mean(0), mean, atol=1e-12)
+            assert torch.allclose(seen.var(0, correction=0), variance, atol=1e-12)
 
 
 def test_a_neuron_that_does_not_vary_keeps_its_value():
@@ -102,7 +108,7 @@ def test_a_neuron_that_does_not_vary_keeps_its_value():
     part, _, _ = next(parts_of(model, samples))
     weight, bias = torch.zeros(7, 12).double(), torch.arange(7).double()
     part.write(weight, bias, (torch.zeros(7), torch.full((7,), -1e-20)))
-    assert not part.norm.running_var.any()
+    assert not part.norm[3].any()
     assert torch.allclose(model.bn1(model.fc1(samples)), bias.expand(30, 7), atol=1e-12)
 
 
@@ -125,15 +131,53 @@ def test_writing_touches_nothing_but_the_layer():
     weight, bias = part.read()
     part.write(2 * weight, bias, (bias, bias.square()))
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    modules = dict(model.named_modules())
-    own = {name for name in changed if any(modules[name.rpartition(".")[0]] is m for m in find(model, part))}
-    assert changed == own and len(own) >= 4
+    own = {part.weight.data_ptr(), part.bias.data_ptr(), *(tensor.data_ptr() for tensor in part.norm)}
+    assert changed == {name for name, tensor in model.state_dict().items() if tensor.data_ptr() in own}
+    assert len(changed) == 6
 
 
-def find(model, part):
-    """The modules of the model that share their tensors with a layer of its structure."""
-    theirs = {id(tensor) for module in (part.module, part.norm) for tensor in module.parameters()}
-    return [m for m in model.modules() if theirs & {id(t) for t in m.parameters(recurse=False)}]
+def test_what_is_kept_can_be_put_back():
+    model, samples = resnet([1, 1], bias=True, **NORMED), images(6, 8)
+    before = copy.deepcopy(model.state_dict())
+    for part, _, _ in parts_of(model, samples):
+        kept, (weight, bias) = part.keep(), part.read()
+        part.write(2 * weight, bias + 1, (bias, bias.square()))
+        for tensor, value in kept:
+            assert not torch.equal(tensor, value)
+            tensor.detach().copy_(value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class Scaled(nn.Module):
+    """Branches whose neurons have a scale each, one of them nothing, before they are added to the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.outer = nn.Linear(12, 5), nn.Linear(5, 7), nn.Linear(7, 5)
+        self.scale, self.head = nn.Parameter(torch.tensor([0.5, -2.0, 1e-3, 3.0, 0.0])), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x + self.scale * self.outer(self.inner(x).relu()))
+
+
+@torch.no_grad()
+def test_a_scale_behind_a_layer_is_part_of_it_where_it_is_added_up():
+    model = randomised(Scaled())
+    model.scale.copy_(torch.tensor([0.5, -2.0, 1e-3, 3.0, 0.0]))
+    structure, samples = trace(model, vectors(2)), vectors(30)
+    layer = next(layer for layer in structure.layers if layer.name == "outer")
+    part, silent = folded_layer(structure, layer, with_scale=True), model.outer.weight[4].clone()
+    inner = model.inner(model.stem(samples)).relu()
+    weight, bias = part.read()
+    assert torch.allclose(inner @ weight.T + bias, model.scale * model.outer(inner), atol=1e-12)
+    wanted = torch.randn(5, 7, generator=torch.Generator().manual_seed(1)).double()
+    wanted[4] = 0
+    part.write(wanted, torch.tensor([1.0, 2.0, 3.0, 4.0, 0.0]).double(), None)
+    expected = inner @ wanted.T + torch.tensor([1.0, 2.0, 3.0, 4.0, 0.0]).double()
+    assert torch.allclose(model.scale * model.outer(inner), expected, atol=1e-9)
+    assert torch.equal(model.outer.weight[4], silent)
+    assert folded_layer(structure, layer).scale is None
 
 
 def test_a_norm_elsewhere_is_no_part_of_the_layer():

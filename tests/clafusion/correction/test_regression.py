@@ -8,11 +8,13 @@ import torch
 from scipy.optimize import minimize
 from torch import nn
 
+from clafusion import trace
 from clafusion.correction import regression
 from clafusion.correction import regression as ridge
-from clafusion.correction.affine import design_rows
+from clafusion.correction.affine import design_rows, folded_layer
 from clafusion.correction.regression import RidgeSystem, rectified_regression, soft_label_regression
 from clafusion.statistics.samples import rows
+from clafusion.tracing.execution import GraphRunner
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -46,6 +48,15 @@ def conv(outputs: int, arguments: dict) -> nn.Conv2d:
     return nn.Conv2d(4, outputs, bias=False, **arguments).double()
 
 
+def design_of(layer: nn.Module, x: torch.Tensor, observations: torch.Tensor) -> torch.Tensor:
+    """The design rows of a layer that begins a network, padding that the graph has as an operation of its own included."""
+    head = nn.Linear(layer(x).flatten(1).shape[1], 3).double()
+    structure = trace(nn.Sequential(layer, nn.Flatten(), head), x)
+    part = folded_layer(structure, structure.layers[0])
+    [(_, inputs)] = GraphRunner(structure.capture).observe(x, [part.layer.input])
+    return design_rows(part, inputs, observations)
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")  # PyTorch's copy
 @pytest.mark.parametrize("name", LAYERS)
 def test_design_rows_are_what_unit_weights_give(name):
@@ -59,8 +70,8 @@ def test_design_rows_are_what_unit_weights_give(name):
         expected = rows(copying(x)).unflatten(1, (groups, fan_in))
         everything = torch.arange(len(expected))
         some = torch.randperm(len(expected), generator=torch.Generator().manual_seed(1))[:11]
-        assert torch.equal(design_rows(layer, x, everything), expected)
-        assert torch.equal(design_rows(layer, x, some), expected[some])
+        assert torch.equal(design_of(layer, x, everything), expected)
+        assert torch.equal(design_of(layer, x, some), expected[some])
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
@@ -70,7 +81,7 @@ def test_weights_times_design_rows_are_the_output(name):
     layer, x = conv(8, LAYERS[name]), normal(3, 4, 7, 6)
     with torch.no_grad():
         expected = rows(layer(x))
-        design = design_rows(layer, x, torch.arange(len(expected)))
+        design = design_of(layer, x, torch.arange(len(expected)))
         weight = layer.weight.flatten(1).unflatten(0, (layer.groups, -1))
         assert torch.allclose(torch.einsum("ngi,goi->ngo", design, weight).flatten(1), expected, atol=1e-12)
 
@@ -85,12 +96,12 @@ def test_design_rows_against_explicit_loops():
             for left in range(6):
                 patch = padded[:, top : top + 2, left : left + 3]
                 expected.append(torch.stack([patch[:2].flatten(), patch[2:].flatten()]))
-    assert torch.equal(design_rows(layer, x, torch.arange(2 * 3 * 6)), torch.stack(expected))
+    assert torch.equal(design_of(layer, x, torch.arange(2 * 3 * 6)), torch.stack(expected))
 
 
 def test_design_rows_of_a_dense_layer_are_its_inputs():
     x, some = normal(6, 5), torch.tensor([4, 0, 0])
-    assert torch.equal(design_rows(nn.Linear(5, 3), x, some), x[some][:, None])
+    assert torch.equal(design_of(nn.Linear(5, 3).double(), x, some), x[some][:, None])
 
 
 # --- ridge regression ------------------------------------------------------------------------------------------------
@@ -100,6 +111,11 @@ def problem(count: int, inputs: int = 6, outputs: int = 3, groups: int = 1, inte
     x = normal(count, groups, inputs, seed=seed)
     x = torch.cat([x, torch.ones(count, groups, 1)], 2) if intercept else x
     return x, normal(groups, count, outputs, seed=seed + 1), normal(groups, outputs, x.shape[2], seed=seed + 2)
+
+
+def regress(system: RidgeSystem, target: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+    """The regression of a target, of which the prior weights leave a part."""
+    return system.regress(target - system.apply(prior.double()), prior)
 
 
 def least_squares(x, t, prior, ridge: float, intercept: bool) -> torch.Tensor:
@@ -120,7 +136,7 @@ def least_squares(x, t, prior, ridge: float, intercept: bool) -> torch.Tensor:
 @pytest.mark.parametrize("ridge", [1e-4, 0.3])
 def test_solve_is_least_squares_with_ridge_rows(count, groups, intercept, ridge):
     x, t, prior = problem(count, groups=groups, intercept=intercept)
-    solved = RidgeSystem.of(x, ridge, intercept).regress(t, prior)
+    solved = regress(RidgeSystem.of(x, ridge, intercept), t, prior)
     assert torch.allclose(solved, least_squares(x, t, prior, ridge, intercept), atol=1e-9)
 
 
@@ -131,7 +147,7 @@ def test_the_size_of_the_blocks_changes_nothing(count, monkeypatch):
     monkeypatch.setattr(ridge, "BLOCK", 30)
     parts = RidgeSystem.of(x, 1e-2, True)
     assert torch.allclose(parts.factor, whole.factor, atol=1e-12)
-    assert torch.allclose(parts.regress(t, prior), whole.regress(t, prior), atol=1e-12)
+    assert torch.allclose(regress(parts, t, prior), regress(whole, t, prior), atol=1e-12)
 
 
 def test_the_gram_matrix_of_the_observations_is_factorised_where_it_is_much_smaller():
@@ -144,7 +160,7 @@ def test_the_gram_matrix_of_the_observations_is_factorised_where_it_is_much_smal
 def test_without_a_ridge_few_and_equal_observations_are_met_with_the_smallest_change(dtype, intercept):
     x, t, prior = problem(5, inputs=40, intercept=intercept)
     x[4], t[:, 4] = x[3], t[:, 3]
-    solved = RidgeSystem.of(x.to(dtype), 0.0, intercept).regress(t, prior)
+    solved = regress(RidgeSystem.of(x.to(dtype), 0.0, intercept), t, prior)
     assert torch.allclose(solved, least_squares(x, t, prior, 1e-9, intercept), atol=1e-4)
     assert torch.allclose(torch.einsum("ngi,goi->gno", x, solved), t, atol=1e-5)
 
@@ -155,7 +171,7 @@ def test_a_gram_matrix_that_rounding_made_indefinite_is_computed_again_in_float6
     rounded = x.float()
     inputs = rounded[:, :, :6]
     assert ridge._cholesky(ridge._gram(inputs, inputs.double().mean(0)), torch.tensor([5e-9])) is None
-    solved = RidgeSystem.of(rounded, 1e-10, True).regress(t, prior)
+    solved = regress(RidgeSystem.of(rounded, 1e-10, True), t, prior)
     assert torch.allclose(solved, least_squares(rounded.double(), t, prior, 1e-10, True), rtol=1e-3)
 
 
@@ -174,13 +190,13 @@ def test_moments_are_those_of_what_the_weights_give(dtype, count):
 def test_a_prior_that_fits_comes_back(count, intercept):
     x, _, prior = problem(count, groups=2, intercept=intercept)
     t = torch.einsum("ngi,goi->gno", x, prior)
-    assert torch.allclose(RidgeSystem.of(x, 1e-4, intercept).regress(t, prior), prior, atol=1e-12)
+    assert torch.allclose(regress(RidgeSystem.of(x, 1e-4, intercept), t, prior), prior, atol=1e-12)
 
 
 def test_an_input_without_signal_keeps_its_weights():
     x, t, prior = problem(50, intercept=True)
     x[:, :, 2] = 0
-    solved = RidgeSystem.of(x, 1e-4, True).regress(t, prior)
+    solved = regress(RidgeSystem.of(x, 1e-4, True), t, prior)
     assert torch.allclose(solved[..., 2], prior[..., 2], atol=1e-14)
     assert not torch.allclose(solved[..., 1], prior[..., 1], atol=1e-2)
 
@@ -189,7 +205,7 @@ def test_an_input_without_signal_keeps_its_weights():
 def test_a_dead_layer_keeps_its_weights_and_the_bias_takes_the_mean(intercept):
     x, t, prior = problem(50, intercept=intercept)
     x[:, :, :6] = 0
-    solved = RidgeSystem.of(x, 1e-4, intercept).regress(t, prior)
+    solved = regress(RidgeSystem.of(x, 1e-4, intercept), t, prior)
     assert torch.allclose(solved[..., :6], prior[..., :6], atol=1e-14)
     assert not intercept or torch.allclose(solved[0, :, 6], t[0].mean(0), atol=1e-9)
 
@@ -197,14 +213,14 @@ def test_a_dead_layer_keeps_its_weights_and_the_bias_takes_the_mean(intercept):
 def test_constant_and_equal_inputs_are_no_obstacle():
     x, t, prior = problem(50, intercept=True)
     x[:, :, 1], x[:, :, 3] = 2.5, x[:, :, 4]
-    solved = RidgeSystem.of(x, 1e-6, True).regress(t, prior)
+    solved = regress(RidgeSystem.of(x, 1e-6, True), t, prior)
     assert torch.allclose(solved, least_squares(x, t, prior, 1e-6, True), atol=1e-6)
 
 
 @pytest.mark.parametrize("intercept", [True, False])
 def test_a_heavy_ridge_leaves_the_intercept_free(intercept):
     x, t, prior = problem(50, intercept=intercept)
-    solved = RidgeSystem.of(x, 1e9, intercept).regress(t, prior)
+    solved = regress(RidgeSystem.of(x, 1e9, intercept), t, prior)
     assert torch.allclose(solved[..., :6], prior[..., :6], atol=1e-6)
     if intercept:
         rest = (t[0] - x[:, 0, :6] @ prior[0, :, :6].T).mean(0)
@@ -214,8 +230,8 @@ def test_a_heavy_ridge_leaves_the_intercept_free(intercept):
 def test_the_ridge_has_the_unit_of_its_inputs():
     """Inputs a thousand times larger ask for weights a thousand times smaller, whatever the ridge."""
     x, t, prior = problem(50)
-    one = RidgeSystem.of(x, 0.1, False).regress(t, prior)
-    other = RidgeSystem.of(x * 1000, 0.1, False).regress(t, prior / 1000)
+    one = regress(RidgeSystem.of(x, 0.1, False), t, prior)
+    other = regress(RidgeSystem.of(x * 1000, 0.1, False), t, prior / 1000)
     assert torch.allclose(other * 1000, one, atol=1e-10)
 
 
@@ -229,7 +245,8 @@ def rectified_problem(count=200, offset=None, shift=0.0, intercept=True, seed=0,
 
 
 def rectify(x, target, offset, prior, ridge, intercept=True) -> torch.Tensor:
-    return rectified_regression(RidgeSystem.of(x, ridge, intercept), target, offset, prior)
+    system = RidgeSystem.of(x, ridge, intercept)
+    return rectified_regression(system, target, system.apply(prior) + offset, prior)
 
 
 def rectified_error(weight, x, target, offset) -> torch.Tensor:
@@ -257,7 +274,7 @@ def test_rectified_regression_descends_to_the_minimum(ridge, on_offset, seed, mo
 
     in_practice = objective(regression.RECTIFIED_STEPS)
     x, target, offset, prior = arguments
-    ridge_only = RidgeSystem.of(x, ridge, True).regress(target - offset, prior)
+    ridge_only = regress(RidgeSystem.of(x, ridge, True), target - offset, prior)
     start = objective(0)
     assert start == pytest.approx(float(rectified_objective(ridge_only, *arguments, ridge)))
     least = minimum(lambda w: rectified_objective(w, *arguments, ridge), prior)
@@ -274,9 +291,10 @@ def test_with_few_observations_it_takes_the_same_steps(intercept):
     factor = ridge._cholesky(ridge._gram(penalised, few.mean[:, :, 0]), few.penalty.flatten())
     plain = dataclasses.replace(few, factor=factor, kernel=None)
     assert few.kernel is not None
-    expected = rectified_regression(plain, target, offset, prior)
-    assert torch.allclose(rectified_regression(few, target, offset, prior), expected, atol=1e-10)
-    assert not torch.allclose(expected, plain.regress(target - offset, prior), atol=1e-2)
+    base = plain.apply(prior) + offset
+    expected = rectified_regression(plain, target, base, prior)
+    assert torch.allclose(rectified_regression(few, target, base, prior), expected, atol=1e-10)
+    assert not torch.allclose(expected, regress(plain, target - offset, prior), atol=1e-2)
 
 
 def minimum(objective, start: torch.Tensor) -> float:
@@ -295,7 +313,7 @@ def minimum(objective, start: torch.Tensor) -> float:
 @pytest.mark.parametrize("seed", range(5))
 def test_rectified_regression_is_better_at_what_passes_the_relu(seed):
     x, target, offset, prior = rectified_problem(seed=seed)
-    plain = RidgeSystem.of(x, 1e-4, True).regress(target - offset, prior)
+    plain = regress(RidgeSystem.of(x, 1e-4, True), target - offset, prior)
     rectified = rectify(x, target, offset, prior, 1e-4)
     assert rectified_error(rectified, x, target, offset) < 0.98 * rectified_error(plain, x, target, offset)
 

@@ -1,22 +1,26 @@
-"""Every network is captured once; what a fusion knows is kept, for its report as well."""
+"""A network is captured once, and those of the same graph with it; what a fusion knows is kept, for its report too."""
+
+from collections import OrderedDict
 
 import pytest
 import torch
+from torch import nn
 
-from clafusion import FusionOptions, align_layers, fuse
+from clafusion import FusionOptions, align_layers, fuse, trace
 from clafusion.report.measurements import line_accuracies, report_data
-from clafusion.tracing import structure
-from tests.helpers import mlp, plain, vectors
+from clafusion.tracing import reading
+from tests.helpers import largest_difference, mlp, plain, relative_error, vectors
 
 SAMPLES = vectors(40)
 
 
 @pytest.fixture
 def captured(monkeypatch):
-    """What has been captured."""
-    models, capture = [], structure.capture
-    monkeypatch.setattr(structure, "capture", lambda model, example: models.append(model) or capture(model, example))
-    return models
+    """What has been captured, with nothing known before."""
+    found, capture = [], reading.export_graph
+    monkeypatch.setattr(reading, "_KNOWN", OrderedDict())
+    monkeypatch.setattr(reading, "export_graph", lambda model, example: found.append(model) or capture(model, example))
+    return found
 
 
 def parents(count=2):
@@ -25,11 +29,13 @@ def parents(count=2):
 
 @pytest.mark.parametrize("correction", ["none", "rescale", "repair", "refit"])
 @pytest.mark.parametrize("anchor", [0, 1, "agreement"])
-def test_each_parent_the_inserted_one_and_the_corrected_network_are_captured_once(correction, anchor, captured):
-    models = parents()
-    fusion = fuse(models, [SAMPLES], FusionOptions(correction=correction, anchor=anchor))
-    corrected = [] if correction == "none" else [fusion.model]
-    assert list(map(id, captured)) == list(map(id, [*models, fusion.balanced[1], *corrected]))
+def test_each_parent_and_what_has_other_widths_or_biases_are_captured_once(correction, anchor, captured):
+    fusion = fuse(parents(), [SAMPLES], FusionOptions(correction=correction, anchor=anchor))
+    # With the deep parent's widths the result has its graph; inserted layers are in none.
+    other_widths = fusion.options.anchor == 1
+    assert len(captured) == 2 + other_widths + (correction == "repair")
+    fuse(parents(), [SAMPLES], FusionOptions(correction=correction, anchor=anchor))
+    assert len(captured) == 2 + other_widths + (correction == "repair")
 
 
 def test_the_report_captures_nothing(captured):
@@ -41,15 +47,65 @@ def test_the_report_captures_nothing(captured):
 
 
 def test_one_after_another_each_parent_is_captured_once(captured):
-    models = parents(3)
-    fuse(models, [SAMPLES], FusionOptions(many="iterative", correction="refit"))
-    # Besides the parents: in each of two steps an inserted and a corrected network, and in the second what is added to.
-    assert [sum(model is one for one in captured) for model in models] == [1, 1, 1] and len(captured) == 8
+    fuse(parents(3), [SAMPLES], FusionOptions(many="iterative", correction="refit"))
+    assert len(captured) == 3
 
 
 def test_aligning_by_agreement_captures_each_parent_once(captured):
     align_layers(parents(), [SAMPLES], FusionOptions(anchor="agreement"))
     assert len(captured) == 2
+
+
+def test_networks_of_one_graph_are_captured_once_and_read_with_their_own_tensors(captured):
+    models = [mlp([9, 8], seed) for seed in range(3)]
+    structures = [trace(model, SAMPLES) for model in models]
+    assert len(captured) == 1
+    for model, structure in zip(models, structures, strict=True):
+        assert structure.capture.tensors["fc1.weight"] is model.fc1.weight
+        assert torch.allclose(structure.run(SAMPLES), model(SAMPLES))
+    assert relative_error(models[0], models[1], SAMPLES) > 0.1
+
+
+def test_what_is_known_of_a_graph_keeps_no_network_in_memory(captured):
+    model = mlp([9, 8], batch_norm=True)
+    trace(model, SAMPLES)
+    [known] = reading._KNOWN.values()
+    assert not known.capture.tensors.keys() & model.state_dict().keys() and not known.logits.numel()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: setattr(net[1], "negative_slope", 0.5),
+        lambda net: setattr(net, "1", nn.ReLU()),
+        lambda net: setattr(net[2], "eps", 0.3),
+        lambda net: net.register_module("3", nn.Sequential(net[3], nn.Hardtanh())),
+        lambda net: net[0].__setattr__("forward", lambda x: 2 * x[:, :5]),
+        lambda net: net[3].register_parameter("bias", None),
+    ],
+)
+def test_a_network_that_differs_in_anything_but_its_weights_is_captured_anew(change, captured):
+    def network():
+        layers = nn.Linear(12, 5), nn.LeakyReLU(0.1), nn.BatchNorm1d(5), nn.Linear(5, 3)
+        return nn.Sequential(*layers).double().eval()
+
+    trace(network(), SAMPLES)
+    other = network()
+    change(other)
+    structure = trace(other, SAMPLES)
+    assert len(captured) == 2 and torch.allclose(structure.run(SAMPLES), other(SAMPLES))
+
+
+def test_the_last_graphs_alone_are_known(captured, monkeypatch):
+    monkeypatch.setattr(reading, "_MOST_KNOWN", 2)
+    for width in (5, 6, 7, 7, 5):
+        trace(mlp([width]), SAMPLES)
+    assert len(captured) == 4 and len(reading._KNOWN) == 2
+
+
+def test_what_is_known_already_changes_no_result(captured):
+    first, again = (fuse(parents(3), [SAMPLES], FusionOptions(anchor=1)).model for _ in range(2))
+    assert largest_difference(first, again) == 0
 
 
 @torch.no_grad()

@@ -166,8 +166,8 @@ def test_memory_does_not_grow_with_the_samples(monkeypatch):
     """What is held at once is a chunk; the sums over chunks are those of all samples in one."""
     models, samples = [mlp([9, 8, 7], 0), mlp([9, 8, 7], 1)], vectors(300)
     sizes = []
-    in_step = statistics.in_step
-    monkeypatch.setattr(statistics, "in_step", lambda r, n, batch: sizes.append(len(batch)) or in_step(r, n, batch))
+    ahead = statistics.Ahead
+    monkeypatch.setattr(statistics, "Ahead", lambda r, batch, n: sizes.append(len(batch)) or ahead(r, batch, n))
     streamed = fuse(models, [samples])
     assert max(sizes) <= CPU_CHUNK
     monkeypatch.setattr(statistics, "chunks", lambda samples, size=0: (samples,))
@@ -279,6 +279,13 @@ def broken(model, value):
     return model
 
 
+class Sorting(nn.Module):
+    """An operation that fusion does not understand."""
+
+    def forward(self, x):
+        return x.sort(1).values
+
+
 GOOD = [vectors(20)]
 REFUSED = {
     "one network": ([mlp([5])], GOOD, {}, "at least 2 networks to fuse, got 1"),
@@ -297,14 +304,23 @@ REFUSED = {
         r"the same number of classes, got \[4, 4, 4, 7, 4, 4\]; choose others",
     ),
     "inputs": (
-        [mlp([5]), mlp([5], inputs=9)], GOOD, {}, r"parent 1: Expected samples that MLP accepts, got .* \[1, 12\]",
+        [mlp([5]), mlp([5], inputs=9)], GOOD, {}, r"parent 1: Expected samples that MLP accepts, got .* \[3, 12\]",
     ),
     "operation": (
-        [mlp([5]), nn.Sequential(nn.Linear(12, 4), nn.LayerNorm(4)).double()], GOOD, {}, "parent 1: .* got LayerNorm",
+        [mlp([5]), nn.Sequential(nn.Linear(12, 5), Sorting(), nn.Linear(5, 4)).double()], GOOD, {},
+        "parent 1: Expected .* got sort in 1; replace it",
+    ),
+    "other units": (
+        [mlp([5]), nn.Sequential(nn.Linear(12, 4), nn.LayerNorm(4)).double()], GOOD, {},
+        r"the same stages, got 2 \(plain, other\) in parent 1",
+    ),
+    "activation": (
+        [nn.Sequential(nn.Linear(12, 5), act(), nn.Linear(5, 4)).double() for act in (nn.ReLU, nn.GELU)], GOOD, {},
+        "Expected parent 1 to do in '0' what the deepest parent does in '0', got gelu for relu",
     ),
     "stages": (
         [vgg([[4]]), vgg([[4], [4]])], [images(8, 8)], {},
-        r"the same stages, got 2 \(.*\) in parent 0 and 3 .* in parent 1",
+        r"the same stages, got 3 \(.*\) in parent 1 and 2 \(.*\) in the other",
     ),
     "no deepest": (
         [resnet([2, 1]), resnet([1, 2])], [images(8, 8)], {},
@@ -314,8 +330,8 @@ REFUSED = {
         [vgg([[4, 4], [4]]), vgg([[4], [4, 4]])], [images(8, 8)], {"balance": "merge"},
         "to be shallowest in every stage",
     ),
-    "bias": ([mlp([5], bias=True), mlp([5])], GOOD, {}, "to have 'fc1.bias', got it in the deeper one only"),
-    "norm": ([mlp([5]), mlp([5], batch_norm=True)], GOOD, {}, "units with the same layers, got linear in 'fc1'"),
+    "bias": ([mlp([5], bias=True), mlp([5])], GOOD, {}, "parent 1 to do in 'fc1' .* got linear without bias for linear"),
+    "norm": ([mlp([5]), mlp([5], batch_norm=True)], GOOD, {}, "parent 1 to do in 'fc1' .* got batch_norm for relu"),
     "plain average": (
         [mlp([5]), mlp([6])], GOOD, {"combine": "average"}, "equal widths for combine=average, got different ones",
     ),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from clafusion import FusionOptions, fuse, trace
+from clafusion.tracing.writers import writers_of
 from tests.helpers import foreign, images, relative_error, resnet
 
 SAMPLES = images(16, 8)
@@ -20,8 +21,9 @@ def fusion(parents):
 
 
 def moved_by(model, parameter):
-    """For every axis the layers whose maps, averaged, move it; None where it stays."""
-    return [None if axis is None else axis.layers for axis in trace(model, SAMPLES[:2]).axes[f"{parameter}.weight"]]
+    """For the outputs and the inputs of a weight the layers whose maps, averaged, move them; none where they stay."""
+    writers = writers_of(trace(model, SAMPLES[:2]))
+    return [writers[f"{parameter}.weight", dim] for dim in (0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -46,31 +48,30 @@ def moved_by(model, parameter):
     ],
 )
 def test_which_maps_move_which_axis(parents, parameter, outputs, inputs):
-    found = moved_by(parents[0], parameter)
-    assert found[0] == outputs and found[1] == inputs and found[2:] == [None, None][: len(found) - 2]
+    assert moved_by(parents[0], parameter) == [outputs, inputs]
 
 
 def test_norms_move_with_their_layer():
-    model = resnet([2, 2], batch_norm=True)
-    axes = trace(model, SAMPLES[:2]).axes
+    writers = writers_of(trace(resnet([2, 2], batch_norm=True), SAMPLES[:2]))
     for norm, layer in {
         "bn1": "conv1", "layer1.0.bn2": "layer1.0.conv2", "layer2.0.shortcut.1": "layer2.0.shortcut.0",
     }.items():  # fmt: skip
         for key in ("weight", "bias", "running_mean", "running_var"):
-            assert axes[f"{norm}.{key}"][0].layers == (layer,)
+            assert writers[f"{norm}.{key}", 0] == (layer,)
 
 
 def test_torchvision_blocks_are_read_alike():
-    axes = trace(foreign("resnet50"), images(2, 32)).axes
-    assert axes["layer2.1.conv1.weight"][1].layers == ("layer2.0.conv3", "layer2.0.downsample.0")
-    assert axes["layer2.2.conv1.weight"][1].layers == ("layer2.1.conv3",)
-    assert axes["layer2.0.downsample.0.weight"][1].layers == ("layer1.2.conv3",)
-    assert axes["fc.weight"][1].layers == ("layer4.2.conv3",)
+    writers = writers_of(trace(foreign("resnet50"), images(2, 32)))
+    assert writers["layer2.1.conv1.weight", 1] == ("layer2.0.conv3", "layer2.0.downsample.0")
+    assert writers["layer2.2.conv1.weight", 1] == ("layer2.1.conv3",)
+    assert writers["layer2.0.downsample.0.weight", 1] == ("layer1.2.conv3",)
+    assert writers["fc.weight", 1] == ("layer4.2.conv3",)
 
 
 def test_every_layer_and_the_head_have_a_map(parents, fusion):
-    weighted = [name.removesuffix(".weight") for name, _ in parents[0].named_parameters()]
-    assert sorted(fusion.maps[0]) == sorted(weighted) and fusion.maps[1] == {}
+    """All but those inside inserted blocks: these give nothing by which their neurons could be told apart."""
+    weighted = {name.removesuffix(".weight") for name, _ in parents[0].named_parameters()}
+    assert fusion.maps[0].keys() == weighted - {"layer1.1.conv1", "layer2.1.conv1"} and fusion.maps[1] == {}
     for mapping in fusion.maps[0].values():
         assert torch.allclose(mapping.sum(0), torch.ones(mapping.shape[1]).double())
 
@@ -85,7 +86,9 @@ def test_inserted_blocks_have_both_convolutions_zero(parents, fusion):
 
 def test_the_maps_are_applied_as_published(parents, fusion):
     """Every weight by hand: incoming maps before the outgoing one, then the plain mean."""
-    maps, balanced = fusion.maps[0], fusion.balanced[1].state_dict()
+    maps, balanced = dict(fusion.maps[0]), fusion.balanced[1].state_dict()
+    for inner in ("layer1.1.conv1", "layer2.1.conv1"):  # they stay in the order that they have
+        maps[inner] = torch.eye(len(balanced[f"{inner}.weight"])).double()
 
     def mean(*names):
         return sum(maps[name] for name in names) / len(names)
@@ -93,6 +96,7 @@ def test_the_maps_are_applied_as_published(parents, fusion):
     for name, inputs in {
         "layer1.0.conv1": ("conv1",),
         "layer1.1.conv1": ("layer1.0.conv2",),
+        "layer1.1.conv2": ("layer1.1.conv1",),
         "layer2.0.shortcut.0": ("layer1.1.conv2",),
         "layer2.1.conv1": ("layer2.0.conv2", "layer2.0.shortcut.0"),
         "layer2.1.conv2": ("layer2.1.conv1",),

@@ -163,7 +163,7 @@ def test_what_an_average_holds_of_a_unit_is_the_share_of_those_that_have_it():
     assert owners[unit.name] == {0: 0.25, 1: 1.0}
     balanced = replace(second.balancing, owners=owners)
     inner, outer = unit.branch
-    assert balanced.target_weights(inner, unit, [2 / 3, 1 / 3]) == pytest.approx({0: 1 / 6, 1: 1 / 3})
-    assert balanced.target_weights(outer, unit, [2 / 3, 1 / 3]) == pytest.approx({0: 2 / 3, 1: 1 / 3})
+    assert balanced.layer_weights(inner, unit, [2 / 3, 1 / 3]) == pytest.approx({0: 1 / 6, 1: 1 / 3})
+    assert balanced.layer_weights(outer, unit, [2 / 3, 1 / 3]) == pytest.approx({0: 2 / 3, 1: 1 / 3})
     shares = balanced.unit_shares(second.weights)
     assert [shares[unit.name] for unit in structure.stages[1]] == pytest.approx([1.0, 0.5])

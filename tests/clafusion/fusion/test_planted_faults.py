@@ -5,23 +5,33 @@ A fault is planted by replacing one function of the library; the control is that
 
 import dataclasses
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from clafusion import FusionError, FusionOptions, fuse, insert_identities, trace
 from clafusion.alignment import similarity
-from clafusion.balancing import insertion as balance
-from clafusion.correction import affine
-from clafusion.fusion import averaging, verification
+from clafusion.balancing import insertion, verification
+from clafusion.correction import affine, refit
+from clafusion.fusion import averaging
 from clafusion.fusion import fuse as fusion
 from clafusion.statistics.moments import Moments
-from clafusion.tracing import propagation
-from clafusion.tracing.parameters import move
+from clafusion.tracing import reading, rules, units
+from clafusion.tracing.labels import Value
+from clafusion.transport import moving
 from clafusion.transport import neuron_maps as maps
 from clafusion.transport import solvers as transport
-from tests.helpers import images, mlp, permuted, plain, relative_error, resnet, vectors, vgg
+from tests.helpers import images, mlp, permuted, plain, randomised, relative_error, resnet, vectors, vgg
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch):
+    """Every network is read anew, with the faults that are planted; and what is read then is not kept."""
+    monkeypatch.setattr(reading, "_KNOWN", OrderedDict())
+
 
 NORMED = {"bias": True, "batch_norm": True}
 CASES = {
@@ -50,52 +60,80 @@ def test_without_a_fault_nothing_is_refused(case):
 # --- inserted layers -------------------------------------------------------------------------------------------------
 
 
-def corrupt(monkeypatch, name: str, key: str) -> None:
-    """Change one entry of one tensor of the units that are inserted."""
-    identity = balance._identity
+def corrupted_identity(parameter: str):
+    """The parameters of an identity, with one entry of one of them changed."""
+    value = moving.identity_value
 
-    def corrupted(network, unit, zero_branches):
-        state = identity(network, unit, zero_branches)
-        if f"{name}.{key}" in state:
-            state[f"{name}.{key}"].flatten()[0] += 0.5
-        return state
+    def corrupted(name, layer, structure, size, like):
+        tensor = value(name, layer, structure, size, like)
+        if name == parameter:
+            tensor.flatten()[0] += 0.5
+        return tensor
 
-    monkeypatch.setattr(balance, "_identity", corrupted)
-
-
-INSERTED = [
-    ("mlp", "fc2", "weight", "fc2"), ("mlp", "fc2", "bias", "fc2"),
-    ("mlp", "bn2", "running_mean", "fc2"), ("mlp", "bn2", "running_var", "fc2"),
-    ("vgg", "features.3", "weight", "features.3"), ("vgg", "features.4", "bias", "features.3"),
-    ("resnet", "layer1.1.bn2", "weight", "conv1"), ("resnet", "layer1.1.bn2", "bias", "conv1"),
-    ("other widths", "layer1.1.bn2", "bias", "conv1"),
-]  # fmt: skip
+    return corrupted
 
 
-@pytest.mark.parametrize(("case", "layer", "key", "space"), INSERTED)
-def test_a_corrupted_inserted_layer_is_named(case, layer, key, space, monkeypatch):
-    corrupt(monkeypatch, layer, key)
-    said = refused(case, "Expected inserted layers to leave parent 1's function as it is")
-    assert f"first behind '{layer}.weight' (neuron space '{space}')" in said
+@pytest.mark.parametrize(
+    ("case", "parameter", "unit"),
+    [
+        ("mlp", "fc2.weight", "fc2"), ("mlp", "fc2.bias", "fc2"), ("mlp", "bn2.running_mean", "fc2"),
+        ("mlp", "bn2.running_var", "fc2"), ("mlp", "bn2.weight", "fc2"), ("vgg", "features.3.weight", "features.3"),
+        ("vgg", "features.4.bias", "features.3"),
+    ],
+)  # fmt: skip
+def test_a_corrupted_inserted_layer_is_named(case, parameter, unit, monkeypatch):
+    for module in (moving, verification):
+        monkeypatch.setattr(module, "identity_value", corrupted_identity(parameter))
+    refused(case, f"Expected '{unit}' to pass its input on with the parameters of an identity, got features that differ")
 
 
-def test_so_is_a_corrupted_layer_of_the_parents_own(monkeypatch):
-    copied = balance.copied_state
-
-    def corrupted(a, b, ours, theirs, source):
-        state = copied(a, b, ours, theirs, source)
-        return {name: tensor * 1.5 if name == "fc3.weight" else tensor for name, tensor in state.items()}
-
-    monkeypatch.setattr(balance, "copied_state", corrupted)
-    assert "first behind 'fc3.weight' (neuron space 'fc3')" in refused("mlp", "Expected inserted layers")
+def closed_by(choose):
+    """A rule of what closes a residual branch that says something else."""
+    closing = units._closing
+    return lambda *arguments: choose(closing(*arguments))
 
 
-def test_inserting_alone_is_checked_too(monkeypatch):
-    deep, shallow = CASES["mlp"][0]()
-    insert_identities(shallow, deep, [(0, 2), (0,)])
-    corrupt(monkeypatch, "fc2", "weight")
-    with pytest.raises(FusionError, match="leave the network's function as it is, got .* first behind 'fc2.weight'"):
-        insert_identities(shallow, deep, [(0, 2), (0,)], vectors(8))
+CLOSINGS = [
+    lambda found: tuple(name.replace("bn2", "bn1") for name in found),
+    lambda found: tuple(name for name in found if name.endswith("weight")),
+    lambda found: tuple(name for name in found if name.endswith("bias")),
+]
+
+
+@pytest.mark.parametrize("fault", CLOSINGS)
+@pytest.mark.parametrize("case", ["resnet", "other widths"])
+def test_a_unit_with_a_wrong_closing_parameter_is_named(case, fault, monkeypatch):
+    monkeypatch.setattr(units, "_closing", closed_by(fault))
+    for options in ({}, {"streams": "per_layer"}):
+        refused(case, r"Expected 'layer1\.1\.conv1' to pass its input on with the parameters of an identity", **options)
+
+
+def test_a_unit_that_is_taken_for_one_that_can_be_an_identity_is_named(monkeypatch):
+    def net(depth, seed):
+        layers = [layer for _ in range(depth) for layer in (nn.Linear(6, 6), nn.Tanh())]
+        return randomised(nn.Sequential(*layers, nn.Linear(6, 3)), seed)
+
+    with pytest.raises(FusionError, match="no identity can stand in its place"):
+        fuse([net(3, 0), net(2, 1)], [vectors(20, 6)], plain())
+    monkeypatch.setattr(units, "IDEMPOTENT", units.IDEMPOTENT | {"tanh"})
+    monkeypatch.setattr(reading, "_KNOWN", OrderedDict())
+    with pytest.raises(FusionError, match="Expected '2' to pass its input on"):
+        fuse([net(3, 0), net(2, 1)], [vectors(20, 6)], plain())
+
+
+@pytest.mark.parametrize(("case", "name"), [("mlp", "fc2.weight"), ("mlp", "fc3.weight"), ("resnet", "conv1.weight")])
+def test_inserting_alone_is_checked_too(case, name, monkeypatch):
+    deep, shallow = CASES[case][0]()
+    alignment = [(0, 2), (0,)] if case == "mlp" else [(0,)] * 4
+    insert_identities(shallow, deep, alignment, CASES[case][1])
+    load = insertion.load_state
+
+    def corrupted(network, state):
+        return load(network, {key: tensor + 0.5 * (key == name) for key, tensor in state.items()})
+
+    monkeypatch.setattr(insertion, "load_state", corrupted)
+    with pytest.raises(FusionError, match="Expected inserted layers to leave the network's function as it is, got"):
+        insert_identities(shallow, deep, alignment, CASES[case][1])
 
 
 # --- maps ------------------------------------------------------------------------------------------------------------
@@ -121,8 +159,55 @@ def negative(plan):
 @pytest.mark.parametrize("case", ["mlp", "other widths"])
 def test_a_corrupted_map_is_named(case, fault, monkeypatch):
     monkeypatch.setattr(maps, "as_map", fault)
-    assert "(neuron space" in refused(case, "Expected maps of neurons with shares that sum to one.* of parent 1 behind")
-    refused(case, "Expected maps of neurons with shares that sum to one", streams="per_layer")
+    message = "Expected maps of neurons with shares that sum to one, got one .* of parent 1 in neuron space '"
+    refused(case, message)
+    refused(case, message, streams="per_layer")
+
+
+class Attention(nn.Module):
+    """Two heads over eight tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.q, self.k, self.v, self.o = (nn.Linear(n, 6) for n in (4, 6, 6, 6, 6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        q, k, v = (layer(x).unflatten(-1, (2, 3)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.head(x.mean(1))
+
+
+def test_a_map_that_carries_neurons_from_one_head_into_another_is_seen(monkeypatch):
+    model, samples = randomised(Attention()), torch.randn(30, 8, 4).double()
+    other, _ = permuted_heads(model, samples)
+    assert relative_error(fuse([model, other], [samples], plain()).model, model, samples) < 1e-9
+    solve = maps.solve_in_blocks
+
+    def mixed(grounds, *arguments):
+        found = solve(grounds, *arguments)
+        for name, (mapping, cost) in found.items():
+            if len(mapping) == 6:
+                found[name] = mapping.roll(1, 0), cost
+        return found
+
+    monkeypatch.setattr(maps, "solve_in_blocks", mixed)
+    with pytest.raises(FusionError, match="Expected parent 1 to be the same function with its neurons permuted"):
+        fuse([model, other], [samples], plain())
+
+
+def permuted_heads(model, samples):
+    """A copy whose stream is permuted; its heads stay."""
+    order = torch.tensor([3, 1, 5, 0, 4, 2])
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in ("stem.weight", "stem.bias", "o.weight", "o.bias"):
+        state[name] = state[name][order]
+    for name in ("q.weight", "k.weight", "v.weight", "head.weight"):
+        state[name] = state[name][:, order]
+    other = Attention().double().eval()
+    other.load_state_dict(state)
+    return other, order
 
 
 # --- what belongs together -------------------------------------------------------------------------------------------
@@ -132,51 +217,64 @@ AXES = [
     (name, dim)
     for name, axes in trace(MODEL, SAMPLES[:2]).axes.items()
     for dim, axis in enumerate(axes)
-    if axis is not None and axis.space not in ("input", "linear")
+    if axis is not None and axis.spaces != ("linear",)
 ]
+#: The layer that first sees what is wrong with a norm: the one that reads its output.
+READERS = {
+    "bn1": "layer1.0.conv1", "layer1.0.bn1": "layer1.0.conv2", "layer1.0.bn2": "layer2.0.conv1",
+    "layer2.0.bn1": "layer2.0.conv2", "layer2.0.bn2": "linear", "layer2.0.shortcut.1": "linear",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "dim"), AXES)
 def test_an_axis_that_is_not_moved_is_named(name, dim, monkeypatch):
     """Whichever it is: left out of the permutation of its space, the parent is another function."""
+    find = reading.find_spaces
 
-    def forgetful(structure, parameter, tensor, its_maps, options):
-        axes = list(structure.axes[parameter])
-        if parameter == name:
-            axes[dim] = None
-        return move(tensor, axes, [maps.axis_map(axis, its_maps, options) for axis in axes])
+    def forgetful(capture):
+        found = find(capture)
+        left = tuple(None if place == dim else axis for place, axis in enumerate(found.axes[name]))
+        return dataclasses.replace(found, axes={**found.axes, name: left})
 
-    monkeypatch.setattr(verification, "moved", forgetful)
-    for other in (permuted(MODEL, SAMPLES[:2])[0], resnet([1, 1], 1, width=3, **NORMED)):
+    monkeypatch.setattr(reading, "find_spaces", forgetful)
+    module = name.rpartition(".")[0]
+    for other in (permuted_before[0], resnet([1, 1], 1, width=3, **NORMED)):
         with pytest.raises(FusionError, match="to be the same function with its neurons permuted") as caught:
             fuse([MODEL, other], [SAMPLES], plain())
-        assert f"first behind '{name.rpartition('.')[0]}.weight' (neuron space '" in str(caught.value)
+        assert f"first behind '{READERS.get(module, module)}.weight'" in str(caught.value)
 
 
-def untied(found, one, other):
+permuted_before = permuted(MODEL, SAMPLES[:2])
+
+
+def untied(labels, call):
     """Additions that tie nothing."""
+    return call.tensors[0]
 
 
-def beside(found, node, source):
+def beside(labels, call):
     """Norms of neurons that are nobody's."""
-    name = str(node.target)
-    found.open_space(name, node.meta["shape"][1])
-    norm(found, node, propagation.Signal(name))
-    return source
+    return call.input
 
 
-def transposed(found, node, source):
+def offset(labels, call):
+    """A flatten that is wrong by one entry."""
+    found = rules.reshaped(labels, call)
+    return Value(found.shape, tuple(array.roll(1, -1) for array in found.arrays))
+
+
+def transposed(labels, call):
     """A flatten that is taken for one with the channels last."""
-    flat = flatten(found, node, source)
-    found.open_space("pixels", flat.repeat)
-    return propagation.Signal("pixels", flat.repeat, path=flat.path)
+    x = call.input
+    last = Value((x.shape[0], *x.shape[2:], x.shape[1]), tuple(array.movedim(1, -1) for array in x.arrays))
+    return labels.reshape(last, call.shape)
 
 
-norm, flatten = propagation._norm, propagation._flatten
 TRACES = {
-    "ties": (propagation.Propagation, "tie", untied, lambda: resnet([1], 0)),
-    "norms": (propagation, "_norm", beside, lambda: vgg([[4], [5]], 0, **NORMED)),
-    "flatten": (propagation, "_flatten", transposed, lambda: Flat()),
+    "ties": ("add", untied, lambda: resnet([1], 0)),
+    "norms": ("batch_norm", beside, lambda: vgg([[4], [5]], 0, **NORMED)),
+    "offset": ("flatten", offset, lambda: Flat()),
+    "transposed": ("flatten", transposed, lambda: Flat()),
 }
 
 
@@ -193,13 +291,50 @@ class Flat(nn.Module):
 
 
 @pytest.mark.parametrize("fault", TRACES)
-def test_a_wrong_trace_is_seen(fault, monkeypatch):
-    where, name, planted, make = TRACES[fault]
+def test_a_rule_of_labels_that_lies_is_seen(fault, monkeypatch):
+    name, planted, make = TRACES[fault]
     model, samples = make(), images(8, 8)
     fuse([model, model], [samples], plain())
-    monkeypatch.setattr(where, name, planted)
+    monkeypatch.setitem(rules._RULES, name, planted)
+    reading._KNOWN.clear()
     with pytest.raises(FusionError, match="Expected parent 0 to be the same function with its neurons permuted"):
         fuse([model, model], [samples], plain())
+
+
+# --- graphs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_graph_that_is_another_function_is_refused(monkeypatch):
+    export = reading.export_graph
+
+    def other(model, example):
+        captured = export(model, example)
+        node = next(node for node in captured.graph.nodes if "relu" in node.name)
+        node.target = torch.ops.aten.tanh.default
+        return captured
+
+    monkeypatch.setattr(reading, "export_graph", other)
+    refused("mlp", "parent 0: Expected MLP to be the function of its graph, got logits that differ by")
+
+
+def test_a_fingerprint_that_is_equal_for_unlike_networks_is_seen(monkeypatch):
+    monkeypatch.setattr(reading, "fingerprint", lambda model, example: "all alike")
+    nets = [randomised(nn.Sequential(nn.Linear(12, 5), act(), nn.Linear(5, 4))) for act in (nn.ReLU, nn.Tanh)]
+    trace(nets[0], vectors(2))
+    with pytest.raises(FusionError, match="Expected Sequential to be the function of its graph"):
+        trace(nets[1], vectors(2))
+
+
+def test_a_result_that_does_not_reach_the_network_is_refused(monkeypatch):
+    balance = fusion.balance
+
+    def detached(*arguments):
+        balanced, model, room = balance(*arguments)
+        tensors = {name: tensor.clone() for name, tensor in room.capture.tensors.items()}
+        return balanced, model, dataclasses.replace(room, capture=dataclasses.replace(room.capture, tensors=tensors))
+
+    monkeypatch.setattr(fusion, "balance", detached)
+    refused("mlp", "Expected MLP to compute with its new parameters, got logits that differ by")
 
 
 # --- everything finite -----------------------------------------------------------------------------------------------
@@ -232,7 +367,7 @@ def test_a_correction_that_spoils_a_layer_is_named(correction, monkeypatch):
     write = affine.FoldedLayer.write
 
     def spoiled(self, weight, bias, moments):
-        write(self, weight * float("inf") if self.module.out_features == 5 else weight, bias, moments)
+        write(self, weight * float("inf") if len(self.weight) == 5 else weight, bias, moments)
 
     monkeypatch.setattr(affine.FoldedLayer, "write", spoiled)
     refused(
@@ -243,7 +378,11 @@ def test_a_correction_that_spoils_a_layer_is_named(correction, monkeypatch):
 
 
 def test_a_fused_network_whose_outputs_are_not_finite_is_refused(monkeypatch):
-    monkeypatch.setattr(fusion, "correct", lambda model, *_: model.layer2[0].conv2.weight.mul_(1e300).mul_(1e8))
+    def spoiled(model, structure, *_):
+        model.layer2[0].conv2.weight.mul_(1e300).mul_(1e8)
+        return structure
+
+    monkeypatch.setattr(fusion, "correct", spoiled)
     message = "Expected finite outputs of the fused network, got NaN or infinity, first behind "
     said = refused("resnet", message, correction="rescale")
     assert "'linear.weight'" in said or "'layer2.0.conv2.weight'" in said
@@ -320,3 +459,14 @@ def test_the_gram_matrix_too(monkeypatch):
     gram = similarity.gram
     monkeypatch.setattr(sys.modules["clafusion.alignment.layer_costs"], "gram", lambda x: gram(x) * float("nan"))
     refused("mlp", "Expected finite activations", pin_last=0)
+
+
+def test_a_refit_that_would_make_a_layer_worse_is_undone(monkeypatch):
+    models, samples = [mlp([9, 8, 7], seed, bias=True) for seed in range(2)], vectors(200)
+    averaged, right = (fuse(models, [samples], FusionOptions(correction=name)).model for name in ("none", "refit"))
+    rows = refit.design_rows
+    monkeypatch.setattr(refit, "design_rows", lambda *arguments: rows(*arguments).flip(0) * 3)
+    wrong = fuse(models, [samples], FusionOptions(correction="refit")).model
+    for name in ("fc1", "fc2", "fc3"):
+        one, two, three = (network.get_submodule(name).weight for network in (averaged, right, wrong))
+        assert torch.equal(one, three) and not torch.allclose(one, two, atol=1e-3)

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from clafusion import FusionError, FusionOptions, fuse, trace
 from clafusion.statistics import moments as statistics
 from clafusion.statistics.memory import CHUNK
-from clafusion.statistics.moments import Moments, paired_moments
+from clafusion.statistics.moments import Moments, Observation, paired_moments
 from clafusion.statistics.samples import CPU_CHUNK, batch_size, chunks, collect, rows
 from clafusion.tracing.execution import GraphRunner
 from clafusion.transport.solvers import ground_cost
@@ -15,7 +15,12 @@ from tests.helpers import images, mlp, resnet, vectors
 
 
 def runners_of(models, samples):
-    return [GraphRunner(trace(model, samples[:2]).module) for model in models]
+    return [GraphRunner(trace(model, samples[:2]).capture) for model in models]
+
+
+def pair(node: str, one: int, other: int, dim: int = 1) -> tuple[Observation, Observation]:
+    """The neurons at one node of two networks of one architecture."""
+    return Observation(one, node, dim, None), Observation(other, node, dim, None)
 
 
 def test_moments_are_the_sums_they_name():
@@ -76,11 +81,12 @@ def test_streamed_sums_equal_those_of_all_samples_at_once(make, monkeypatch):
     models = [make(seed) for seed in range(3)]
     samples = images(150, 8) if hasattr(models[0], "conv1") else vectors(150)
     runners = runners_of(models, samples)
-    pairs = {layer.pre: [(0, 1), (2, 1)] for layer in trace(models[0], samples[:2]).layers}
+    nodes = [layer.pre for layer in trace(models[0], samples[:2]).layers]
+    pairs = {(node, one, other): pair(node, one, other) for node in nodes for one, other in ((0, 1), (2, 1))}
     streamed = paired_moments(runners, pairs, samples)
     monkeypatch.setattr(statistics, "chunks", lambda samples, size: (samples,))
     at_once = paired_moments(runners, pairs, samples)
-    assert len(chunks(samples)) == 5 and list(streamed) == list(at_once) and len(streamed) == 2 * len(pairs)
+    assert len(chunks(samples)) == 5 and list(streamed) == list(at_once) and streamed.keys() == pairs.keys()
     for key, moments in streamed.items():
         assert moments.count == at_once[key].count
         for name in ("x", "y", "xx", "yy", "xy"):
@@ -135,7 +141,7 @@ def test_sums_are_those_of_the_features():
     a, b = mlp([6, 5], 0), mlp([6, 5], 1)
     samples = vectors(100)
     node = trace(a, samples[:2]).layers[0].post
-    moments = paired_moments(runners_of([a, b], samples), {node: [(0, 1)]}, samples)[node, 0, 1]
+    moments = paired_moments(runners_of([a, b], samples), {node: pair(node, 0, 1)}, samples)[node]
     with torch.no_grad():
         expected = Moments.of(a.fc1(samples).relu(), b.fc1(samples).relu())
     assert torch.allclose(moments.xy, expected.xy)
@@ -144,7 +150,7 @@ def test_sums_are_those_of_the_features():
 def test_measuring_leaves_gradients_as_they_were():
     a, samples = mlp([6]), vectors(10)
     node = trace(a, samples[:2]).layers[0].pre
-    moments = paired_moments(runners_of([a, a], samples), {node: [(0, 1)]}, samples)
+    moments = paired_moments(runners_of([a, a], samples), {node: pair(node, 0, 1)}, samples)
     assert not any(m.xy.requires_grad or m.xy.is_inference() for m in moments.values())
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
@@ -154,10 +160,23 @@ def test_an_error_while_measuring_does_not_leave_inference_mode_on(monkeypatch):
     node, runners = trace(a, samples[:2]).layers[0].pre, runners_of([a, a], samples)
     monkeypatch.setattr(Moments, "of", classmethod(lambda cls, x, y, onto: 1 / 0))
     try:
-        paired_moments(runners, {node: [(0, 1)]}, samples)
+        paired_moments(runners, {node: pair(node, 0, 1)}, samples)
     except ZeroDivisionError as error:
         kept = error  # a notebook keeps the last traceback, and with it every frame
     assert kept and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_neurons_are_observed_wherever_they_lie():
+    """As channels of images or of tokens, or flattened, where each of their turns is an observation of its own."""
+    maps = images(4, 4)
+    expected = Moments.of(maps, maps)
+    tokens = maps.flatten(2).movedim(1, -1)
+    turns = torch.arange(3 * 16).reshape(3, 16).T
+    for output, dim, entries in ((maps, 1, None), (tokens, 2, None), (maps.flatten(1), 1, turns)):
+        seen = Observation(0, "", dim, entries).of(output)
+        found = Moments.of(seen, seen)
+        assert found.count == expected.count == 64
+        assert torch.allclose(found.x, expected.x) and torch.allclose(found.xy, expected.xy)
 
 
 def test_rows_are_samples_times_positions():
