@@ -84,7 +84,9 @@ def corrupted_identity(parameter: str):
 def test_a_corrupted_inserted_layer_is_named(case, parameter, unit, monkeypatch):
     for module in (moving, verification):
         monkeypatch.setattr(module, "identity_value", corrupted_identity(parameter))
-    refused(case, f"Expected '{unit}' to pass its input on with the parameters of an identity, got features that differ")
+    refused(
+        case, f"Expected '{unit}' to pass its input on with the parameters of an identity, got features that differ"
+    )
 
 
 def closed_by(choose):
