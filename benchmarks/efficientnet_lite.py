@@ -4,8 +4,8 @@
     python benchmarks/efficientnet_lite.py /usr/share/backgrounds
 
 They have 21 and 16 blocks, BatchNorm and ReLU6. The samples are unlabelled crops of photographs. Printed is the
-share of held-out crops on which a network says what the parents' ensemble says: each parent, the anchor with an output layer
-fitted to the ensemble (the control), and the fused network under several corrections.
+share of held-out crops on which a network says what the parents' ensemble says: each parent, the anchor with an output
+layer fitted to the ensemble (the control), and the fused network under several corrections.
 """
 
 import time

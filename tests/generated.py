@@ -236,8 +236,8 @@ class Generator:
         kinds: tuple[Callable[[], nn.Module], ...] = (
             lambda: nn.ReLU(inplace=self.flag()), nn.ReLU, nn.ReLU, lambda: nn.ReLU6(inplace=self.flag()), nn.LeakyReLU,
             nn.GELU, lambda: nn.SiLU(inplace=self.flag()), nn.ELU, nn.Hardswish, nn.Tanh, nn.Sigmoid, nn.Mish,
-            nn.Softplus, lambda: Apply(F.relu), lambda: Apply(torch.relu), lambda: Apply(lambda x: x.clamp(min=0)), nn.PReLU,
-            lambda: nn.Hardtanh(), lambda: Apply(lambda x: F.gelu(x, approximate="tanh")), nn.Identity,
+            nn.Softplus, lambda: Apply(F.relu), lambda: Apply(torch.relu), lambda: Apply(lambda x: x.clamp(min=0)),
+            nn.PReLU, lambda: nn.Hardtanh(), lambda: Apply(lambda x: F.gelu(x, approximate="tanh")), nn.Identity,
         )  # fmt: skip
         return self.random.choice(kinds)()
 

@@ -126,8 +126,8 @@ class _Draft:
         self.nodes.setdefault(ours.input, theirs.input)
         if ours.resolution != theirs.resolution:
             raise FusionError(
-                f"Expected {self.called} to give {list(ours.resolution)} positions or tokens behind {theirs.name!r}, as "
-                f"the deepest parent does behind {ours.name!r}, got {list(theirs.resolution)}; choose parents of one "
+                f"Expected {self.called} to give {list(ours.resolution)} positions or tokens behind {theirs.name!r}, "
+                f"as the deepest parent does behind {ours.name!r}, got {list(theirs.resolution)}; choose parents of one "
                 "input size"
             )
         if len(ours.parameters) != len(theirs.parameters):
