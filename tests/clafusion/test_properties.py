@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clafusion import FusionOptions, fuse, insert_identities, trace
-from clafusion.statistics.moments import Moments, paired_moments
+from clafusion.alignment.layer_costs import width_of
+from clafusion.statistics.moments import Moments, Observation, paired_moments
 from clafusion.statistics.samples import rows
 from clafusion.tracing.execution import GraphRunner
 from tests.architectures import CLASSES, architectures, flags, pairs
@@ -18,7 +19,7 @@ from tests.helpers import CORRECTIONS, permuted, relative_error
 pytestmark = pytest.mark.filterwarnings(
     # Networks of a few neurons on a few samples: a layer may be refit from fewer observations than it has unknowns.
     "ignore:Expected at least as many observations:UserWarning",
-    "ignore:Expected every norm directly behind:UserWarning",
+    "ignore:Expected layers and norms that can be corrected:UserWarning",
 )
 SAMPLES = 48
 
@@ -43,9 +44,9 @@ def test_permuting_every_free_space_leaves_the_function_as_it_is(drawn, seed):
 def told_apart(model: nn.Module, samples: torch.Tensor, features: str, cost: str) -> bool:
     """Whether no two neurons are alike in what they are compared by, and the network gives anything at all."""
     structure = trace(model, samples[:2])
-    values = dict(GraphRunner(structure.module).observe(samples, {layer.pre for layer in structure.layers}))
-    for layer in (layer for layer in structure.layers if layer.weighted):
-        x = rows(values[layer.pre]).T if features == "preactivations" else structure.module.get_submodule(layer.name)
+    values = dict(GraphRunner(structure.capture).observe(samples, {layer.pre for layer in structure.layers}))
+    for layer in structure.layers:
+        x = rows(values[layer.pre]).T if features == "preactivations" else model.get_submodule(layer.name)
         if isinstance(x, nn.Module):
             bias = [] if x.bias is None else [x.bias[:, None]]
             x = torch.cat([x.weight.flatten(1), *bias], 1)
@@ -114,7 +115,7 @@ def test_any_depths_and_widths_give_a_finite_network_of_the_anchors_widths(
     fused, theirs, deep = (trace(net, samples[:2]) for net in (fusion.model, parents[anchor], pair[0].build()))
     assert [len(stage) for stage in fused.stages] == [len(stage) for stage in deep.stages]
     for stage, expected in zip(fused.stages, theirs.stages, strict=True):
-        assert fused.sizes[stage[-1].output.space] == theirs.sizes[expected[-1].output.space]
+        assert width_of(fused, stage[-1]) == width_of(theirs, expected[-1])
     summary = json.loads(json.dumps(fusion.summary(), allow_nan=False))
     assert FusionOptions(**summary["options"]) == options and summary["num_samples"] == SAMPLES
 
@@ -184,8 +185,10 @@ def test_streamed_statistics_are_stacked_ones(parts, n, m, extent, precision, of
 @given(architectures(), st.integers(1, 30))
 def test_statistics_do_not_depend_on_how_the_samples_are_cut(drawn, size):
     structures, samples = [trace(drawn.build(seed), drawn.samples(2)) for seed in range(2)], drawn.samples(31)
-    nodes = {layer.post: [(0, 1)] for layer in structures[0].layers}
-    runners = [GraphRunner(structure.module) for structure in structures]
+    nodes = {
+        layer.post: tuple(Observation(k, layer.post, 1, None) for k in (0, 1)) for layer in structures[0].layers
+    }
+    runners = [GraphRunner(structure.capture) for structure in structures]
     whole, cut = (paired_moments(runners, nodes, samples, batch) for batch in (31, size))
     assert whole.keys() == cut.keys()
     for key, moments in whole.items():

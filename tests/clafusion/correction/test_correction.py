@@ -10,12 +10,14 @@ import torchvision
 from torch import Tensor, nn
 
 from clafusion import Ensemble, FusionError, FusionOptions, fuse, insert_identities, networks, trace
+from clafusion.balancing.correspondence import itself
 from clafusion.correction import refit
+from clafusion.correction.steps import steps_of
 from clafusion.correction.targets import Targets
 from clafusion.networks import MLP
 from clafusion.statistics.samples import rows
-from clafusion.tracing.parameters import resized
-from clafusion.transport.balanced import Balanced, BalancedParent
+from clafusion.tracing.resizing import resized
+from clafusion.transport.balanced import Balanced
 from tests.helpers import images, largest_difference, mlp, permuted, randomised, relative_error, resnet, vectors, vgg
 
 CORRECTIONS = ["rescale", "repair", "refit"]
@@ -77,12 +79,10 @@ def test_fused_with_its_own_deeper_self_is_itself(family, flags, correction, anc
 
 def narrowed(name: str, seed: int = 0) -> nn.Module:
     """A network of torchvision's with an eighth of its channels."""
-    with torch.device("meta"):
-        model = torchvision.models.get_model(name, num_classes=10).eval()
-        structure = trace(model, torch.zeros(2, 3, 64, 64))
-        sizes = {space: max(4, structure.sizes[space] // 8) for space in structure.free_spaces}
-        model = resized(model, structure, sizes)
-    return randomised(model, seed)
+    model = torchvision.models.get_model(name, num_classes=10).eval()
+    structure = trace(model, torch.zeros(2, 3, 64, 64))
+    sizes = {space: max(4, structure.sizes[space] // 8) for space in structure.free_spaces}
+    return randomised(resized(model, structure, sizes), seed)
 
 
 NETWORKS = [(name, correction) for name in ("resnet18", "mobilenet_v2", "alexnet") for correction in CORRECTIONS]
@@ -171,16 +171,16 @@ def test_every_neuron_has_the_mean_spread_of_the_parents(family, flags, correcti
     got = outputs_of(fusion.model, samples)
     parents = [outputs_of(parent, samples) for parent in fusion.balanced]
     checked = 0
-    for layer in (layer for layer in structure.layers if layer.weighted):
-        moments = []
+    for layer in structure.layers:
+        moments, [space] = [], structure.written(layer).spaces
         for maps, outputs in zip(fusion.maps, parents, strict=True):
             x = outputs[layer.name]
-            mapping = maps.get(layer.space, torch.eye(x.shape[1]).double())
+            mapping = maps.get(space, torch.eye(x.shape[1]).double())
             moments.append(torch.stack([x.std(0, correction=0), x.mean(0)]) @ mapping)
         deviation, mean = weights[0] * moments[0] + weights[1] * moments[1]
         assert torch.allclose(got[layer.name].std(0, correction=0), deviation, atol=1e-9), layer.name
         # The head of a network with norms alone has nothing that could hold a shift.
-        if correction == "repair" and not (flags == "norm" and layer.space == structure.output):
+        if correction == "repair" and not (flags == "norm" and space == structure.output):
             assert torch.allclose(got[layer.name].mean(0), mean, atol=1e-9), layer.name
             checked += 1
     assert checked > 1 or correction == "rescale"
@@ -400,14 +400,15 @@ def test_the_lead_of_the_anchor_is_about_its_features_and_not_about_what_is_pred
 
 def test_the_lead_of_the_anchor_is_against_each_of_the_others():
     models = [MLP(6, [5, 4], 3).eval() for _ in range(4)]
-    parents = tuple(BalancedParent(model, trace(model, vectors(2, 6).float())) for model in models)
-    owners = {unit.name: dict.fromkeys(range(4), 1.0) for unit in parents[0].structure.units}
+    parents = tuple(itself(trace(model, vectors(2, 6).float())) for model in models)
+    structure = parents[0].structure
+    owners = {unit.name: dict.fromkeys(range(4), 1.0) for unit in structure.units}
     weights = [0.1, 0.4, 0.3, 0.2]
-    targets = Targets(Balanced(parents, owners, 1, 0), [{}] * 4, weights, FusionOptions(anchor_lead=3.0))
-    (first, *_, last) = parents[0].structure.units
-    found = targets.shares(first.branch[0], first)
+    targets = Targets(Balanced(parents, owners, 1, 0, structure.axes), [{}] * 4, weights, FusionOptions(anchor_lead=3.0))
+    (first, *_, last) = steps_of(structure)
+    found = targets.shares(first)
     assert found == pytest.approx({0: 0.1 / 3.4, 1: 7 * 0.4 / 3.4, 2: 0.3 / 3.4, 3: 0.2 / 3.4})
-    assert targets.shares(last.branch[0], last) == pytest.approx(dict(enumerate(weights)))
+    assert targets.shares(last) == pytest.approx(dict(enumerate(weights)))
 
 
 # --- what it says ----------------------------------------------------------------------------------------------------
@@ -461,7 +462,10 @@ def late_norm() -> nn.Module:
 def test_a_norm_that_cannot_be_corrected_is_named_and_everything_else_is(correction):
     model, stranger, samples = randomised(late_norm(), 0), randomised(late_norm(), 1), images(60, 8)
     other, _ = permuted(model, samples[:2], seed=1)
-    message = "^Expected every norm directly behind a Linear or Conv2d, got '2' and 1 more elsewhere; it stays averaged"
+    message = (
+        "^Expected layers and norms that can be corrected, got the norm '2', which follows no layer directly and 1 more; "
+        "this stays averaged, everything else is corrected$"
+    )
     with pytest.warns(UserWarning, match=message) as caught:
         assert relative_error(corrected([model, other], samples, correction).model, model, samples) < 1e-9
     assert len(caught) == 1

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from clafusion import FusionError, FusionOptions, fuse, insert_identities, trace
 from clafusion.alignment import similarity
 from clafusion.balancing import insertion, verification
-from clafusion.correction import affine, refit
+from clafusion.correction import affine
 from clafusion.fusion import averaging
 from clafusion.fusion import fuse as fusion
 from clafusion.statistics.moments import Moments
@@ -220,6 +220,8 @@ AXES = [
     for name, axes in trace(MODEL, SAMPLES[:2]).axes.items()
     for dim, axis in enumerate(axes)
     if axis is not None and axis.spaces != ("linear",)
+    # Neurons that one layer alone writes are fixed once it is not known to: nothing is permuted that could go wrong.
+    and (name, dim) not in {(f"layer{number}.0.conv1.weight", 0) for number in (1, 2)}
 ]
 #: The layer that first sees what is wrong with a norm: the one that reads its output.
 READERS = {
@@ -364,14 +366,27 @@ def test_a_fused_parameter_that_is_not_finite_is_named(name, monkeypatch):
     assert said.endswith(f"(neuron space 'fc{name[2]}') of the fused network")
 
 
-@pytest.mark.parametrize("correction", ["rescale", "repair", "refit"])
-def test_a_correction_that_spoils_a_layer_is_named(correction, monkeypatch):
+def spoil(monkeypatch):
+    """Let what is written into layers of five neurons be infinite."""
     write = affine.FoldedLayer.write
 
     def spoiled(self, weight, bias, moments):
         write(self, weight * float("inf") if len(self.weight) == 5 else weight, bias, moments)
 
     monkeypatch.setattr(affine.FoldedLayer, "write", spoiled)
+
+
+def test_a_refit_that_spoils_a_layer_is_undone(monkeypatch):
+    spoil(monkeypatch)
+    make, samples = CASES["mlp"]
+    averaged, refitted = (fuse(make(), [samples], FusionOptions(correction=name)).model for name in ("none", "refit"))
+    assert torch.equal(averaged.fc2.weight, refitted.fc2.weight) and torch.equal(averaged.fc3.weight, refitted.fc3.weight)
+    assert not torch.equal(averaged.fc1.weight, refitted.fc1.weight)
+
+
+@pytest.mark.parametrize("correction", ["rescale", "repair"])
+def test_a_correction_that_spoils_a_layer_is_named(correction, monkeypatch):
+    spoil(monkeypatch)
     refused(
         "mlp",
         f"in 'fc2.weight' .neuron space 'fc2'. of the fused network after {correction}|{correction} of 'fc3'",
@@ -461,14 +476,3 @@ def test_the_gram_matrix_too(monkeypatch):
     gram = similarity.gram
     monkeypatch.setattr(sys.modules["clafusion.alignment.layer_costs"], "gram", lambda x: gram(x) * float("nan"))
     refused("mlp", "Expected finite activations", pin_last=0)
-
-
-def test_a_refit_that_would_make_a_layer_worse_is_undone(monkeypatch):
-    models, samples = [mlp([9, 8, 7], seed, bias=True) for seed in range(2)], vectors(200)
-    averaged, right = (fuse(models, [samples], FusionOptions(correction=name)).model for name in ("none", "refit"))
-    rows = refit.design_rows
-    monkeypatch.setattr(refit, "design_rows", lambda *arguments: rows(*arguments).flip(0) * 3)
-    wrong = fuse(models, [samples], FusionOptions(correction="refit")).model
-    for name in ("fc1", "fc2", "fc3"):
-        one, two, three = (network.get_submodule(name).weight for network in (averaged, right, wrong))
-        assert torch.equal(one, three) and not torch.allclose(one, two, atol=1e-3)
