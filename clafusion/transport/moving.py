@@ -96,8 +96,17 @@ def moved_parameter(
     moves = parameter_moves(balanced, k, name, maps, options)
     if layer is None or layer.kind != "grouped" or name != layer.weight:
         return move(tensor, moves)
-    groups = len(balanced.layout[name][1].of) // balanced.structure.capture.tensors[name].shape[1]  # type: ignore[union-attr]
-    return grouped(move(dense(tensor, groups), moves), groups)
+    parent, template = balanced.parents[k], balanced.structure
+    own = parent.structure.axes[parent.parameters[name]][1] if name in parent.parameters else None
+    before = 1 if own is None else _groups(own, tensor)
+    after = _groups(template.axes[name][1], template.capture.tensors[name])
+    return grouped(move(dense(tensor, before), moves), after)
+
+
+def _groups(axis: Axis | None, weight: Tensor) -> int:
+    """The number of groups of a convolution, from the neurons that it reads."""
+    assert axis is not None
+    return len(axis.of) // weight.shape[1]
 
 
 def dense(weight: Tensor, groups: int) -> Tensor:

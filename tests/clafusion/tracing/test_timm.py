@@ -72,7 +72,10 @@ def test_transformers_of_two_depths_are_fused_and_saved(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("deep", "shallow"), [("seresnet34", "seresnet18"), ("mobilenetv2_100", "mobilenetv2_050")])
+@pytest.mark.parametrize(
+    ("deep", "shallow"),
+    [("seresnet34", "seresnet18"), ("mobilenetv2_100", "mobilenetv2_050"), ("regnetx_004", "regnetx_002")],
+)
 def test_pairs_are_fused_and_saved(deep, shallow, tmp_path):
     fused_and_loaded([made(deep, 0), made(shallow, 1)], tmp_path / "fused.safetensors")
 
