@@ -1,4 +1,4 @@
-# make demo | make test | make test-lowest | make fuzz | make test-slurm | make bench | make docs | make lint | make format
+# make demo | make test | make zoo | make test-lowest | make fuzz | make test-slurm | make bench | make docs | make lint | make format
 # VENV and PYTHON may be given: make test VENV=~/venvs/clafusion
 VENV ?= .venv
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.clafusion-installed
 DOCS_STAMP := $(VENV)/.clafusion-docs-installed
 
-.PHONY: demo test test-lowest fuzz test-slurm bench docs lint format
+.PHONY: demo test zoo test-lowest fuzz test-slurm bench docs lint format
 
 # Trains a deep and a shallow parent on real digits, fuses them and shows how the result compares (about a minute).
 demo: $(STAMP)
@@ -33,6 +33,11 @@ $(LOWEST)/.clafusion-installed: setup.cfg pyproject.toml .ci/lowest.py
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint $(LOWEST)/constraints.txt --editable '.[dev]'
 	touch $@
+
+# All networks of torchvision, timm and Hugging Face that are tried, the large ones too, and generated ones (an hour).
+zoo: $(STAMP)
+	ZOO=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/clafusion/tracing/test_spaces.py tests/clafusion/fusion/test_zoo.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.generated --count 1000
 
 # Damages files of every kind that is read, and reads them, for ten minutes.
 FUZZ_SECONDS ?= 600

@@ -1,6 +1,7 @@
 """Neuron spaces: permuting all of them leaves the function as it is, and there are as many as there should be."""
 
 import importlib.util
+import os
 import pickle
 import re
 from collections.abc import Callable
@@ -54,6 +55,8 @@ def _samples() -> list:
     for name, sample in ZOO.items():
         missing = importlib.util.find_spec(name.partition("/")[0]) is None
         reasons = [pytest.mark.skipif(missing, reason="an optional package")]
+        large = sample.slow and "ZOO" not in os.environ
+        reasons += [pytest.mark.skipif(large, reason="set ZOO=1 for the large networks of the zoo")]
         marks.append(pytest.param(name, marks=[*reasons, pytest.mark.slow] if sample.slow else reasons))
     return marks
 

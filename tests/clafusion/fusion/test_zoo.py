@@ -1,0 +1,66 @@
+"""Networks of torchvision, timm and Hugging Face, each fused with a copy of itself whose neurons are permuted."""
+
+import copy
+import os
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from clafusion import FusionOptions, fuse
+from clafusion.tracing.exporting import logits_of
+from clafusion.tracing.reading import structure_of
+from tests.invariance import permuted, random_orders
+from tests.zoo import ZOO
+
+#: Tried always; the others with `make zoo`.
+SMALL = ("torchvision/vit", "torchvision/swin", "timm/vit_qk_norm", "timm/eva02", "timm/cait", "timm/mixer")
+everything = pytest.mark.skipif("ZOO" not in os.environ, reason="set ZOO=1 for the other networks of the zoo")
+#: What runs of a network twice give in different order of summation.
+TOLERANCE = 1e-6
+
+
+def lively(model: nn.Module, samples: torch.Tensor) -> nn.Module:
+    """The network in float64 with biases that are not zero, and norms that have the statistics of the samples."""
+    generator = torch.Generator().manual_seed(0)
+    model = model.double().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim <= 1 or float(parameter.std()) < 1e-3:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                module.momentum = None
+                module.reset_running_stats()
+            elif "drop" in type(module).__name__.lower():
+                module.eval()
+        model(samples)
+    return model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SMALL else everything) for name in ZOO if "ecaresnet" not in name]
+)
+@torch.no_grad()
+def test_a_permuted_copy_is_recovered(name):
+    pytest.importorskip(name.partition("/")[0])
+    sample = ZOO[name]
+    torch.manual_seed(0)
+    samples = torch.randn(32, *sample.shape).double()
+    model = lively(sample.make(), samples)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        structure, other = structure_of(model, samples), copy.deepcopy(model)
+        orders = random_orders(structure.spaces)
+        if structure.output is not None:
+            orders[structure.output] = list(range(structure.sizes[structure.output]))
+        state = {**dict(other.named_buffers()), **dict(other.named_parameters())}
+        for key, axes in structure.axes.items():
+            state[key].copy_(permuted(state[key].clone(), axes, orders))
+        fused = fuse([model, other], [samples], FusionOptions(correction="none")).model
+    expected, got = logits_of(model(samples)), logits_of(fused(samples))
+    assert float((logits_of(other(samples)) - expected).abs().max() / expected.abs().max()) < TOLERANCE
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert float((got - expected).abs().max() / expected.abs().max()) < TOLERANCE
