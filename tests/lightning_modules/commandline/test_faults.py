@@ -170,15 +170,15 @@ def test_folders_in_which_nobody_can_write_are_one_line(mlp_checkpoints, capsys)
 def out_of_memory_above(size: int, monkeypatch: Any) -> list[int]:
     """A device that has no room for more than so many samples; what was tried."""
     tried: list[int] = []
-    in_step = statistics.in_step
+    ahead = statistics.Ahead
 
-    def limited(runners: Any, names: Any, batch: torch.Tensor) -> Any:
+    def limited(runner: Any, batch: torch.Tensor, names: Any) -> Any:
         tried.append(len(batch))
         if len(batch) > size:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has ...")
-        return in_step(runners, names, batch)
+        return ahead(runner, batch, names)
 
-    monkeypatch.setattr(statistics, "in_step", limited)
+    monkeypatch.setattr(statistics, "Ahead", limited)
     return tried
 
 
