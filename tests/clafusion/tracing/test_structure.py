@@ -267,7 +267,8 @@ def test_tracing_leaves_the_network_as_it_is():
 
 
 def test_a_batch_takes_the_dtype_of_the_network():
-    assert as_input(torch.zeros(2, 3, dtype=torch.uint8), mlp([3])).dtype == torch.float64
+    capture = trace(mlp([3]), vectors(2)).capture
+    assert as_input(torch.zeros(2, 3, dtype=torch.uint8), capture).dtype == torch.float64
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
