@@ -49,7 +49,9 @@ def balance(
     """
     deepest = structures[template]
     parents = tuple(
-        itself(structure) if k == template else _paired(models, structures, template, k, alignments[k], samples, options)
+        itself(structure)
+        if k == template
+        else _paired(models, structures, template, k, alignments[k], samples, options)
         for k, structure in enumerate(structures)
     )
     anchor = parents[options.anchor_index]

@@ -87,8 +87,8 @@ def matched_units(
     missing = next((unit for unit in template.units if unit.name not in units and not unit.insertable), None)
     if missing is not None:
         raise FusionError(
-            f"Expected {called} to have a unit for {missing.name!r} of the deepest parent, got none, and no identity can "
-            "stand in its place: only ReLU-like activations pass an identity; choose parents of equal depth there"
+            f"Expected {called} to have a unit for {missing.name!r} of the deepest parent, got none, and no identity "
+            "can stand in its place: only ReLU-like activations pass an identity; choose parents of equal depth there"
         )
     return units
 

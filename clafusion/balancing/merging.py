@@ -91,8 +91,10 @@ def _check_mergeable(structure: Structure, dropped: Sequence[Unit]) -> None:
     followers = [order[order.index(unit) + 1] for unit in dropped]
     for unit in (*dropped, *followers):
         bare = len(unit.parameters) == sum((one.weight is not None) + (one.bias is not None) for one in unit.layers)
-        if [layer.kind for layer in unit.layers] != ["linear"] or not bare or (
-            unit in dropped and unit.layers[-1].activation != "relu"
+        if (
+            [layer.kind for layer in unit.layers] != ["linear"]
+            or not bare
+            or (unit in dropped and unit.layers[-1].activation != "relu")
         ):
             kinds = ", ".join([layer.kind for layer in unit.layers] + ([] if bare else ["norm"]))
             raise FusionError(

@@ -208,7 +208,7 @@ def gelu(depth, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_refuses_activations_that_pass_no_identity(dtype):
     with pytest.raises(
-        FusionError, match="to have a unit for '2' of the deepest parent, got none, .*: only ReLU-like activations pass"
+        FusionError, match="a unit for '2' of the deepest parent, got none, .*: only ReLU-like activations pass"
     ):
         insert_identities(gelu(1).to(dtype), gelu(3).to(dtype), [(0,), (0,)], torch.randn(8, 6))
 
@@ -229,7 +229,10 @@ def test_relu_like_activations_pass():
         ([(0, 0), (0,)], "strictly increasing"),
         ([(0, 3), (0,)], "strictly increasing"),
         ([(-1, 0), (0,)], "strictly increasing"),
-        ([(1, 2), (0,)], "the shallow network to have a unit for 'fc1' of the deepest parent, got none, and no identity"),
+        (
+            [(1, 2), (0,)],
+            "the shallow network to have a unit for 'fc1' of the deepest parent, got none, and no identity",
+        ),
     ],
 )
 def test_refuses_alignments_that_are_none(alignment, message):
@@ -238,7 +241,9 @@ def test_refuses_alignments_that_are_none(alignment, message):
 
 
 def test_refuses_a_projection_that_is_not_matched():
-    with pytest.raises(FusionError, match=r"to do in 'layer2\.0\.conv1' what the deepest parent does in 'layer2\.1\.conv1'"):
+    with pytest.raises(
+        FusionError, match=r"to do in 'layer2\.0\.conv1' what the deepest parent does in 'layer2\.1\.conv1'"
+    ):
         insert_identities(resnet([1, 1], 1), resnet([1, 2]), [(0,), (0,), (1,), (0,)])
 
 
@@ -249,15 +254,15 @@ def conv_chain(kernel, padding, stages=1):
 @pytest.mark.parametrize(
     ("deep", "shallow", "example", "message"),
     [
-        (mlp([5], bias=True), mlp([5], 1), vectors(2), "the deepest parent does in 'fc1', got linear without bias for lin"),
-        (mlp([5]), mlp([5], 1, bias=True), vectors(2), "deepest parent does in 'fc1', got linear for linear without bias"),
+        (mlp([5], bias=True), mlp([5], 1), vectors(2), "in 'fc1', got linear without bias for linear"),
+        (mlp([5]), mlp([5], 1, bias=True), vectors(2), "in 'fc1', got linear for linear without bias"),
         (
             mlp([5], batch_norm=True), mlp([5], 1), vectors(2),
             "the shallow network to do in 'fc1' what the deepest parent does in 'fc1', got relu for batch_norm",
         ),
         (
             resnet([1]), resnet([1], 1, block="bottleneck"), images(2, 8),
-            "the shallow network to do in 'layer1.0.conv1' what the deepest parent does in 'layer1.0.conv1', got conv2d",
+            "the shallow network to do in 'layer1.0.conv1' what the deepest parent .*, got conv2d",
         ),
         (resnet([1]), resnet([1], 1, stem_width=4), images(2, 8), "does in 'layer1.0.conv1', got conv2d.* for add"),
         (conv_chain(3, 1), conv_chain(5, 2), images(2, 8), r"does in '0', got conv2d\(.*\) for conv2d\("),

@@ -152,7 +152,9 @@ def test_refuses_layers_it_cannot_merge_by_name(deep, shallow, alignment, sample
         merge_layers(deep, shallow, alignment, [samples])
 
 
-@pytest.mark.parametrize(("activation", "name"), [(nn.GELU, "gelu"), (nn.ReLU6, r"relu \(hardtanh\)|relu6"), (nn.Identity, "None")])
+@pytest.mark.parametrize(
+    ("activation", "name"), [(nn.GELU, "gelu"), (nn.ReLU6, r"relu \(hardtanh\)|relu6"), (nn.Identity, "None")]
+)
 def test_refuses_other_activations_by_name(activation, name):
     deep = nn.Sequential(nn.Linear(6, 5), activation(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
     shallow = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))

@@ -404,7 +404,9 @@ def test_the_lead_of_the_anchor_is_against_each_of_the_others():
     structure = parents[0].structure
     owners = {unit.name: dict.fromkeys(range(4), 1.0) for unit in structure.units}
     weights = [0.1, 0.4, 0.3, 0.2]
-    targets = Targets(Balanced(parents, owners, 1, 0, structure.axes), [{}] * 4, weights, FusionOptions(anchor_lead=3.0))
+    targets = Targets(
+        Balanced(parents, owners, 1, 0, structure.axes), [{}] * 4, weights, FusionOptions(anchor_lead=3.0)
+    )
     (first, *_, last) = steps_of(structure)
     found = targets.shares(first)
     assert found == pytest.approx({0: 0.1 / 3.4, 1: 7 * 0.4 / 3.4, 2: 0.3 / 3.4, 3: 0.2 / 3.4})

@@ -283,7 +283,10 @@ REFUSED = {
     "no parameters": Net(lambda self, x: x.relu()),
 }
 SAID = {
-    "sample shape": (Net(lambda self, x: self.a(x), a=linear(5)), r"samples that Net accepts, got a batch of shape \[2, 4\]"),
+    "sample shape": (
+        Net(lambda self, x: self.a(x), a=linear(5)),
+        r"samples that Net accepts, got a batch of shape \[2, 4\]",
+    ),
     "sort": (Net(lambda self, x: self.a(x).sort(1).values, a=linear()), "got sort in"),
     "no layers": (Net(lambda self, x: x.relu()), "Expected "),
     "feature maps": (Net(lambda self, x: self.a(x)[:, :, None, None], a=linear()), r"logits \[samples, classes\]"),
@@ -311,7 +314,9 @@ UNDERSTOOD = {
     "bare parameter": Net(lambda self, x: self.b(self.a(x) + self.a.bias), a=linear(), b=linear()),
     "norm of the input": Net(lambda self, x: self.a(self.n(x)), n=nn.BatchNorm1d(4), a=linear()),
     "number": Net(lambda self, x: self.b(self.a(x) + 1), a=linear(), b=linear()),
-    "no affine": Net(lambda self, x: self.b(self.n(self.a(x))), a=linear(), n=nn.BatchNorm1d(4, affine=False), b=linear()),
+    "no affine": Net(
+        lambda self, x: self.b(self.n(self.a(x))), a=linear(), n=nn.BatchNorm1d(4, affine=False), b=linear()
+    ),
     "weight norm": Net(
         lambda self, x: self.b(self.a(x)), a=nn.utils.parametrizations.weight_norm(linear()), b=linear()
     ),
