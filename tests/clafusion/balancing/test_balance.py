@@ -173,7 +173,7 @@ def test_networks_are_left_as_they_are():
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 @pytest.mark.parametrize("case", ["mlp", "vgg13 vgg11", "resnet34 resnet18"])
 def test_what_stands_for_inserted_units_is_what_they_give(case, flags):
-    """A fusion builds no inserted unit: the parent's own nodes stand for those of the network that has them built in."""
+    """A fusion builds no inserted unit: nodes of the parent stand for those of the network that has it built in."""
     make, example = CASES[case]
     deep, shallow = make(flags)
     alignment = last_places(deep, shallow, example)

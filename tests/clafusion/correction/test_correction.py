@@ -465,8 +465,8 @@ def test_a_norm_that_cannot_be_corrected_is_named_and_everything_else_is(correct
     model, stranger, samples = randomised(late_norm(), 0), randomised(late_norm(), 1), images(60, 8)
     other, _ = permuted(model, samples[:2], seed=1)
     message = (
-        "^Expected layers and norms that can be corrected, got the norm '2', which follows no layer directly and 1 more; "
-        "this stays averaged, everything else is corrected$"
+        "^Expected layers and norms that can be corrected, got the norm '2', which follows no layer directly and 1 "
+        "more; this stays averaged, everything else is corrected$"
     )
     with pytest.warns(UserWarning, match=message) as caught:
         assert relative_error(corrected([model, other], samples, correction).model, model, samples) < 1e-9
