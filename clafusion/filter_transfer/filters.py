@@ -98,13 +98,15 @@ def _fitted(
     """One tensor in another shape; an axis that is no axis of neurons is one of the kernel."""
     result = resampled(tensor, shape[2:]) if tensor.ndim == 4 else tensor
     for dim, (axis, other) in enumerate(zip(ours, theirs, strict=True)):
-        if axis is None or other is None:
-            continue
-        turns = [int(one.turn.max()) + 1 for one in (axis, other)]
-        if turns[0] != turns[1] or len(axis.spaces) != len(other.spaces):
+        turns = [1 if one is None else int(one.turn.max()) + 1 for one in (axis, other)]
+        if turns[0] != turns[1] or (axis and other and len(axis.spaces) != len(other.spaces)):
             raise FusionError(
                 f"Expected {names[0]!r} of the target and {names[1]!r} of the source to read as many positions per "
                 f"channel, got {turns[0]} and {turns[1]}; choose networks of the same resolution"
             )
-        result = cyclic(result, dim, other, axis)
+        if axis is not None and other is not None:
+            result = cyclic(result, dim, other, axis)
+        elif result.shape[dim] != shape[dim]:  # one of the two reads the input of its network
+            source = torch.arange(shape[dim], device=result.device) % result.shape[dim]
+            result = result.index_select(dim, source)
     return result

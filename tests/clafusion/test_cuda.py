@@ -12,7 +12,6 @@ from clafusion.datamodules.transforms import augment, normalize, pad_to_size
 from clafusion.lightning_modules import FusionTrainer, ImageClassifier, load_parent
 from clafusion.lightning_modules.checkpoints.reading import load_fusion
 from clafusion.lightning_modules.commandline import cli
-from clafusion.tracing.execution import as_input
 from clafusion.transport.solvers import transport_plan
 from tests.helpers import CORRECTIONS, NORMED_PAIRS, largest_difference, relative_error
 
@@ -46,14 +45,14 @@ def test_every_precision_comes_near_double(case, dtype, tolerance):
     parents = [model.to(DEVICE, dtype) for model in make()]
     found = fuse(parents, [samples]).model
     expected = fuse([model.double() for model in parents], [samples]).model
-    assert relative_error(found.double(), expected, as_input(samples, expected)) < tolerance
+    assert relative_error(found.double(), expected, samples.to(next(expected.parameters()))) < tolerance
 
 
 def test_a_small_budget_of_memory_changes_nothing_but_rounding():
     make, samples = NORMED_PAIRS["resnet"]
     parents = [model.to(DEVICE) for model in make()]
     found, expected = (fuse(parents, [samples], FusionOptions(memory_budget=budget)).model for budget in (1, 1024))
-    assert relative_error(found, expected, as_input(samples, expected)) < 1e-9
+    assert relative_error(found, expected, samples.to(next(expected.parameters()))) < 1e-9
 
 
 @pytest.mark.parametrize("solver", ["sinkhorn", "unbalanced"])

@@ -185,9 +185,7 @@ def test_streamed_statistics_are_stacked_ones(parts, n, m, extent, precision, of
 @given(architectures(), st.integers(1, 30))
 def test_statistics_do_not_depend_on_how_the_samples_are_cut(drawn, size):
     structures, samples = [trace(drawn.build(seed), drawn.samples(2)) for seed in range(2)], drawn.samples(31)
-    nodes = {
-        layer.post: tuple(Observation(k, layer.post, 1, None) for k in (0, 1)) for layer in structures[0].layers
-    }
+    nodes = {layer.post: tuple(Observation(k, layer.post, 1, None) for k in (0, 1)) for layer in structures[0].layers}
     runners = [GraphRunner(structure.capture) for structure in structures]
     whole, cut = (paired_moments(runners, nodes, samples, batch) for batch in (31, size))
     assert whole.keys() == cut.keys()

@@ -7,7 +7,6 @@ import torch
 
 from clafusion import FusionOptions, fuse
 from clafusion.statistics import moments as statistics
-from clafusion.tracing.execution import as_input
 from tests.helpers import CORRECTIONS, NORMED_PAIRS, largest_difference, relative_error
 
 
@@ -30,7 +29,7 @@ def test_nor_does_how_many_samples_are_run_at_once(case, correction, dtype, tole
     expected = fuse(models, [samples], options).model
     monkeypatch.setattr(statistics, "CPU_CHUNK", 13)
     found = fuse(models, [samples], options).model
-    assert relative_error(found, expected, as_input(samples, found)) < tolerance
+    assert relative_error(found, expected, samples.to(next(found.parameters()))) < tolerance
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from clafusion import FusionError, insert_identities, networks, trace
-from clafusion.balancing.insertion import bypass_of
+from clafusion.balancing.correspondence import correspond
 from clafusion.tracing.execution import GraphRunner
 from tests import helpers
 from tests.helpers import foreign, images, mlp, relative_error, resnet, vectors, vgg
@@ -83,7 +83,8 @@ def test_one_inserted_weight_changed_is_seen(case):
     stages = trace(deep, example).stages
     stage, places = next((s, p) for s, p in zip(stages, alignment, strict=True) if len(s) != len(p))
     inserted = next(unit for place, unit in enumerate(stage) if place not in places)
-    weight = network.get_submodule(inserted.closing).weight
+    name = inserted.closing[0] if inserted.closing else inserted.layers[0].weight
+    weight = dict(network.named_parameters())[name]
     with torch.no_grad():
         weight.flatten()[0] += 0.1
     assert relative_error(network, shallow, example) > 1e-6
@@ -169,30 +170,31 @@ def test_networks_are_left_as_they_are():
         assert not {t.data_ptr() for t in network.parameters()} & {t.data_ptr() for t in model.parameters()}
 
 
-@pytest.mark.parametrize("zero_branches", [False, True])
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 @pytest.mark.parametrize("case", ["mlp", "vgg13 vgg11", "resnet34 resnet18"])
-def test_what_inserted_units_give_is_taken_for_granted(case, flags, zero_branches):
+def test_what_stands_for_inserted_units_is_what_they_give(case, flags):
+    """A fusion builds no inserted unit: nodes of the parent stand for those of the network that has it built in."""
     make, example = CASES[case]
     deep, shallow = make(flags)
     alignment = last_places(deep, shallow, example)
-    network = insert_identities(shallow, deep, alignment, example, zero_branches)
-    places = zip(trace(deep, example).stages, alignment, strict=True)
-    new = {unit.name for stage, kept in places for place, unit in enumerate(stage) if place not in kept}
-    whole, passing = trace(network, example), trace(network, example)
-    graph = str(passing.module.graph)
-    runner = GraphRunner(passing.module, bypass=bypass_of(passing, new, zero_branches))
-    names = {node for unit in whole.units for layer in unit.layers for node in (layer.pre, layer.post)}
-    expected = dict(GraphRunner(whole.module).observe(example, names))
-    found = dict(runner.observe(example, names))
-    assert new and found.keys() == expected.keys()
-    assert all(torch.allclose(found[name], expected[name], atol=1e-12) for name in names)
-    weighted = [layer.name for unit in whole.units if unit.name in new for layer in unit.layers if layer.weighted]
-    run = []
-    for name in weighted:
-        passing.module.get_submodule(name).register_forward_hook(lambda *_, name=name: run.append(name))
-    dict(runner.observe(example, {whole.units[-1].output.pre}))
-    assert not run and str(passing.module.graph) == graph
+    grown = trace(insert_identities(shallow, deep, alignment, example), example)
+    parent = correspond(trace(deep, example), trace(shallow, example), alignment, "the shallow network")
+    missing = [unit for unit in grown.units if unit.name not in parent.units]
+    names = {node for unit in grown.units for layer in unit.layers for node in (layer.pre, layer.post)}
+    names &= parent.nodes.keys()
+    assert missing and {node for unit in missing for node in (unit.features, unit.output)} <= parent.nodes.keys()
+    expected = dict(GraphRunner(grown.capture).observe(example, names))
+    found = dict(parent.runner().observe(example, {parent.nodes[name] for name in names}))
+    for name in names:
+        # Before its activation an inserted layer of a chain gives what it is given, which has passed one already.
+        assert torch.allclose(found[parent.nodes[name]], expected[name], atol=1e-12), name
+    assert len(names) > len(missing)
+
+
+def test_the_first_layer_of_a_stage_can_be_inserted():
+    deep, shallow, example = vgg([[5], [5, 6]], 0), vgg([[5], [6]], 1), images(4, 8)
+    network = insert_identities(shallow, deep, [(0,), (1,), (0,)], example)
+    assert relative_error(network, shallow, example) < 1e-12
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -206,7 +208,7 @@ def gelu(depth, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_refuses_activations_that_pass_no_identity(dtype):
     with pytest.raises(
-        FusionError, match="leave the network's function as it is, got logits that differ by .*ReLU-like"
+        FusionError, match="a unit for '2' of the deepest parent, got none, .*: only ReLU-like activations pass"
     ):
         insert_identities(gelu(1).to(dtype), gelu(3).to(dtype), [(0,), (0,)], torch.randn(8, 6))
 
@@ -227,7 +229,10 @@ def test_relu_like_activations_pass():
         ([(0, 0), (0,)], "strictly increasing"),
         ([(0, 3), (0,)], "strictly increasing"),
         ([(-1, 0), (0,)], "strictly increasing"),
-        ([(1, 2), (0,)], "unit 'fc1' to be matched, since no identity can stand in its place; pin it"),
+        (
+            [(1, 2), (0,)],
+            "the shallow network to have a unit for 'fc1' of the deepest parent, got none, and no identity",
+        ),
     ],
 )
 def test_refuses_alignments_that_are_none(alignment, message):
@@ -236,7 +241,9 @@ def test_refuses_alignments_that_are_none(alignment, message):
 
 
 def test_refuses_a_projection_that_is_not_matched():
-    with pytest.raises(FusionError, match=r"unit 'layer2\.0\.conv1' to be matched"):
+    with pytest.raises(
+        FusionError, match=r"to do in 'layer2\.0\.conv1' what the deepest parent does in 'layer2\.1\.conv1'"
+    ):
         insert_identities(resnet([1, 1], 1), resnet([1, 2]), [(0,), (0,), (1,), (0,)])
 
 
@@ -247,18 +254,18 @@ def conv_chain(kernel, padding, stages=1):
 @pytest.mark.parametrize(
     ("deep", "shallow", "example", "message"),
     [
-        (mlp([5], bias=True), mlp([5], 1), vectors(2), r"both networks to have 'fc\d.bias', got it in the deeper one"),
-        (mlp([5]), mlp([5], 1, bias=True), vectors(2), r"to have 'fc\d.bias', got it in the shallower one"),
+        (mlp([5], bias=True), mlp([5], 1), vectors(2), "in 'fc1', got linear without bias for linear"),
+        (mlp([5]), mlp([5], 1, bias=True), vectors(2), "in 'fc1', got linear for linear without bias"),
         (
             mlp([5], batch_norm=True), mlp([5], 1), vectors(2),
-            "matched units with the same layers, got linear, norm in 'fc1' and linear in 'fc1'",
+            "the shallow network to do in 'fc1' what the deepest parent does in 'fc1', got relu for batch_norm",
         ),
         (
             resnet([1]), resnet([1], 1, block="bottleneck"), images(2, 8),
-            "to have a projection shortcut, or neither|matched units with the same layers",
+            "the shallow network to do in 'layer1.0.conv1' what the deepest parent .*, got conv2d",
         ),
-        (resnet([1]), resnet([1], 1, stem_width=4), images(2, 8), "to have a projection shortcut, or neither"),
-        (conv_chain(3, 1), conv_chain(5, 2), images(2, 8), "matched layers of equal kernel_size"),
+        (resnet([1]), resnet([1], 1, stem_width=4), images(2, 8), "does in 'layer1.0.conv1', got conv2d.* for add"),
+        (conv_chain(3, 1), conv_chain(5, 2), images(2, 8), r"does in '0', got conv2d\(.*\) for conv2d\("),
         (mlp([5]), mlp([5], 1, classes=3), vectors(2), None),
     ],
 )  # fmt: skip

@@ -404,7 +404,9 @@ def test_the_lead_of_the_anchor_is_against_each_of_the_others():
     structure = parents[0].structure
     owners = {unit.name: dict.fromkeys(range(4), 1.0) for unit in structure.units}
     weights = [0.1, 0.4, 0.3, 0.2]
-    targets = Targets(Balanced(parents, owners, 1, 0, structure.axes), [{}] * 4, weights, FusionOptions(anchor_lead=3.0))
+    targets = Targets(
+        Balanced(parents, owners, 1, 0, structure.axes), [{}] * 4, weights, FusionOptions(anchor_lead=3.0)
+    )
     (first, *_, last) = steps_of(structure)
     found = targets.shares(first)
     assert found == pytest.approx({0: 0.1 / 3.4, 1: 7 * 0.4 / 3.4, 2: 0.3 / 3.4, 3: 0.2 / 3.4})
@@ -463,8 +465,8 @@ def test_a_norm_that_cannot_be_corrected_is_named_and_everything_else_is(correct
     model, stranger, samples = randomised(late_norm(), 0), randomised(late_norm(), 1), images(60, 8)
     other, _ = permuted(model, samples[:2], seed=1)
     message = (
-        "^Expected layers and norms that can be corrected, got the norm '2', which follows no layer directly and 1 more; "
-        "this stays averaged, everything else is corrected$"
+        "^Expected layers and norms that can be corrected, got the norm '2', which follows no layer directly and 1 "
+        "more; this stays averaged, everything else is corrected$"
     )
     with pytest.warns(UserWarning, match=message) as caught:
         assert relative_error(corrected([model, other], samples, correction).model, model, samples) < 1e-9

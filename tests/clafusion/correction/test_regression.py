@@ -49,7 +49,7 @@ def conv(outputs: int, arguments: dict) -> nn.Conv2d:
 
 
 def design_of(layer: nn.Module, x: torch.Tensor, observations: torch.Tensor) -> torch.Tensor:
-    """The design rows of a layer that begins a network, with the padding that the graph has as an operation."""
+    """The design rows of a layer that begins a network; padding may be an operation of its own in its graph."""
     head = nn.Linear(layer(x).flatten(1).shape[1], 3).double()
     structure = trace(nn.Sequential(layer, nn.Flatten(), head), x)
     part = folded_layer(structure, structure.layers[0])

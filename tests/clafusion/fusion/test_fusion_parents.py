@@ -330,7 +330,7 @@ REFUSED = {
         [vgg([[4, 4], [4]]), vgg([[4], [4, 4]])], [images(8, 8)], {"balance": "merge"},
         "to be shallowest in every stage",
     ),
-    "bias": ([mlp([5], bias=True), mlp([5])], GOOD, {}, "to do in 'fc1' .* got linear without bias for linear"),
+    "bias": ([mlp([5], bias=True), mlp([5])], GOOD, {}, "parent 1 to do in 'fc1' .* got linear without bias for"),
     "norm": ([mlp([5]), mlp([5], batch_norm=True)], GOOD, {}, "parent 1 to do in 'fc1' .* got batch_norm for relu"),
     "plain average": (
         [mlp([5]), mlp([6])], GOOD, {"combine": "average"}, "equal widths for combine=average, got different ones",

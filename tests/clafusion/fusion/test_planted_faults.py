@@ -219,7 +219,8 @@ AXES = [
     (name, dim)
     for name, axes in trace(MODEL, SAMPLES[:2]).axes.items()
     for dim, axis in enumerate(axes)
-    if axis is not None and axis.spaces != ("linear",)
+    if axis is not None
+    and axis.spaces != ("linear",)
     # Neurons that one layer alone writes are fixed once it is not known to: nothing is permuted that could go wrong.
     and (name, dim) not in {(f"layer{number}.0.conv1.weight", 0) for number in (1, 2)}
 ]
@@ -380,7 +381,9 @@ def test_a_refit_that_spoils_a_layer_is_undone(monkeypatch):
     spoil(monkeypatch)
     make, samples = CASES["mlp"]
     averaged, refitted = (fuse(make(), [samples], FusionOptions(correction=name)).model for name in ("none", "refit"))
-    assert torch.equal(averaged.fc2.weight, refitted.fc2.weight) and torch.equal(averaged.fc3.weight, refitted.fc3.weight)
+    assert torch.equal(averaged.fc2.weight, refitted.fc2.weight) and torch.equal(
+        averaged.fc3.weight, refitted.fc3.weight
+    )
     assert not torch.equal(averaged.fc1.weight, refitted.fc1.weight)
 
 

@@ -24,7 +24,7 @@ from clafusion.datamodules import DigitsDataModule
 from clafusion.lightning_modules import FusionTrainer, ImageClassifier
 from clafusion.lightning_modules.commandline import cli
 from clafusion.lightning_modules.commands.figures import Pictures
-from clafusion.report.measurements import PIXELS, averages, diagnose, map_picture
+from clafusion.report.measurements import PIXELS, Observed, averages, diagnose, map_picture
 from clafusion.report.pages import (
     experiment_report,
     fusion_report,
@@ -149,8 +149,11 @@ def features(model, samples) -> list[torch.Tensor]:
 def compared(networks, parents, samples):
     """What `diagnose` says of networks that are traced for it."""
     structures = [[trace(model, samples[:1]) for model in models] for models in (networks, parents)]
-    runners = [[GraphRunner(structure.module) for structure in side] for side in structures]
-    return diagnose(structures[0][0], *runners, samples)
+    observed = [
+        [Observed(GraphRunner(one.capture), {layer.name: layer.pre for layer in one.layers}) for one in side]
+        for side in structures
+    ]
+    return diagnose([layer.name for layer in structures[0][0].layers], *observed, samples)
 
 
 def test_diagnosis_is_variance_and_cka_of_the_features():
@@ -251,7 +254,7 @@ def test_there_is_no_line_where_networks_were_fused_one_after_another():
     fusion = fuse(models, [samples], plain(anchor=2))
     found = line_accuracies(fusion, samples, labels)["accuracies"]
     assert list(found) == ["0", "1"] and found["0"][0] == found["1"][0] == right(models[2], samples, labels)
-    assert found["1"][10] == right(next(averages(fusion, [[0, 1, 0]])), samples, labels)
+    assert found["1"][10] == right(next(averages(fusion, [[0, 1, 0]])).run, samples, labels)
 
 
 def test_a_map_that_permutes_has_a_clean_diagonal():

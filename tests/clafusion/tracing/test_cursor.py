@@ -1,12 +1,14 @@
 """Running a network from cut point to cut point gives what its plain forward gives."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 
 from clafusion import trace
-from clafusion.tracing.execution import Cursor, GraphRunner, tensor_nodes
+from clafusion.tracing.execution import Ahead, Cursor, GraphRunner, is_tensor
 from tests.helpers import images, mlp, randomised, resnet, vectors, vgg
 
 BIASED = {"bias": True, "batch_norm": True}
@@ -45,25 +47,30 @@ NETWORKS = {
 
 def plain_forward(structure, samples) -> dict[str, torch.Tensor]:
     """Every tensor of the graph, by interpreting it from beginning to end and keeping everything."""
+    capture, kept = structure.capture, {}
 
     class Keeping(torch.fx.Interpreter):
         def run_node(self, node):
             kept[node.name] = super().run_node(node)
             return kept[node.name]
 
-    kept: dict[str, torch.Tensor] = {}
-    Keeping(structure.module, garbage_collect_values=False).run(samples)
+    placeholders = [node.name for node in capture.graph.nodes if node.op == "placeholder"]
+    given = [samples if name == capture.entry else capture.tensors[capture.names[name]] for name in placeholders]
+    module = torch.fx.GraphModule(torch.nn.Module(), capture.graph)
+    Keeping(module, garbage_collect_values=False).run(*given)
     return kept
 
 
 def cursor_of(structure, batches) -> Cursor:
-    return Cursor(GraphRunner(structure.module), batches)
+    return Cursor(GraphRunner(structure.capture), batches)
 
 
 def between(structure, start: str, stop: str | None) -> list[str]:
-    """The tensors after one cut point, up to the next or to the end."""
-    names = [node.name for node in tensor_nodes(structure.module.graph)]
-    return names[names.index(start) : None if stop is None else names.index(stop) + 1]
+    """The tensors from one node up to another or to the end, those of the network aside."""
+    capture = structure.capture
+    nodes = [node for node in capture.graph.nodes if node.name not in capture.names and node.op != "output"]
+    names = [node.name for node in nodes if is_tensor(node)]
+    return names[names.index(start) : None if stop is None else names.index(stop)]
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -74,11 +81,10 @@ def test_every_node_is_as_in_the_plain_forward(name, parts):
     structure = trace(make(), samples[:2])
     expected = plain_forward(structure, samples)
     cursor = cursor_of(structure, samples.tensor_split(parts))
-    stops = [*(unit.input for unit in structure.units), None]
+    stops = [*(unit.layers[0].node for unit in structure.units), None]
     for here, there in zip(stops, stops[1:], strict=False):
-        cursor.advance([here])
+        cursor.advance(here)
         names = between(structure, here, there)
-        assert len(names) > 1
         for wanted in ([name] for name in names):
             check(cursor, wanted, expected)
         check(cursor, names, expected)
@@ -98,7 +104,7 @@ def test_the_end_is_in_sight_from_the_start(name):
     make, samples = NETWORKS[name]
     model = make()
     structure = trace(model, samples[:2])
-    last = structure.units[-1].output.pre
+    last = structure.capture.logits
     [outputs] = cursor_of(structure, [samples]).look_ahead([last])
     assert torch.allclose(outputs[last], model(samples.clone()), atol=1e-12, rtol=1e-10)
 
@@ -109,36 +115,57 @@ def test_looking_ahead_does_not_move(name):
     make, samples = NETWORKS[name]
     structure = trace(make(), samples[:2])
     cursor = cursor_of(structure, [samples])
-    cursor.advance([structure.units[1].input])
+    cursor.advance(structure.layers[1].node)
     [state] = cursor.states
-    before = {node: (value, value.clone()) for node, value in state.items()}
-    last = structure.units[-1].output.pre
+    before = {node: (value, copy.deepcopy(value)) for node, value in state.items()}
+    last = structure.capture.logits
     for _ in range(2):
         next(cursor.look_ahead([last]))  # given up half-way
         list(cursor.look_ahead([last]))
     assert cursor.states[0] is state and state.keys() == before.keys()
     for node, (value, copied) in before.items():
-        assert state[node] is value and torch.equal(value, copied)
+        assert state[node] is value and bool(torch.as_tensor(value == copied).all())
 
 
 @torch.no_grad()
 def test_one_activation_is_held_whatever_the_depth():
     structure = trace(resnet([3, 3], **BIASED), images(2, 8))
     cursor = cursor_of(structure, [images(10, 8)])
-    for unit in structure.units:
-        cursor.advance([unit.input])
-        assert list(cursor.states[0]) == [unit.input]
+    for unit in structure.units[1:]:
+        cursor.advance(unit.layers[0].node)
+        assert len(cursor.states[0]) == 1
 
 
 @torch.no_grad()
-def test_advancing_twice_to_one_place_is_advancing_once():
+def test_advancing_twice_to_one_place_is_advancing_once_and_never_back():
     structure = trace(mlp([9, 8]), vectors(2))
     cursor = cursor_of(structure, [vectors(10)])
-    place = structure.units[1].input
+    place = structure.layers[1].node
     for _ in range(2):
-        cursor.advance([place])
+        cursor.advance(place)
+        cursor.advance(structure.layers[0].node)
         [outputs] = cursor.look_ahead([place])
         assert torch.equal(outputs[place], plain_forward(structure, vectors(10))[place])
+
+
+@torch.no_grad()
+def test_networks_side_by_side_keep_nothing_that_was_taken():
+    structure = trace(resnet([1, 2], **BIASED), images(2, 8))
+    expected = plain_forward(structure, images(10, 8))
+    names = [layer.node for layer in structure.layers]
+    names.append(names[0])
+    ahead = Ahead(GraphRunner(structure.capture), images(10, 8), names)
+    for name in names:
+        assert torch.allclose(ahead.take(name), expected[name], atol=1e-12)
+    assert not ahead.kept
+
+
+@torch.no_grad()
+def test_what_is_given_is_taken_for_granted():
+    structure = trace(mlp([9, 8]), vectors(2))
+    place, end, ones = structure.layers[1].node, structure.capture.logits, torch.ones(10, 8).double()
+    [outputs] = cursor_of(structure, [vectors(10)]).look_ahead([end], {place: ones})
+    assert torch.allclose(outputs[end], ones @ structure.capture.tensors["fc3.weight"].T)
 
 
 @torch.no_grad()
@@ -146,8 +173,8 @@ def test_a_change_behind_the_cut_point_is_seen_and_one_before_it_is_not():
     model = mlp([9, 8])
     structure = trace(model, vectors(2))
     cursor = cursor_of(structure, [vectors(10)])
-    cursor.advance([structure.units[1].input])
-    last = structure.units[-1].output.pre
+    cursor.advance(structure.layers[1].node)
+    last = structure.capture.logits
     before = next(cursor.look_ahead([last]))[last]
     model.fc1.weight.zero_()
     assert torch.equal(next(cursor.look_ahead([last]))[last], before)
@@ -161,11 +188,11 @@ def test_the_samples_are_left_as_they_are():
     model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(12, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)).double()
     samples = vectors(10)
     structure = trace(model, samples[:2])
-    list(cursor_of(structure, [samples]).look_ahead([structure.units[-1].output.pre]))
+    list(cursor_of(structure, [samples]).look_ahead([structure.capture.logits]))
     assert torch.equal(samples, vectors(10))
 
 
 def test_samples_take_the_type_of_the_network():
     structure = trace(mlp([9]).float(), vectors(2).float())
-    [outputs] = cursor_of(structure, [vectors(10)]).look_ahead([structure.units[0].output.pre])
-    assert outputs[structure.units[0].output.pre].dtype == torch.float32
+    [outputs] = cursor_of(structure, [vectors(10)]).look_ahead([structure.layers[0].pre])
+    assert outputs[structure.layers[0].pre].dtype == torch.float32
