@@ -127,8 +127,8 @@ class _Draft:
         if ours.resolution != theirs.resolution:
             raise FusionError(
                 f"Expected {self.called} to give {list(ours.resolution)} positions or tokens behind {theirs.name!r}, "
-                f"as the deepest parent does behind {ours.name!r}, got {list(theirs.resolution)}; choose parents of one "
-                "input size"
+                f"as the deepest parent does behind {ours.name!r}, got {list(theirs.resolution)}; choose parents of "
+                "one input size"
             )
         if len(ours.parameters) != len(theirs.parameters):
             raise FusionError(

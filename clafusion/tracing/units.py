@@ -223,7 +223,7 @@ def _unit(graph: _Graph, draft: _Draft) -> Unit:
     output = nodes[-1]
     addition = _last_addition(graph, draft)
     closing = _closing(graph, draft, addition) if addition is not None else ()
-    kind = "other" if not layers else "residual" if addition is not None else "plain"
+    kind = "residual" if addition is not None else "plain" if layers else "other"
     name = layers[0].name if layers else _owner(parameters[0])
     return Unit(
         name=name,
