@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from clafusion.alignment.layer_maps import deep_and_shallow
 from clafusion.alignment.stages import Alignment, pair_stages
 from clafusion.balancing.correspondence import correspond, itself
+from clafusion.balancing.insertion import sizes_once_inserted
 from clafusion.balancing.merging import merged
 from clafusion.balancing.verification import activated, check_passing
 from clafusion.errors import FusionError
@@ -59,6 +60,8 @@ def balance(
         name: anchor.structure.sizes[anchor.spaces[name]] if name in anchor.spaces else size
         for name, size in deepest.sizes.items()
     }
+    if options.streams == "per_layer":  # as published, the result is as wide inside inserted blocks as the anchor is
+        sizes = sizes_once_inserted(deepest, anchor)
     network, room = room_for(models[template], deepest, sizes, samples)
     owners = owners_by_unit(structures, template, alignments, first_shares, options)
     return Balanced(parents, owners, options.anchor_index, template, room.axes), network, room

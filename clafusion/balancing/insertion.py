@@ -59,7 +59,7 @@ def inserted(
 ) -> nn.Module:
     """`insert_identities` from structures."""
     parent = correspond(a, b, alignment, "the shallow network")
-    network, room = room_for(deep, a, _sizes(a, parent), samples)
+    network, room = room_for(deep, a, sizes_once_inserted(a, parent), samples)
     state = dict(room.capture.tensors)
     for unit in a.units:
         if unit.name in parent.units:
@@ -80,10 +80,10 @@ def inserted(
 @torch.no_grad()
 def check_insertable(deep: nn.Module, a: Structure, b: Structure, alignment: Alignment, samples: Tensor) -> None:
     """Refuse, as `inserted` does, a deep network whose class cannot have the other's widths, whatever its weights."""
-    room_for(deep, a, _sizes(a, correspond(a, b, alignment, "the shallow network")), samples)
+    room_for(deep, a, sizes_once_inserted(a, correspond(a, b, alignment, "the shallow network")), samples)
 
 
-def _sizes(a: Structure, parent: Correspondence) -> dict[str, int]:
+def sizes_once_inserted(a: Structure, parent: Correspondence) -> dict[str, int]:
     """The width of every space of the deep network once the shallow one's units are in it.
 
     An inserted unit is as wide inside as the shallow network's unit before it in its stage, or else after it.

@@ -63,8 +63,8 @@ def transport_problems(balanced: Balanced, options: FusionOptions) -> list[Trans
         if space == structure.output and options.head != "transport":
             continue
         owners = [k for k, parent in enumerate(balanced.parents) if space in parent.spaces]
-        if not shared:
-            owners = list(range(len(balanced.parents)))
+        if not shared and space not in balanced.parents[balanced.anchor].spaces:
+            continue  # see `_add_maps_of_zeros`
         reference = balanced.reference(space)
         problems += [TransportProblem(key, space, tuple(layers), k, reference) for k in owners if k != reference]
     return problems
@@ -100,6 +100,8 @@ def neuron_maps(
     if options.combine == "average":
         _check_equal_widths(balanced)
         return maps, costs
+    if options.streams == "per_layer":
+        _add_maps_of_zeros(balanced, maps, options)
     problems, by_weights = transport_problems(balanced, options), options.features == "weights"
     problems = [problem for problem in problems if _is_known(balanced, problem, options)]
     sides_of: Callable[[TransportProblem], Sides]
@@ -120,6 +122,23 @@ def neuron_maps(
             for key, (mapping, cost) in found.items():
                 maps[group[0].parent][key], costs[group[0].parent][key] = mapping, cost
     return maps, costs
+
+
+def _add_maps_of_zeros(balanced: Balanced, maps: tuple[Maps, ...], options: FusionOptions) -> None:
+    """With a map per layer: the maps onto the neurons of blocks that the anchor lacks, where its features are zeros.
+
+    All neurons are equally far from zeros, so that any plan is optimal.
+    """
+    anchor = balanced.parents[balanced.anchor]
+    for layer in balanced.structure.layers:
+        axis = balanced.structure.written(layer)
+        if axis is None or layer.weight is None or axis.spaces[0] in anchor.spaces:
+            continue
+        new = balanced.layout[layer.weight][0]
+        for k, parent in enumerate(balanced.parents):
+            if new is not None and (own := parent.spaces.get(axis.spaces[0])) is not None:
+                cost = torch.zeros(parent.structure.sizes[own], len(new.of), dtype=torch.float64)
+                maps[k][layer.name] = as_map(transport_plan(cost))
 
 
 def _is_known(balanced: Balanced, problem: TransportProblem, options: FusionOptions) -> bool:
