@@ -454,11 +454,7 @@ def other_mean(moments):
     return dataclasses.replace(moments, x=moments.x * torch.linspace(-9, 9, len(moments.x)))
 
 
-def half_the_samples(moments):
-    return dataclasses.replace(moments, count=moments.count // 2 + 1)
-
-
-@pytest.mark.parametrize("fault", [scaled_product, other_mean, half_the_samples, None])
+@pytest.mark.parametrize("fault", [scaled_product, other_mean, None])
 def test_a_wrong_statistic_loses_planted_permutations(fault, monkeypatch):
     model, samples = mlp([9, 8, 7], 0, bias=True), vectors(40) + 1
     of = Moments.of.__func__
