@@ -28,7 +28,7 @@ def check_passing(structure: Structure, units: Sequence[Unit], few: Tensor) -> N
     inputs = exact_outputs(structure, few, [unit.input for unit in units])
     for unit in units:
         expected = activated(structure, unit, inputs[unit.input])
-        error = difference(expected, _passed(structure, unit, inputs[unit.input]))
+        error = difference(expected, _passed(structure, unit, inputs[unit.input], few))
         if not error <= TOLERANCE[expected.dtype]:
             raise FusionError(
                 f"Expected {unit.name!r} to pass its input on with the parameters of an identity, got features that "
@@ -36,8 +36,8 @@ def check_passing(structure: Structure, units: Sequence[Unit], few: Tensor) -> N
             )
 
 
-def _passed(structure: Structure, unit: Unit, stream: Tensor) -> Tensor:
-    """What a unit gives for a stream once its parameters are those of an identity."""
+def _passed(structure: Structure, unit: Unit, stream: Tensor, few: Tensor) -> Tensor:
+    """The output of a unit for a stream once its parameters are those of an identity."""
     tensors, found = structure.capture.tensors, structure.neurons_at(unit.input)
     size = 0 if found is None else len(found[1].of)
 
@@ -49,8 +49,9 @@ def _passed(structure: Structure, unit: Unit, stream: Tensor) -> Tensor:
             tensor = identity_value(name, unit.layers[0], structure, size, tensor)
         return tensor.to(stream.dtype) if tensor.is_floating_point() else tensor
 
-    runner = GraphRunner(structure.capture, fetch)
-    output: Tensor = dict(runner.resume({unit.input: stream}, [unit.output]))[unit.output]
+    # Sizes that depend on the number of samples are read off the network's input.
+    runner, entry = GraphRunner(structure.capture, fetch), structure.capture.entry
+    output: Tensor = dict(runner.resume({entry: few.to(stream), unit.input: stream}, [unit.output]))[unit.output]
     return output
 
 

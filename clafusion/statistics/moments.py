@@ -39,7 +39,7 @@ class Moments:
     before: "Moments | None" = None
 
     def silent(self) -> tuple[Tensor, Tensor]:
-        """Which neurons of both sets do not vary, [n] and [m]."""
+        """The neurons of both sets that do not vary, [n] and [m]."""
         sides = ((self.x, self.xx), (self.y, self.yy))
         found = []
         for total, squares in sides:

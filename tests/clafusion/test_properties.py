@@ -1,6 +1,7 @@
 """What holds for every network that can be fused, tried on random architectures (the same ones in every run)."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -110,7 +111,10 @@ def test_any_depths_and_widths_give_a_finite_network_of_the_anchors_widths(
     samples = pair[0].samples(SAMPLES)
     anchor, parents = (1 - anchor, parents[::-1]) if first else (anchor, parents)
     options = FusionOptions(anchor=anchor, correction=correction, solver=solver, features=features)
-    fusion = fuse(parents, [samples], options)
+    with warnings.catch_warnings():
+        # Where neurons are far apart a small regularization may need more iterations than there are.
+        warnings.filterwarnings("ignore", "Expected Sinkhorn's iterations to converge")
+        fusion = fuse(parents, [samples], options)
     assert fusion.model(samples).isfinite().all() and fusion.model(samples).shape[1] == CLASSES
     fused, theirs, deep = (trace(net, samples[:2]) for net in (fusion.model, parents[anchor], pair[0].build()))
     assert [len(stage) for stage in fused.stages] == [len(stage) for stage in deep.stages]
