@@ -4,13 +4,12 @@ A *neuron* is a set of entries that move together. A *space* is a set of neurons
 without changing the function, as long as neurons stay together with those of their block (an attention head, a group).
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from clafusion.tracing.elements import Ints, turns
 from clafusion.tracing.exporting import Capture, operation_of
@@ -122,7 +121,8 @@ def find_spaces(capture: Capture) -> Spaces:
             None if parent is None else found.names[parent],
             None if block is None else torch.from_numpy(block),
         )
-    reader = _Reader(found, labelling.values)
+    values = {node.name: value for node, value in labelling.values.items() if isinstance(value, Value)}
+    reader = _Reader(found, {name: (len(value.shape), value.arrays) for name, value in values.items()})
     axes = {name: tuple(reader.axis(one) for one in arrays) for name, arrays in labelling.axes.items()}
     return Spaces(spaces, axes, _pinned(capture, labelling, axes), reader)
 
@@ -130,11 +130,8 @@ def find_spaces(capture: Capture) -> Spaces:
 class _Reader:
     """Axes from label arrays; equal arrays give the same axis."""
 
-    def __init__(self, found: Partition, values: Mapping[fx.Node, Any]) -> None:
+    def __init__(self, found: Partition, values: Mapping[str, tuple[int, Sequence[Tensor]]]) -> None:
         self.found, self.values = found, values
-        self._values = {
-            node.name: (len(value.shape), value.arrays) for node, value in values.items() if isinstance(value, Value)
-        }
         self._known: dict[bytes, Axis | None] = {}
 
     def axis(self, array: Tensor | None) -> Axis | None:
@@ -175,9 +172,9 @@ class _Reader:
 
     def node(self, name: str) -> tuple[Axis | None, ...] | None:
         """The axes of the value of a node."""
-        if name not in self._values:
+        if name not in self.values:
             return None
-        rank, arrays = self._values[name]
+        rank, arrays = self.values[name]
         axes: list[Axis | None] = [None] * rank
         for array in arrays:
             roots = self.found.root[array.numpy()]
