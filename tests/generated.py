@@ -24,7 +24,7 @@ from clafusion.correction.correct import correct
 from clafusion.correction.targets import Targets
 from clafusion.fusion.averaging import moved_average
 from clafusion.tracing.reading import structure_of
-from tests.invariance import permuted, random_orders
+from tests.invariance import permuted_copy
 
 CLASSES = 4
 CORRECTIONS = ("none", "rescale", "repair", "refit")
@@ -484,12 +484,7 @@ def itself(model: nn.Module, samples: Tensor, seed: int) -> str:
 @torch.no_grad()
 def reordered(model: nn.Module, samples: Tensor, seed: int) -> str:
     """Fuse a network with a copy whose neurons are permuted."""
-    structure, other = structure_of(model, samples), copy.deepcopy(model)
-    orders = random_orders(structure.spaces, seed)
-    orders |= {structure.output: list(range(CLASSES))} if structure.output else {}
-    state = {**dict(other.named_buffers()), **dict(other.named_parameters())}
-    for name, axes in structure.axes.items():
-        state[name].copy_(permuted(state[name].clone(), axes, orders))
+    other = permuted_copy(model, structure_of(model, samples), seed)
     expected = model(samples)
     if not (error := relative(other(samples), expected)) <= TOLERANCE:
         return f"a permuted copy is another function: {error:.1e}"

@@ -4,6 +4,7 @@ All neurons of all free spaces are permuted at once, blocks as a whole and neuro
 be the same function, but for the order of its logits.
 """
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from clafusion.tracing.exporting import Capture, export_graph, logits_of
 from clafusion.tracing.spaces import Axis, Spaces, find_spaces
+from clafusion.tracing.structure import Structure
 
 
 def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -84,6 +86,18 @@ def permuted(tensor: Tensor, axes: tuple[Axis | None, ...], orders: Mapping[str,
         start = row // (outputs // groups) * inputs
         rows.append(tensor[row][[order[start + channel] % inputs for channel in range(inputs)]])
     return torch.stack(rows)
+
+
+def permuted_copy(model: nn.Module, structure: Structure, seed: int = 1) -> nn.Module:
+    """A copy of a network with all neurons but the logits in another order."""
+    orders, other = random_orders(structure.spaces, seed), copy.deepcopy(model)
+    if structure.output is not None:
+        orders[structure.output] = list(range(structure.sizes[structure.output]))
+    state = {**dict(other.named_buffers()), **dict(other.named_parameters())}
+    with torch.no_grad():
+        for name, axes in structure.axes.items():
+            state[name].copy_(permuted(state[name].clone(), axes, orders))
+    return other
 
 
 def in_double(graph: fx.Graph) -> None:

@@ -39,7 +39,7 @@ class FoldedLayer:
     @property
     def dim(self) -> int:
         """The dimension of its input and of its output along which neurons lie."""
-        return -1 if self.layer.kind == "linear" else 1
+        return self.layer.dim
 
     @property
     def has_bias(self) -> bool:

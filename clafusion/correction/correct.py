@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from clafusion.correction.refit import refit_step
 from clafusion.correction.rescaling import add_missing_biases, match_moments
-from clafusion.correction.steps import Step, earliest, steps_of
+from clafusion.correction.steps import Step, alone, earliest, steps_of
 from clafusion.correction.targets import Targets
 from clafusion.errors import FusionError
 from clafusion.statistics.samples import batch_size, check_finite, chunks
@@ -64,7 +64,8 @@ def correct(model: nn.Module, structure: Structure, targets: Targets, samples: T
             structure = structure_of(model, samples)
     if options.correction == "refit":
         _average_with_lead(structure, targets)
-    steps = steps_of(structure) if options.correction == "refit" else list(_one_by_one(structure))
+    one_by_one = [alone(unit, layer) for unit in structure.units for layer in unit.layers if layer.weight is not None]
+    steps = steps_of(structure) if options.correction == "refit" else one_by_one
     layers = tracked(_layer_by_layer(structure, steps, targets, samples), _WORDS[options.correction], len(steps))
     notes = [line for line in layers if line]
     _warn(
@@ -80,15 +81,6 @@ def correct(model: nn.Module, structure: Structure, targets: Targets, samples: T
     return structure
 
 
-def _one_by_one(structure: Structure) -> Iterator[Step]:
-    """Every layer by itself, at its own output."""
-    for unit in structure.units:
-        for layer in unit.layers:
-            if layer.weight is not None:
-                dim = -1 if layer.kind == "linear" else 1
-                yield Step(unit, (layer,), layer.norm or layer.node, dim, False)
-
-
 def _layer_by_layer(
     structure: Structure, steps: Sequence[Step], targets: Targets, samples: Tensor
 ) -> Iterator[str | None]:
@@ -100,7 +92,7 @@ def _layer_by_layer(
     generator = torch.Generator().manual_seed(options.seed)
     for number, step in enumerate(steps):
         rest = steps[number:]
-        fused.advance(earliest(structure, rest))
+        fused.advance(earliest(rest, fused.runner.order))
         for cursor, parent in zip(cursors, parents, strict=True):
             ahead = [parent.nodes[one.node] for one in rest if one.node in parent.nodes]
             if ahead:

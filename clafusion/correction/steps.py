@@ -1,6 +1,6 @@
 """The order of a correction: which layers are fitted together, and to the outputs of which node."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,11 @@ class Step:
         return [folded_layer(structure, layer, with_scale=self.joined) for layer in ordered]
 
 
+def alone(unit: Unit, layer: Layer) -> Step:
+    """A layer by itself, at its own output."""
+    return Step(unit, (layer,), layer.norm or layer.node, layer.dim, False)
+
+
 def steps_of(structure: Structure) -> list[Step]:
     """The steps in an order in which each depends on earlier ones only: that of the last layers of each."""
     groups: dict[tuple[str, str], list[tuple[Layer, Unit]]] = {}
@@ -58,8 +63,7 @@ def steps_of(structure: Structure) -> list[Step]:
             assert found is not None
             steps.append(Step(unit, layers, node, found[0], True))
         else:
-            dim = -1 if layers[0].kind == "linear" else 1
-            steps.append(Step(unit, layers, layers[0].norm or layers[0].node, dim, False))
+            steps.append(alone(unit, layers[0]))
     order = {name: place for place, name in enumerate(structure.nodes)}
     return sorted(steps, key=lambda step: max(order[layer.node] for layer in step.layers))
 
@@ -74,9 +78,8 @@ def _joins(structure: Structure, layer: Layer) -> bool:
     return layer.scale is None or tensors[layer.scale].numel() in (1, len(tensors[str(layer.weight)]))
 
 
-def earliest(structure: Structure, steps: Sequence[Step]) -> str:
-    """The first node, in graph order, of the layers of some steps."""
-    order = {name: place for place, name in enumerate(structure.nodes)}
+def earliest(steps: Sequence[Step], order: Mapping[str, int]) -> str:
+    """The first node of the layers of some steps, by the place of every node in the graph."""
     return min((layer.node for step in steps for layer in step.layers), key=order.__getitem__)
 
 

@@ -55,6 +55,11 @@ class Layer:
     post: str
     activation: str | None
 
+    @property
+    def dim(self) -> int:
+        """The dimension of its input and of its output along which neurons lie."""
+        return -1 if self.kind == "linear" else 1
+
 
 @dataclass(frozen=True)
 class Unit:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 from torch import Tensor, fx
 
@@ -69,11 +68,10 @@ def find_units(capture: Capture, spaces: Spaces) -> tuple[tuple[tuple[Unit, ...]
         return unit.kind, unit.resolution, is_head
 
     stages: list[list[Unit]] = []
-    for _, run in groupby(units, key):
-        for unit in run:
-            if not stages or named[unit.name].nodes or key(stages[-1][-1]) != key(unit):
-                stages.append([])
-            stages[-1].append(unit)
+    for unit in units:
+        if not stages or named[unit.name].nodes or key(stages[-1][-1]) != key(unit):
+            stages.append([])
+        stages[-1].append(unit)
     return tuple(map(tuple, stages)), named
 
 
@@ -109,7 +107,6 @@ class _Graph:
         capture: the network.
         spaces: its neurons.
         data: the nodes that depend on the input, in graph order.
-        tensors: by placeholder the name of its parameter, buffer or constant.
     """
 
     capture: Capture
@@ -129,14 +126,13 @@ class _Graph:
     def parameters(self, nodes: Sequence[fx.Node]) -> tuple[str, ...]:
         """The parameters and running statistics that nodes use, also by way of what is computed from these alone."""
         found: dict[str, None] = {}
-        data = set(self.data)
 
         def visit(node: fx.Node) -> None:
             for used in node.all_input_nodes:
                 name = self.capture.names.get(used.name)
                 if name is not None and (name in self.capture.parameters or name in self.spaces.axes):
                     found[name] = None
-                elif used not in data and used.op == "call_function":
+                elif used not in self.data and used.op == "call_function":
                     visit(used)
 
         for node in nodes:
@@ -283,8 +279,7 @@ def _can_be_identity(graph: _Graph, draft: _Draft, layers: Sequence[Layer]) -> b
 
 
 def _is_data_sum(graph: _Graph, node: fx.Node) -> bool:
-    data = set(graph.data)
-    operands = [used for used in node.args[:2] if isinstance(used, fx.Node) and used in data]
+    operands = [used for used in node.args[:2] if isinstance(used, fx.Node) and used in graph.data]
     return operation_of(node) in ADDITIONS and len(operands) == 2
 
 

@@ -1,6 +1,6 @@
 """The parameters of a parent carried onto the neurons of the result."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -162,13 +162,3 @@ def incoming_weights(
     axis = parent.structure.axes[parent.parameters[layer.weight]][0]
     assert axis is not None
     return rows[places(axis, axis.spaces.index(parent.spaces[space]))[0].to(rows.device)]
-
-
-def moved_state(balanced: Balanced, k: int, maps: Maps, options: FusionOptions) -> Mapping[str, Tensor]:
-    """All parameters of a parent that correspond to the template's, carried onto the neurons of the result."""
-    found = {name: parameter_of(balanced, k, name) for name in balanced.layout}
-    return {
-        name: moved_parameter(balanced, k, name, tensor, maps, options)
-        for name, tensor in found.items()
-        if tensor is not None
-    }

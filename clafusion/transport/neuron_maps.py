@@ -101,7 +101,7 @@ def neuron_maps(
         _check_equal_widths(balanced)
         return maps, costs
     if options.streams == "per_layer":
-        _add_maps_of_zeros(balanced, maps, options)
+        _add_maps_of_zeros(balanced, maps)
     problems, by_weights = transport_problems(balanced, options), options.features == "weights"
     problems = [problem for problem in problems if _is_known(balanced, problem, options)]
     sides_of: Callable[[TransportProblem], Sides]
@@ -124,7 +124,7 @@ def neuron_maps(
     return maps, costs
 
 
-def _add_maps_of_zeros(balanced: Balanced, maps: tuple[Maps, ...], options: FusionOptions) -> None:
+def _add_maps_of_zeros(balanced: Balanced, maps: tuple[Maps, ...]) -> None:
     """With a map per layer: the maps onto the neurons of blocks that the anchor lacks, where its features are zeros.
 
     All neurons are equally far from zeros, so that any plan is optimal.

@@ -1,6 +1,5 @@
 """Networks of torchvision, timm and Hugging Face, each fused with a copy of itself whose neurons are permuted."""
 
-import copy
 import os
 import warnings
 
@@ -11,7 +10,7 @@ from torch import nn
 from clafusion import FusionOptions, fuse
 from clafusion.tracing.exporting import logits_of
 from clafusion.tracing.reading import structure_of
-from tests.invariance import permuted, random_orders
+from tests.invariance import permuted_copy
 from tests.zoo import ZOO
 
 #: Tried always; the others with `make zoo`.
@@ -52,13 +51,7 @@ def test_a_permuted_copy_is_recovered(name):
     model = lively(sample.make(), samples)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        structure, other = structure_of(model, samples), copy.deepcopy(model)
-        orders = random_orders(structure.spaces)
-        if structure.output is not None:
-            orders[structure.output] = list(range(structure.sizes[structure.output]))
-        state = {**dict(other.named_buffers()), **dict(other.named_parameters())}
-        for key, axes in structure.axes.items():
-            state[key].copy_(permuted(state[key].clone(), axes, orders))
+        other = permuted_copy(model, structure_of(model, samples))
         fused = fuse([model, other], [samples], FusionOptions(correction="none")).model
     expected, got = logits_of(model(samples)), logits_of(fused(samples))
     assert float((logits_of(other(samples)) - expected).abs().max() / expected.abs().max()) < TOLERANCE
