@@ -171,8 +171,11 @@ def shell(model: nn.Module) -> nn.Module:
 
     Running it changes nothing in `model`; what a network stores in eval mode and drops in training mode is dropped.
     """
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    copied = copy.deepcopy(model, shared)
+    return bare(copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}))
+
+
+def bare(copied: nn.Module) -> nn.Module:
+    """A copy of a network that is ours alone, put into eval mode, without its hooks and what it had stored."""
     for module in copied.modules():
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             getattr(module, name).clear()

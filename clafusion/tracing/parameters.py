@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from clafusion.tracing.exporting import shell
+from clafusion.tracing.exporting import bare
 from clafusion.tracing.spaces import Axis
 
 State = Mapping[str, Tensor]
@@ -23,7 +23,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 def independent_copy(model: nn.Module) -> nn.Module:
     """A deep copy in eval mode, without hooks, with gradients switched on."""
-    copied: nn.Module = shell(copy.deepcopy(model))
+    copied = bare(copy.deepcopy(model))
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return copied

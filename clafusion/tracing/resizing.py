@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.errors import FusionError
-from clafusion.tracing.exporting import shell
+from clafusion.tracing.exporting import bare, shell
 from clafusion.tracing.parameters import state_of
 from clafusion.tracing.reading import on_network, structure_of
 from clafusion.tracing.spaces import Axis
@@ -29,7 +29,7 @@ def room_for(
         FusionError: if the class of the network cannot have other sizes.
     """
     if all(sizes[name] == size for name, size in structure.sizes.items()):
-        network = copy.deepcopy(shell(model))
+        network = bare(copy.deepcopy(model))
         return network, on_network(structure, network)
     network = resized(model, structure, sizes)
     name = type(model).__name__

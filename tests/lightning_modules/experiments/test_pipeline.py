@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -10,7 +11,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -480,21 +480,27 @@ def dying_before(module: Any, name: str, when: Any) -> Any:
     return lambda: setattr(module, name, lambda *args: die() if when(*args) else original(*args))
 
 
-def forked(output: Path, callback: KillIn, prepare: Any = None) -> int:
-    """How a process of its own ends that carries out the experiment."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            if prepare is not None:
-                prepare()
-            run(output, callbacks=[callback])
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(9)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def carried_out(output: Path, callback: KillIn, where: str) -> None:
+    """What a process of its own does: the experiment, with what kills it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    how = KILLS[where]
+    if not isinstance(how, tuple):
+        how()
+    run(output, callbacks=[callback])
+
+
+def forked(output: Path, callback: KillIn, where: str) -> int | None:
+    """How a process of its own ends that carries out the experiment.
+
+    It comes from a server that imports everything once and trains nothing: where a network has been exported before the
+    first backward pass, autograd starts threads for devices, and what is forked then cannot train.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    child = context.Process(target=carried_out, args=(output, callback, where))
+    child.start()
+    child.join()
+    return child.exitcode
 
 
 def named(name: str) -> Any:
@@ -525,8 +531,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(whole, tmp_path):
     output, log = tmp_path / "tiny", tmp_path / "log"
     for where, how in KILLS.items():
         stage, batch = how if isinstance(how, tuple) else ("", 0)
-        end = forked(output, KillIn(stage, batch, str(log)), None if isinstance(how, tuple) else how)
-        assert end == -signal.SIGKILL, where
+        assert forked(output, KillIn(stage, batch, str(log)), where) == -signal.SIGKILL, where
     run(output, callbacks=[KillIn("", 0, str(log))])
     expected = {key: value for key, value in networks(whole).items() if key.startswith("seed_0")}
     assert differences(networks(output), expected) == []
