@@ -36,7 +36,7 @@ $(LOWEST)/.clafusion-installed: setup.cfg pyproject.toml .ci/lowest.py
 
 # All networks of torchvision, timm and Hugging Face that are tried, the large ones too, and generated ones (an hour).
 zoo: $(STAMP)
-	ZOO=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/clafusion/tracing/test_spaces.py tests/clafusion/fusion/test_zoo.py
+	ZOO=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/clafusion/tracing tests/clafusion/formats/test_stored.py tests/clafusion/fusion/test_zoo.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.generated --count 1000
 
 # Damages files of every kind that is read, and reads them, for ten minutes.

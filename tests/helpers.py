@@ -1,5 +1,6 @@
 """Shared builders of the core's tests: random networks with live neurons, permuted copies, comparisons."""
 
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ def _has_font() -> bool:
 
 
 HAS_FONT = _has_font()
+#: Networks that take seconds each: `make zoo` tries them.
+large = pytest.mark.skipif("ZOO" not in os.environ, reason="set ZOO=1 for the large networks")
 needs_font = pytest.mark.skipif(not HAS_FONT, reason="there is no font here to draw PNG files with")
 
 

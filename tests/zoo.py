@@ -20,7 +20,7 @@ class Sample:
         make: makes it, with random weights and 7 classes.
         size: the side of the images that it takes.
         spaces: how many free neuron spaces it has, those of the logits and of heads included.
-        slow: whether exporting and running it takes more than a few seconds.
+        slow: whether exporting and running it takes more than a few seconds; tried with ZOO=1 alone.
     """
 
     make: Callable[[], nn.Module]
@@ -112,8 +112,9 @@ ZOO: dict[str, Sample] = {
         ),
         64,
         26,
+        slow=True,
     ),
-    "torchvision/alexnet": Sample(T("alexnet"), 96, 8),
+    "torchvision/alexnet": Sample(T("alexnet"), 96, 8, slow=True),
     "torchvision/vgg11_bn": Sample(T("vgg11_bn"), 64, 11, slow=True),
     "torchvision/resnet18": Sample(T("resnet18"), 64, 13),
     "torchvision/resnet50": Sample(T("resnet50"), 64, 38, slow=True),
@@ -121,9 +122,9 @@ ZOO: dict[str, Sample] = {
     "torchvision/regnet_y_400mf": Sample(T("regnet_y_400mf"), 64, 70, slow=True),
     "torchvision/densenet121": Sample(T("densenet121"), 64, 121, slow=True),
     "torchvision/efficientnet_b0": Sample(T("efficientnet_b0"), 64, 41, slow=True),
-    "torchvision/mobilenet_v2": Sample(T("mobilenet_v2"), 64, 26),
+    "torchvision/mobilenet_v2": Sample(T("mobilenet_v2"), 64, 26, slow=True),
     "torchvision/mobilenet_v3_small": Sample(T("mobilenet_v3_small"), 64, 28),
-    "torchvision/mnasnet0_5": Sample(T("mnasnet0_5"), 64, 26),
+    "torchvision/mnasnet0_5": Sample(T("mnasnet0_5"), 64, 26, slow=True),
     "torchvision/shufflenet_v2_x0_5": Sample(T("shufflenet_v2_x0_5"), 64, 81, slow=True),
     "torchvision/inception_v3": Sample(T("inception_v3", aux_logits=False, init_weights=False), 96, 95, slow=True),
     "torchvision/googlenet": Sample(T("googlenet", aux_logits=False, init_weights=False), 64, 58, slow=True),
@@ -144,16 +145,17 @@ ZOO: dict[str, Sample] = {
     "timm/convmixer": Sample(_convmixer, 64, 5),
     "timm/convnext_atto": Sample(M("convnext_atto"), 64, 17),
     "timm/convnextv2_atto": Sample(M("convnextv2_atto"), 64, 17),
-    "timm/poolformer_s12": Sample(M("poolformer_s12"), 64, 17),
+    "timm/poolformer_s12": Sample(M("poolformer_s12"), 64, 17, slow=True),
     "timm/caformer": Sample(M("caformer_s18"), 64, 66, slow=True),
     "timm/fastvit_t8": Sample(M("fastvit_t8"), 64, 17, slow=True),
     "timm/edgenext_xx_small": Sample(M("edgenext_xx_small"), 64, 29, slow=True),
     "timm/xcit": Sample(M("xcit_nano_12_p8_224", img_size=32, embed_dim=32, depth=2, num_heads=4), 32, 20),
-    "timm/pvt_v2_b0": Sample(M("pvt_v2_b0", depths=(1, 1, 1, 1)), 64, 23),
+    "timm/pvt_v2_b0": Sample(M("pvt_v2_b0", depths=(1, 1, 1, 1)), 64, 23, slow=True),
     "timm/twins_pcpvt": Sample(
         M("twins_pcpvt_small", img_size=64, embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4)),
         64,
         23,
+        slow=True,
     ),
     "timm/twins_svt": Sample(
         M(
@@ -166,6 +168,7 @@ ZOO: dict[str, Sample] = {
         ),
         64,
         25,
+        slow=True,
     ),
     "timm/crossvit": Sample(M("crossvit_tiny_240"), 240, 81, slow=True),
     "timm/volo": Sample(M("volo_d1_224", img_size=64), 64, 82, slow=True),
@@ -177,13 +180,16 @@ ZOO: dict[str, Sample] = {
     "timm/focalnet": Sample(M("focalnet_tiny_srf"), 64, 41, slow=True),
     "timm/mvitv2": Sample(M("mvitv2_tiny", img_size=64), 64, 27, slow=True),
     "timm/davit": Sample(
-        M("davit_tiny", embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1), num_heads=(2, 2, 3, 4), window_size=4), 64, 37
+        M("davit_tiny", embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1), num_heads=(2, 2, 3, 4), window_size=4),
+        64,
+        37,
+        slow=True,
     ),
     "timm/efficientformer_l1": Sample(M("efficientformer_l1"), 224, 24, slow=True),
     "timm/inception_next_atto": Sample(M("inception_next_atto"), 64, 30, slow=True),
     "timm/mambaout": Sample(M("mambaout_femto", depths=(1, 1, 1, 1)), 64, 15),
     "timm/starnet": Sample(_starnet, 64, 10),
-    "timm/hiera": Sample(M("hiera_tiny_224", img_size=64, stages=(1, 1, 1, 1), embed_dim=16), 64, 20),
+    "timm/hiera": Sample(M("hiera_tiny_224", img_size=64, stages=(1, 1, 1, 1), embed_dim=16), 64, 20, slow=True),
     "timm/tiny_vit": Sample(
         M("tiny_vit_5m_224", embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1), num_heads=(2, 2, 3, 4)),
         224,
@@ -203,6 +209,7 @@ ZOO: dict[str, Sample] = {
         ),
         32,
         23,
+        slow=True,
     ),
     "timm/coatnet_nano": Sample(M("coatnet_nano_rw_224", img_size=64), 64, 56, slow=True),
     "timm/mobilevit_xxs": Sample(M("mobilevit_xxs"), 64, 62, slow=True),
@@ -212,7 +219,7 @@ ZOO: dict[str, Sample] = {
     "timm/ecaresnet26t": Sample(M("ecaresnet26t"), 64, 20),
     "timm/res2net50": Sample(M("res2net50_26w_4s"), 64, 94, slow=True),
     "timm/resnetv2_50": Sample(M("resnetv2_50x1_bit"), 64, 75, slow=True),
-    "timm/nf_resnet26": Sample(M("nf_resnet26"), 64, 22),
+    "timm/nf_resnet26": Sample(M("nf_resnet26"), 64, 22, slow=True),
     "timm/resnetblur18": Sample(M("resnetblur18"), 64, 13),
     "timm/resnest14d": Sample(M("resnest14d"), 64, 20),
     "timm/skresnet18": Sample(M("skresnet18"), 64, 25),
@@ -241,21 +248,30 @@ ZOO: dict[str, Sample] = {
     "transformers/ResNet": Sample(H("ResNet", **_STAGES, embedding_size=16), 64, 15),
     "transformers/RegNet": Sample(H("RegNet", **_STAGES, embedding_size=16, groups_width=8), 64, 26),
     "transformers/PoolFormer": Sample(H("PoolFormer", **_STAGES), 64, 10),
-    "transformers/FocalNet": Sample(H("FocalNet", embed_dim=16, depths=[1, 1, 1, 1], image_size=64), 64, 17),
+    "transformers/FocalNet": Sample(H("FocalNet", embed_dim=16, depths=[1, 1, 1, 1], image_size=64), 64, 17, slow=True),
     "transformers/PvtV2": Sample(
         H("PvtV2", depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 48, 64], num_attention_heads=[1, 2, 3, 4], image_size=64),
         64,
         23,
+        slow=True,
     ),
     "transformers/Segformer": Sample(
         H("Segformer", depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 48, 64], num_attention_heads=[1, 2, 3, 4]), 64, 23
     ),
-    "transformers/Cvt": Sample(H("Cvt", depth=[1, 2, 3], embed_dim=[16, 32, 48], num_heads=[1, 2, 3]), 64, 27),
+    "transformers/Cvt": Sample(
+        H("Cvt", depth=[1, 2, 3], embed_dim=[16, 32, 48], num_heads=[1, 2, 3]), 64, 27, slow=True
+    ),
     "transformers/MobileViT": Sample(
-        H("MobileViT", hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 16, 24, 24, 48], image_size=64), 64, 62
+        H("MobileViT", hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 16, 24, 24, 48], image_size=64),
+        64,
+        62,
+        slow=True,
     ),
     "transformers/SwiftFormer": Sample(
-        H("SwiftFormer", depths=[1, 1, 1, 1], embed_dims=[16, 24, 32, 40], image_size=64), 64, 18
+        H("SwiftFormer", depths=[1, 1, 1, 1], embed_dims=[16, 24, 32, 40], image_size=64),
+        64,
+        18,
+        slow=True,
     ),
     "transformers/Levit": Sample(
         H(
@@ -268,5 +284,6 @@ ZOO: dict[str, Sample] = {
         ),
         64,
         27,
+        slow=True,
     ),
 }

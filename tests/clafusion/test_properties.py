@@ -32,7 +32,7 @@ def tried(count: int):
     )
 
 
-@tried(40)
+@tried(15)
 @given(architectures(), st.integers(0, 99))
 def test_permuting_every_free_space_leaves_the_function_as_it_is(drawn, seed):
     model, samples = drawn.build(seed), drawn.samples(3)
@@ -58,7 +58,7 @@ def told_apart(model: nn.Module, samples: torch.Tensor, features: str, cost: str
     return bool(model(samples).any())
 
 
-@tried(40)
+@tried(15)
 @given(
     architectures(),
     st.integers(0, 99),
@@ -90,7 +90,7 @@ def aligned_pairs(draw):
     return deep, shallow, alignment
 
 
-@tried(25)
+@tried(12)
 @given(aligned_pairs(), flags)
 def test_insertion_is_exact_wherever_it_puts_the_layers(pair, zero_branches):
     deep, shallow, alignment = pair
@@ -99,7 +99,7 @@ def test_insertion_is_exact_wherever_it_puts_the_layers(pair, zero_branches):
     assert relative_error(grown, original, samples) < 1e-9
 
 
-@tried(25)
+@tried(12)
 @given(
     pairs(), st.integers(0, 1), st.sampled_from(CORRECTIONS), st.sampled_from(["exact", "sinkhorn"]), flags,
     st.sampled_from(["activations", "preactivations", "weights"]),
@@ -160,7 +160,7 @@ def test_parents_are_left_as_they_are(pair, correction, streams, data):
 # --- statistics ------------------------------------------------------------------------------------------------------
 
 
-@tried(60)
+@tried(30)
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3),
     st.sampled_from([(torch.float64, 1e-12), (torch.float32, 1e-5)]), st.sampled_from([0.0, 100.0]),

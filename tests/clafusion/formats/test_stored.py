@@ -18,7 +18,7 @@ from clafusion.formats.files import captured, snapshot
 from clafusion.formats.stored import StoredNetwork
 from clafusion.formats.stored_operations import OPERATIONS, TRAINING, overload_of
 from clafusion.tracing.exporting import logits_of
-from tests.helpers import REFERENCE
+from tests.helpers import REFERENCE, large
 
 HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 32}
 HF = {**HF, "patch_size": 8, "num_labels": 7}
@@ -106,7 +106,7 @@ SLOW = frozenset(
     + ("cait_xxs24_224", "convnext_atto", "resnetv2_50x1_bit", "mobileone_s0", "ghostnet_050", "seresnet18", "ResNet")
 )
 ZOO = [
-    pytest.param(library, name, marks=[pytest.mark.slow] if name in SLOW else [])
+    pytest.param(library, name, marks=[pytest.mark.slow, large] if name in SLOW else [])
     for library, (_, table) in MAKERS.items()
     for name in table
 ]

@@ -1,6 +1,5 @@
 """Networks of torchvision, timm and Hugging Face, each fused with a copy of itself whose neurons are permuted."""
 
-import os
 import warnings
 
 import pytest
@@ -10,12 +9,12 @@ from torch import nn
 from clafusion import FusionOptions, fuse
 from clafusion.tracing.exporting import logits_of
 from clafusion.tracing.reading import structure_of
+from tests.helpers import large
 from tests.invariance import permuted_copy
 from tests.zoo import ZOO
 
 #: Tried always; the others with `make zoo`.
 SMALL = ("torchvision/vit", "torchvision/swin", "timm/vit_qk_norm", "timm/eva02", "timm/cait", "timm/mixer")
-everything = pytest.mark.skipif("ZOO" not in os.environ, reason="set ZOO=1 for the other networks of the zoo")
 #: What runs of a network twice give in different order of summation.
 TOLERANCE = 1e-6
 
@@ -40,7 +39,7 @@ def lively(model: nn.Module, samples: torch.Tensor) -> nn.Module:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in SMALL else everything) for name in ZOO if "ecaresnet" not in name]
+    "name", [pytest.param(name, marks=() if name in SMALL else large) for name in ZOO if "ecaresnet" not in name]
 )
 @torch.no_grad()
 def test_a_permuted_copy_is_recovered(name):

@@ -1,7 +1,6 @@
 """Neuron spaces: permuting all of them leaves the function as it is, and there are as many as there should be."""
 
 import importlib.util
-import os
 import pickle
 import re
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from clafusion import FusionError, trace
 from clafusion.tracing.exporting import export_graph
 from clafusion.tracing.rules import elementwise
 from clafusion.tracing.spaces import Spaces, find_spaces, register_operation
-from tests.helpers import images, mlp, resnet, vectors, vgg
+from tests.helpers import images, large, mlp, resnet, vectors, vgg
 from tests.invariance import check, enliven
 from tests.zoo import ZOO
 
@@ -55,9 +54,7 @@ def _samples() -> list:
     for name, sample in ZOO.items():
         missing = importlib.util.find_spec(name.partition("/")[0]) is None
         reasons = [pytest.mark.skipif(missing, reason="an optional package")]
-        large = sample.slow and "ZOO" not in os.environ
-        reasons += [pytest.mark.skipif(large, reason="set ZOO=1 for the large networks of the zoo")]
-        marks.append(pytest.param(name, marks=[*reasons, pytest.mark.slow] if sample.slow else reasons))
+        marks.append(pytest.param(name, marks=[*reasons, large, pytest.mark.slow] if sample.slow else reasons))
     return marks
 
 

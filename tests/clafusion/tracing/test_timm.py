@@ -10,7 +10,7 @@ from clafusion import FusionError, fuse, load_network, save_network
 from clafusion.formats.files import check_saved
 from clafusion.fusion.verification import check_free
 from clafusion.tracing.reading import trace
-from tests.helpers import ROOT, plain
+from tests.helpers import ROOT, large, plain
 
 timm = pytest.importorskip("timm")
 PAGE = (ROOT / "docs/tutorials/timm.md").read_text()
@@ -41,8 +41,12 @@ def listed(heading: str) -> dict[str, str]:
     return {name: row[-1] for row in rows for name in re.findall(r"`([\w.]+)`", row[0])}
 
 
+#: Of each kind one that is small.
+SMALL = ("resnet14t", "regnetx_002", "mobilenetv2_050", "convnext_atto", "vit_tiny_patch16_224", "mixer_s32_224")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", listed("Taken"))
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in SMALL else large) for name in listed("Taken")])
 def test_these_are_understood_and_could_be_saved(name):
     network = made(name)
     samples = images(network)
@@ -74,7 +78,11 @@ def test_transformers_of_two_depths_are_fused_and_saved(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("deep", "shallow"),
-    [("seresnet34", "seresnet18"), ("mobilenetv2_100", "mobilenetv2_050"), ("regnetx_004", "regnetx_002")],
+    [
+        pytest.param("seresnet34", "seresnet18", marks=large),
+        ("mobilenetv2_100", "mobilenetv2_050"),
+        pytest.param("regnetx_004", "regnetx_002", marks=large),
+    ],
 )
 def test_pairs_are_fused_and_saved(deep, shallow, tmp_path):
     fused_and_loaded([made(deep, 0), made(shallow, 1)], tmp_path / "fused.safetensors")

@@ -473,8 +473,7 @@ def wholes(tmp_path_factory) -> dict[int, dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("processes", "kills"), [(1, [1, 3, 8]), (2, [1, 2])])
+@pytest.mark.parametrize(("processes", "kills", "workers"), [(1, [1, 3, 8], 2), (2, [1, 2], 0)])
 def test_the_same_command_after_a_kill(wholes, tmp_path, processes, kills, workers):
     """Killed in the middle of an epoch and between two epochs; an epoch has 3 batches, or 2 on each of 2 processes."""
     command = [*COMMAND, *PROCESSES[processes], "--data.num_workers", str(workers)]
