@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.errors import FusionError
+from clafusion.gating import Gate
 from clafusion.options import normalized
+from clafusion.teacher import Teacher
 
 
 class Ensemble(nn.Module):
@@ -15,31 +17,48 @@ class Ensemble(nn.Module):
     Args:
         models: classifiers returning logits [samples, classes]; kept as they are, not copied.
         weights: per model, at least 0 with a positive sum; None: equal.
-        space: `probability`: logarithm of the weighted mean of the softmax; `logits`: weighted mean of the logits.
+        space: `probability`: logarithm of the weighted mean of the softmax; `logits`: weighted mean of the logits;
+            `gated`: logarithm of a mean of the softmax whose weights are those of each sample (`Gate`), for models that
+            know different things.
+        samples: for `gated`: unlabelled samples, mixed as those that will be asked; the models run on them once.
+        gate_temperature: of the gate.
 
     Raises:
-        FusionError: for no models, weights that do not fit, or another space.
+        FusionError: for no models, weights that do not fit, another space, or samples without or for no gate.
 
     Example:
         >>> members = [nn.Linear(3, 2), nn.Linear(3, 2)]
         >>> Ensemble(members)(torch.zeros(5, 3)).exp().sum(1).allclose(torch.ones(5))
         True
+        >>> Ensemble(members, space="gated", samples=torch.randn(50, 3))(torch.zeros(5, 3)).shape
+        torch.Size([5, 2])
     """
 
     def __init__(
-        self, models: Sequence[nn.Module], weights: Sequence[float] | None = None, space: str = "probability"
+        self,
+        models: Sequence[nn.Module],
+        weights: Sequence[float] | None = None,
+        space: str = "probability",
+        samples: Tensor | None = None,
+        gate_temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        if space not in ("probability", "logits"):
-            raise FusionError(f"Expected space probability or logits, got {space!r}")
+        if space not in ("probability", "logits", "gated"):
+            raise FusionError(f"Expected space probability, logits or gated, got {space!r}")
+        if (samples is not None) != (space == "gated"):
+            raise FusionError(f"Expected samples with space gated, and with no other, got space {space}")
         self.space = space
         self.models = nn.ModuleList(models)
         self.weights = normalized(weights, len(self.models))
+        gate = None
+        if samples is not None:
+            with torch.no_grad():
+                gate = Gate.learn([model(samples) for model in self.models], gate_temperature)
+        self.teacher = Teacher(tuple(self.weights), gate)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return log-probabilities, or mean logits, [samples, classes]."""
-        outputs = torch.stack([model(x) for model in self.models])
-        weights = torch.tensor(self.weights, dtype=outputs.dtype, device=outputs.device)[:, None, None]
+        outputs = [model(x) for model in self.models]
         if self.space == "logits":
-            return (weights * outputs).sum(0)
-        return (weights.log() + outputs.log_softmax(-1)).logsumexp(0)
+            return torch.stack([weight * one for weight, one in zip(self.weights, outputs, strict=True)]).sum(0)
+        return self.teacher.log_probabilities(outputs)

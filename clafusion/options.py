@@ -48,6 +48,14 @@ class FusionOptions:
             parent (against more, as much more for each of them); the output layer is fitted to what all parents
             predict, at their weights. With 1 the features are the mean of the parents', which one layer can only
             approximate; the larger, the closer they are to the anchor's.
+        teacher: what all parents say together, which the output layer is refit to: the `mean` of their probabilities;
+            `gated`: for every sample those of the parents that know it (`Gate`), which it takes where they know
+            different things; `auto`: gated where they agree on fewer than three of four samples.
+        gate_temperature: of the gate; the smaller, the more often one parent decides alone.
+        targets: what hidden layers are refit to: `matched`: every neuron of the anchor and what is like it in the other
+            parents; `union`: neurons chosen among those of all parents; `auto`: whichever gives a network nearer to the
+            teacher on samples that are held back, the anchor with a new output layer among them.
+        width: neurons of the result as a multiple of the anchor's, with targets union.
         ridge: pull of a refit layer towards the averaged weights, in units of the mean square of its inputs.
         num_samples: unlabelled samples to measure on, at most.
         memory_budget: MiB for the activations that are computed at once, from which the batch follows.
@@ -80,6 +88,10 @@ class FusionOptions:
     many: Literal["many_to_one", "iterative"] = "many_to_one"
     correction: Literal["none", "rescale", "repair", "refit"] = "refit"
     anchor_lead: float = 6.0
+    teacher: Literal["auto", "mean", "gated"] = "mean"
+    gate_temperature: float = 1.0
+    targets: Literal["auto", "matched", "union"] = "matched"
+    width: float = 1.0
     ridge: float = 1e-4
     num_samples: int = 2000
     memory_budget: int = 256
@@ -91,7 +103,7 @@ class FusionOptions:
         for name, least in LEAST.items():
             if getattr(self, name) != "agreement" and getattr(self, name) < least:
                 raise FusionError(f"Expected {name} of at least {least}, got {getattr(self, name)}")
-        for name in ("regularization", "marginal_regularization", "anchor_lead", "ridge"):
+        for name in ("regularization", "marginal_regularization", "anchor_lead", "ridge", "gate_temperature", "width"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise FusionError(f"Expected a positive {name}, got {getattr(self, name)}")
         if self.squared and self.cost != "euclidean":

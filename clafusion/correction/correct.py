@@ -62,7 +62,7 @@ def correct(model: nn.Module, structure: Structure, targets: Targets, samples: T
         add_missing_biases(model)
         if len(list(model.parameters())) != before:
             structure = structure_of(model, samples)
-    if options.correction == "refit":
+    if options.correction == "refit" and targets.pool is None:
         _average_with_lead(structure, targets)
     one_by_one = [alone(unit, layer) for unit in structure.units for layer in unit.layers if layer.weight is not None]
     steps = steps_of(structure) if options.correction == "refit" else one_by_one

@@ -11,6 +11,7 @@ from clafusion.correction.regression import RidgeSystem, rectified_regression, s
 from clafusion.correction.steps import Step, row_places
 from clafusion.correction.targets import Targets
 from clafusion.statistics.samples import rows
+from clafusion.teacher import Teacher
 from clafusion.tracing.execution import Cursor
 from clafusion.tracing.structure import Structure
 
@@ -57,7 +58,7 @@ def refit_step(
     base, design = _measured(fused, step, parts, [one for one in placed if one is not None], observations)
     kept = [pair for part in parts for pair in part.keep()]
     if is_head and len(targets.shares(step)) > 1:
-        probabilities = _mean_probability(cursors, step, targets, structure)
+        probabilities = _taught(cursors, step, targets, structure)
         _refit_head(parts, design, wanted, base, probabilities, ridge)
     else:
         _refit(step, parts, design, wanted, base, ridge)
@@ -211,15 +212,14 @@ def _write(parts: Sequence[FoldedLayer], solved: Tensor, system: RidgeSystem) ->
         start += part.fan_in
 
 
-def _mean_probability(cursors: Sequence[Cursor], step: Step, targets: Targets, structure: Structure) -> Tensor:
-    """The prediction of the parents' ensemble, [samples, classes]."""
+def _taught(cursors: Sequence[Cursor], step: Step, targets: Targets, structure: Structure) -> Tensor:
+    """The probabilities that the parents' teacher gives, [samples, classes]."""
+    teacher = targets.teacher or Teacher(tuple(targets.weights))
     nodes = [parent.nodes[step.node] for parent in targets.balanced.parents]
     runs = [cursor.look_ahead([node]) for cursor, node in zip(cursors, nodes, strict=True)]
     result = []
     for outputs in zip(*runs, strict=True):
-        each = [
-            weight * targets.moved(k, step, output[nodes[k]], structure).softmax(-1)
-            for k, (weight, output) in enumerate(zip(targets.weights, outputs, strict=True))
-        ]
-        result.append(torch.stack(each).sum(0))
+        pairs = enumerate(zip(outputs, nodes, strict=True))
+        logits = [targets.moved(k, step, output[node], structure) for k, (output, node) in pairs]
+        result.append(teacher.log_probabilities(logits).exp())
     return torch.cat(result)

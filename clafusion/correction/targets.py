@@ -1,4 +1,4 @@
-"""The aim of a correction: the weighted mean of the parents' features, carried onto the fused network's neurons."""
+"""The aim of a correction: the parents' features, carried onto the fused network's neurons."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +10,14 @@ from clafusion.options import FusionOptions
 from clafusion.tracing.parameters import axis_move
 from clafusion.tracing.spaces import Axis
 from clafusion.tracing.structure import Structure
+from clafusion.teacher import Teacher
 from clafusion.transport.balanced import Balanced, Maps
+from clafusion.transport.pooling import Pool
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The features that the fused network should have: the mean of its parents'.
+    """The features that the fused network should have: the mean of its parents', or those of chosen neurons.
 
     Attributes:
         balanced: the parents.
@@ -23,12 +25,16 @@ class Targets:
         weights: per parent, summing to one.
         options: `head` is read, and for `refit` `anchor_lead`: how many times its weight the anchor counts in hidden
             layers against one other parent; against several as much more for each, so that its share stays the same.
+        teacher: what the parents say together, for the output layer; None: their weighted mean.
+        pool: the neurons of the result, where they are chosen among those of all parents.
     """
 
     balanced: Balanced
     maps: Sequence[Maps]
     weights: Sequence[float]
     options: FusionOptions
+    teacher: Teacher | None = None
+    pool: Pool | None = None
 
     def is_head(self, step: Step) -> bool:
         """Whether a step gives the logits."""
@@ -39,6 +45,8 @@ class Targets:
         anchor = self.balanced.anchor
         if self.options.head == "anchor" and self.is_head(step):
             return {anchor: 1.0}
+        if self._pooled(step):
+            return {k: 1.0 for k, parent in enumerate(self.balanced.parents) if step.node in parent.nodes}
         layer = step.last
         owned = self.balanced.layer_weights(layer, step.unit, self.weights)
         owned = {k: weight for k, weight in owned.items() if step.node in self.balanced.parents[k].nodes}
@@ -46,7 +54,7 @@ class Targets:
 
     def led(self, owned: dict[int, float], hidden: bool = True) -> dict[int, float]:
         """Weights of some parents as shares, with the lead of the anchor where something hidden is refit."""
-        if hidden and self.options.correction == "refit":
+        if hidden and self.options.correction == "refit" and self.pool is None:
             lead = 1 + (self.options.anchor_lead - 1) * (len(owned) - 1)
             owned = {k: weight * (lead if k == self.balanced.anchor else 1.0) for k, weight in owned.items()}
         total = sum(owned.values())
@@ -59,7 +67,7 @@ class Targets:
             one.spaces.of_node(name) for one, name in ((parent.structure, parent.nodes[step.node]), (result, step.node))
         )
         for dim, (ours, theirs) in enumerate(zip(new or (), old or (), strict=False)):
-            move = axis_move(theirs, ours, self.maps[k], parent.spaces) if dim != step.dim % output.ndim else None
+            move = axis_move(theirs, ours, self._maps(k), parent.spaces) if dim != step.dim % output.ndim else None
             output = output if move is None else move.apply(output, dim)
         return output
 
@@ -67,8 +75,21 @@ class Targets:
         """Rows of a parent's features at a step carried onto the fused network's neurons, float64."""
         parent = self.balanced.parents[k]
         old = _axis(parent.structure, parent.nodes[step.node], step.dim)
-        move = axis_move(old, _axis(result, step.node, step.dim), self.maps[k], parent.spaces)
+        fixed_share = self.weights[k] if self._pooled(step) else 1.0
+        move = axis_move(
+            old, _axis(result, step.node, step.dim), self._maps(k), parent.spaces, fixed_share=fixed_share
+        )
         return features.double() if move is None else move.apply(features.double(), 1)
+
+    def _maps(self, k: int) -> Maps:
+        return self.maps[k] if self.pool is None else self.pool.places[k]
+
+    def _pooled(self, step: Step) -> bool:
+        """Whether the neurons of a step are chosen among those of all parents."""
+        found = self.balanced.structure.neurons_at(step.node)
+        if self.pool is None or found is None:
+            return False
+        return any(space in self.pool.sizes for space in found[1].spaces)
 
     def _writes_logits(self, step: Step) -> bool:
         axis = self.balanced.structure.written(step.last)

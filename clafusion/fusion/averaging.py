@@ -12,6 +12,7 @@ from clafusion.tracing.parameters import add_moved, independent_copy, load_state
 from clafusion.tracing.structure import Structure, Unit
 from clafusion.transport.balanced import Balanced, Maps
 from clafusion.transport.moving import moved_parameter, parameter_moves, parameter_of
+from clafusion.transport.pooling import Pool
 
 
 def moved_average(
@@ -20,6 +21,7 @@ def moved_average(
     maps: Sequence[Maps],
     weights: Sequence[float],
     options: FusionOptions,
+    pool: Pool | None = None,
 ) -> None:
     """Average the moved parents into a network with the anchor's widths and the template's depth.
 
@@ -29,15 +31,20 @@ def moved_average(
         maps: per parent the maps of its neurons.
         weights: per parent, summing to one.
         options: `streams` and `head` are read.
+        pool: the neurons of the result, where they are chosen among those of all parents: then the parts of the
+            parents are put together instead of averaged, but for the output layer.
 
     Raises:
         FusionError: if a parameter of the result is not finite.
     """
     for unit in balanced.structure.units:
         for name in unit.parameters:
-            shares = _shares(balanced, unit, name, weights, options)
+            if pool is None:
+                shares = _shares(balanced, unit, name, weights, options)
+            else:
+                shares = [1.0] * len(weights) if _is_pooled(balanced, name, pool) else list(weights)
             with torch.no_grad():
-                _add_up(room.capture.tensors[name], balanced, name, maps, shares, options)
+                _add_up(room.capture.tensors[name], balanced, name, maps, shares, weights, options, pool)
     named = {name: room.capture.tensors[name] for name in balanced.layout}
     check_finite(named, "the fused network", room.axes)
 
@@ -48,7 +55,9 @@ def _add_up(
     name: str,
     maps: Sequence[Maps],
     shares: Sequence[float],
+    weights: Sequence[float],
     options: FusionOptions,
+    pool: Pool | None,
 ) -> None:
     """Fill in one parameter of the result; a counter of batches, and any other whole numbers, are the template's."""
     if not fused.is_floating_point():
@@ -60,11 +69,24 @@ def _add_up(
         tensor = parameter_of(balanced, k, name) if share else None
         if tensor is None:
             continue
+        its_maps = maps[k] if pool is None else {**maps[k], **pool.places[k]}
+        reading, fixed_share = (None, 1.0) if pool is None else (pool.reconstructions[k], weights[k] / share)
         if in_groups:
-            total.add_(moved_parameter(balanced, k, name, tensor.to(total.dtype), maps[k], options), alpha=share)
+            moved = moved_parameter(
+                balanced, k, name, tensor.to(total.dtype), its_maps, options, reading, fixed_share
+            )
+            total.add_(moved, alpha=share)
         else:
-            add_moved(total, share, tensor, parameter_moves(balanced, k, name, maps[k], options))
+            moves = parameter_moves(balanced, k, name, its_maps, options, reading, fixed_share)
+            add_moved(total, share, tensor, moves)
     fused.copy_(total)
+
+
+def _is_pooled(balanced: Balanced, name: str, pool: Pool) -> bool:
+    """Whether the neurons that a parameter is of, not those that it reads, are chosen among those of all parents."""
+    layer, axes = balanced.layer_of.get(name), balanced.layout[name]
+    own = axes[:1] if layer is not None and name == layer.weight else axes
+    return any(axis is not None and any(space in pool.sizes for space in axis.spaces) for axis in own)
 
 
 def _shares(balanced: Balanced, unit: Unit, name: str, weights: Sequence[float], options: FusionOptions) -> list[float]:

@@ -16,17 +16,16 @@ from clafusion.alignment.parents import check_parents, template_of, trace_all, w
 from clafusion.alignment.stages import Alignment
 from clafusion.balancing.balance import balance
 from clafusion.balancing.insertion import inserted
-from clafusion.correction.correct import correct
 from clafusion.correction.rescaling import add_missing_biases
-from clafusion.correction.targets import Targets
 from clafusion.errors import FusionError
-from clafusion.fusion.averaging import moved_average
+from clafusion.fusion.candidates import Parts, best_candidate
 from clafusion.fusion.record import FusionSummary
 from clafusion.fusion.verification import check_free, check_maps, check_moved, check_outputs
 from clafusion.networks.families import FAMILIES
 from clafusion.options import FusionOptions, normalized
 from clafusion.statistics.memory import within_memory
 from clafusion.statistics.samples import collect
+from clafusion.teacher import Teacher
 from clafusion.tracing.example import example_of, with_input_shape
 from clafusion.tracing.parameters import independent_copy
 from clafusion.tracing.reading import structure_of
@@ -55,6 +54,11 @@ class Fusion:
         weights: per parent, summing to one.
         options: what was asked for, with the anchor that was chosen.
         num_samples: how many samples were measured on.
+        candidates: by name how far each network that was tried is from what the parents say together, as the mean
+            divergence KL(teacher, network) on samples that were held back; empty where there was no choice.
+        chosen: the name of the one that was taken.
+        teacher: what the parents say together; None where nothing was refit to it.
+        trust: per parent its mean share in what the teacher says; empty without a teacher.
         steps: where the parents were fused one after another, for each the step that added it, and its place there.
     """
 
@@ -70,6 +74,10 @@ class Fusion:
     weights: tuple[float, ...]
     options: FusionOptions
     num_samples: int
+    candidates: Mapping[str, float] = field(default_factory=dict)
+    chosen: str = "matched"
+    teacher: Teacher | None = field(default=None, repr=False)
+    trust: tuple[float, ...] = ()
     steps: tuple[tuple["Fusion", int], ...] = field(default=(), repr=False)
 
     @cached_property
@@ -179,12 +187,12 @@ def _fuse_at_once(
     check_maps(balanced, maps)
     check_moved(balanced, maps, samples)
     # One network, and its features given back what averaging took.
-    moved_average(balanced, structure, maps, weights, options)
-    corrected = correct(model, structure, Targets(balanced, maps, weights, options), samples)
-    check_outputs(model, corrected, samples)
+    made = best_candidate(Parts(models[template], model, structure, balanced, maps, tuple(weights)), samples, options)
+    check_outputs(made.model, made.corrected, samples)
     return Fusion(
-        model.requires_grad_(True), structure, balanced, tuple(models), tuple(structures), alignments, layer_costs,
-        maps, costs, tuple(weights), options, len(samples),
+        made.model.requires_grad_(True), made.structure, balanced, tuple(models), tuple(structures), alignments,
+        layer_costs, maps, costs, tuple(weights), options, len(samples), candidates=made.scores, chosen=made.name,
+        teacher=made.teacher, trust=made.trust,
     )  # fmt: skip
 
 

@@ -67,7 +67,12 @@ class AxisMove:
 
 
 def axis_move(
-    old: Axis | None, new: Axis | None, maps: Mapping[str, Tensor], spaces: Mapping[str, str], inputs: bool = False
+    old: Axis | None,
+    new: Axis | None,
+    maps: Mapping[str, Tensor],
+    spaces: Mapping[str, str],
+    inputs: bool = False,
+    fixed_share: float = 1.0,
 ) -> AxisMove | None:
     """The move of one axis; None: it stays as it is.
 
@@ -78,6 +83,7 @@ def axis_move(
         spaces: by space of the new network the corresponding one of the old network.
         inputs: whether a layer sums over the axis. Then the rows of the maps are made to sum to one: a neuron that is
             spread over several new ones counts once.
+        fixed_share: the factor of the entries that are of no neurons.
     """
     if old is None or new is None or not any(name in maps for name in new.spaces):
         return None
@@ -89,7 +95,8 @@ def axis_move(
         parts.append((places(old, old.spaces.index(spaces[name])), places(new, place), mapping))
     fixed = [(axis.of < 0).nonzero().T for axis in (old, new)]
     if fixed[0].numel():
-        parts.append((fixed[0], fixed[1], None))
+        share = None if fixed_share == 1 else fixed_share * torch.eye(fixed[0].shape[1], dtype=torch.float64)
+        parts.append((fixed[0], fixed[1], share))
     return AxisMove(len(new.of), _copied(parts, len(new.of)), tuple(parts))
 
 

@@ -35,9 +35,25 @@ def _unit_of(structure: Structure, parameter: str) -> Unit | None:
 
 
 def parameter_moves(
-    balanced: Balanced, k: int, name: str, maps: Maps, options: FusionOptions
+    balanced: Balanced,
+    k: int,
+    name: str,
+    maps: Maps,
+    options: FusionOptions,
+    reading: Maps | None = None,
+    fixed_share: float = 1.0,
 ) -> tuple[AxisMove | None, ...]:
-    """The moves of the axes of a parent's parameter onto the neurons of the result."""
+    """The moves of the axes of a parent's parameter onto the neurons of the result.
+
+    Args:
+        balanced: the parents.
+        k: which of them.
+        name: of the parameter in the template.
+        maps: of the parent's neurons.
+        options: `streams` is read.
+        reading: the maps of the neurons that a layer reads; None: `maps`, with rows that sum to one.
+        fixed_share: the factor of entries that are of no neurons, along an axis with neurons.
+    """
     parent, layer = balanced.parents[k], balanced.layer_of.get(name)
     new = balanced.layout[name]
     old = parent.structure.axes[parent.parameters[name]] if name in parent.parameters else _own_axes(balanced, k, new)
@@ -48,7 +64,10 @@ def parameter_moves(
         if dim == 0 and shared:
             its_maps = _with_head_sizes(balanced, k, other, its_maps)
         summed = shared and dim == 1 and layer is not None and name == layer.weight
-        moves.append(axis_move(one, other, its_maps, parent.spaces, inputs=summed))
+        if summed and reading is not None:
+            moves.append(axis_move(one, other, reading, parent.spaces))
+        else:
+            moves.append(axis_move(one, other, its_maps, parent.spaces, summed, fixed_share))
     return tuple(moves)
 
 
@@ -89,17 +108,24 @@ def _with_head_sizes(balanced: Balanced, k: int, axis: Axis | None, maps: Maps) 
 
 
 def moved_parameter(
-    balanced: Balanced, k: int, name: str, tensor: Tensor, maps: Maps, options: FusionOptions
+    balanced: Balanced,
+    k: int,
+    name: str,
+    tensor: Tensor,
+    maps: Maps,
+    options: FusionOptions,
+    reading: Maps | None = None,
+    fixed_share: float = 1.0,
 ) -> Tensor:
-    """A parameter of a parent with all its axes carried onto the neurons of the result."""
+    """A parameter of a parent with all its axes carried onto the neurons of the result; arguments: `parameter_moves`."""
     layer = balanced.layer_of.get(name)
-    moves = parameter_moves(balanced, k, name, maps, options)
+    moves = parameter_moves(balanced, k, name, maps, options, reading, fixed_share)
     if layer is None or layer.kind != "grouped" or name != layer.weight:
         return move(tensor, moves)
     parent, template = balanced.parents[k], balanced.structure
     own = parent.structure.axes[parent.parameters[name]][1] if name in parent.parameters else None
     before = 1 if own is None else _groups(own, tensor)
-    after = _groups(template.axes[name][1], template.capture.tensors[name])
+    after = _groups(balanced.layout[name][1], template.capture.tensors[name])
     return grouped(move(dense(tensor, before), moves), after)
 
 

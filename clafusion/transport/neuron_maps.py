@@ -188,8 +188,8 @@ def _activation_moments(
         for name in names:
             for one, other in _pairs(problem, options):
                 wanted[name, problem.space, one, other] = (
-                    _observation(balanced, one, name, problem.space),
-                    _observation(balanced, other, name, problem.space),
+                    observation(balanced, one, name, problem.space),
+                    observation(balanced, other, name, problem.space),
                 )
     runners = balanced.runners
     size = batch_size(runners, options.memory_budget)
@@ -221,14 +221,14 @@ def _moments_of_silent(
                 earlier = before[name]
                 if all(_is_observable(balanced, problem, node) for node in (name, earlier)):
                     wanted[key] = (
-                        _observation(balanced, one, earlier, problem.space),
-                        _observation(balanced, other, earlier, problem.space),
+                        observation(balanced, one, earlier, problem.space),
+                        observation(balanced, other, earlier, problem.space),
                     )
     found = paired_moments(balanced.runners, wanted, samples, size) if wanted else {}
     return {key: replace(moments[key], before=one) for key, one in found.items()}
 
 
-def _observation(balanced: Balanced, k: int, node: str, space: str) -> Observation:
+def observation(balanced: Balanced, k: int, node: str, space: str) -> Observation:
     """The places of the neurons of a space of a parent in the output of one of its nodes."""
     parent = balanced.parents[k]
     own = parent.nodes[node]

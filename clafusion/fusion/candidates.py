@@ -1,0 +1,156 @@
+"""The networks that a fusion may end in, and which of them says best what the parents say together.
+
+Where parents know the same, nothing is better than the anchor with an output layer that is fitted to all of them. Where
+they know different things, neurons of all of them are. Without labels, the divergence from the parents' teacher on
+samples that no layer was fitted to tells which.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from clafusion.correction.correct import correct
+from clafusion.correction.targets import Targets
+from clafusion.errors import FusionError
+from clafusion.fusion.averaging import moved_average
+from clafusion.options import FusionOptions
+from clafusion.statistics.samples import chunks
+from clafusion.teacher import Teacher, agreement, teacher_of
+from clafusion.tracing.execution import GraphRunner, as_input
+from clafusion.tracing.resizing import room_for
+from clafusion.tracing.structure import Structure
+from clafusion.transport.balanced import Balanced, Maps
+from clafusion.transport.pooling import Pool, pool_neurons
+
+#: The share of the samples that candidates are compared on.
+HELD_BACK = 0.2
+#: Parents that give the same answer to a larger share of the samples than this know the same.
+ALIKE = 0.9
+#: The lead of an anchor whose features stay as they are.
+ALONE = 1e9
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a network is made of.
+
+    Attributes:
+        template: the network whose depth and class the result has.
+        model: a copy of it with room for the anchor's neurons.
+        structure: of that.
+        balanced: the parents.
+        maps: of their neurons.
+        weights: per parent, summing to one.
+    """
+
+    template: nn.Module
+    model: nn.Module
+    structure: Structure
+    balanced: Balanced
+    maps: Sequence[Maps]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A network that was made.
+
+    Attributes:
+        name: what it is: `anchor`, `matched`, `matched, equal` or `union`.
+        model: the network.
+        structure: before its correction.
+        corrected: the structure after it.
+        teacher: what its output layer was refit to.
+        trust: per parent its mean share in what the teacher says.
+        scores: the divergence of every candidate, by name; empty where there was no choice.
+    """
+
+    name: str
+    model: nn.Module
+    structure: Structure
+    corrected: Structure
+    teacher: Teacher | None = None
+    trust: tuple[float, ...] = ()
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Candidate:
+    """Make the network that `correction` and `targets` of the options ask for.
+
+    Args:
+        parts: what it is made of.
+        samples: unlabelled inputs.
+        options: how.
+
+    Raises:
+        FusionError: if no network can be made, or not of the pooled neurons that are asked for.
+    """
+    if options.correction != "refit":
+        return _matched(parts, samples, options, "matched", None)
+    logits = _answers(parts.balanced, samples)
+    kind = "mean" if options.head != "average" else options.teacher
+    teacher = teacher_of(logits, parts.weights, kind, options.gate_temperature)
+    told = {"teacher": teacher, "trust": tuple(teacher.shares(logits).mean(0).tolist())}
+    if options.targets == "matched":
+        return replace(_matched(parts, samples, options, "matched", teacher), **told)
+    if options.targets == "union":
+        return replace(_union(parts, samples, options, teacher), **told)
+    anchor = replace(options, anchor_lead=ALONE)
+    if options.head == "average" and agreement(logits) >= ALIKE:
+        return replace(_matched(parts, samples, anchor, "anchor", teacher), **told)
+    makers = {
+        "matched": lambda given: _matched(parts, given, options, "matched", teacher),
+        "matched, equal": lambda given: _matched(parts, given, replace(options, anchor_lead=1.0), "equal", teacher),
+        "anchor": lambda given: _matched(parts, given, anchor, "anchor", teacher),
+        "union": lambda given: _union(parts, given, options, teacher),
+    }
+    generator = torch.Generator().manual_seed(options.seed)
+    order = torch.randperm(len(samples), generator=generator).to(samples.device)
+    count = max(1, round(HELD_BACK * len(samples)))
+    held, given = order[:count].sort().values, order[count:].sort().values
+    wanted = teacher.log_probabilities([one[held] for one in logits])
+    scores: dict[str, float] = {}
+    for name, make in makers.items():
+        try:
+            made = make(samples[given])
+        except FusionError:
+            if name != "union":  # not every network has neurons that can be pooled
+                raise
+            continue
+        answer = _logits(made.corrected, samples[held]).to(wanted).log_softmax(1)
+        scores[name] = float((wanted.exp() * (wanted - answer)).sum(1).mean())
+    best = min(scores, key=lambda name: scores[name])
+    return replace(makers[best](samples), name=best, scores=scores, **told)
+
+
+def _matched(parts: Parts, samples: Tensor, options: FusionOptions, name: str, teacher: Teacher | None) -> Candidate:
+    """The moved average, corrected."""
+    network, structure = room_for(parts.model, parts.structure, parts.structure.sizes, samples)
+    moved_average(parts.balanced, structure, parts.maps, parts.weights, options)
+    targets = Targets(parts.balanced, parts.maps, parts.weights, options, teacher)
+    return Candidate(name, network, structure, correct(network, structure, targets, samples))
+
+
+def _union(parts: Parts, samples: Tensor, options: FusionOptions, teacher: Teacher) -> Candidate:
+    """The parents' neurons side by side, as many of them as the result has room for, refit."""
+    pool = pool_neurons(parts.balanced, samples, options, parts.weights, options.width)
+    network, structure = room_for(parts.model, parts.structure, {**parts.structure.sizes, **pool.sizes}, samples)
+    balanced = replace(parts.balanced, layout=structure.axes)
+    moved_average(balanced, structure, parts.maps, parts.weights, options, pool)
+    targets = Targets(balanced, parts.maps, parts.weights, options, teacher, pool)
+    return Candidate("union", network, structure, correct(network, structure, targets, samples))
+
+
+@torch.no_grad()
+def _answers(balanced: Balanced, samples: Tensor) -> list[Tensor]:
+    """The logits of every parent, [samples, classes]."""
+    return [_logits(parent.structure, samples) for parent in balanced.parents]
+
+
+@torch.no_grad()
+def _logits(structure: Structure, samples: Tensor) -> Tensor:
+    runner, end = GraphRunner(structure.capture), structure.capture.logits
+    parts = [dict(runner.observe(as_input(chunk, runner.capture), [end]))[end] for chunk in chunks(samples)]
+    return torch.cat(parts)
