@@ -93,7 +93,8 @@ def permuted_copy(model: nn.Module, structure: Structure, seed: int = 1) -> nn.M
     orders, other = random_orders(structure.spaces, seed), copy.deepcopy(model)
     if structure.output is not None:
         orders[structure.output] = list(range(structure.sizes[structure.output]))
-    state = {**dict(other.named_buffers()), **dict(other.named_parameters())}
+    named = (*other.named_buffers(remove_duplicate=False), *other.named_parameters(remove_duplicate=False))
+    state = dict(named)  # tied ones under each of their names
     with torch.no_grad():
         for name, axes in structure.axes.items():
             state[name].copy_(permuted(state[name].clone(), axes, orders))

@@ -1,7 +1,7 @@
 """Networks with room for other numbers of neurons."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,35 +54,44 @@ def resized(model: nn.Module, structure: Structure, sizes: Mapping[str, int]) ->
         sizes: the new number of neurons of each space; a space that is not named keeps its size.
     """
     state = state_of(model)
+    aliases = _aliases(model)
     network = shell(model)  # the tensors that it shares with the model are replaced below
+    kept = set(state)
     for name, axes in structure.axes.items():
-        path, _, key = name.rpartition(".")
-        module, old = network.get_submodule(path), state[name]
+        old = state[name]
         shape = [
             length if axis is None else _length(length, axis, structure.sizes, sizes)
             for length, axis in zip(old.shape, axes, strict=True)
         ]
-        fresh = torch.zeros(shape, dtype=old.dtype, device=old.device)
-        if key in module._parameters:
-            module._parameters[key] = nn.Parameter(fresh)
-        else:
-            module._buffers[key] = fresh
+        _replace(network, aliases[name], torch.zeros(shape, dtype=old.dtype, device=old.device))
+        kept -= set(aliases[name])
     for module in network.modules():
         _declare_sizes(module)
-    shared = {name for name in state if name not in structure.axes}
-    for name, tensor in state_of(network).items():
-        if name in shared:  # what is not of neurons is copied
-            _replace(network, name, tensor.clone())
+    for name in sorted(kept):  # what is not of neurons is copied
+        if name == aliases[name][0]:
+            _replace(network, aliases[name], state[name].clone())
     return network
 
 
-def _replace(network: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, key = name.rpartition(".")
-    module = network.get_submodule(path)
-    if key in module._parameters:
-        module._parameters[key] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-    else:
-        module._buffers[key] = tensor
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """All the names of every tensor of a network, by each of them: tied tensors have several."""
+    names: dict[int, list[str]] = {}
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors:
+        names.setdefault(id(tensor), []).append(name)
+    return {name: group for group in names.values() for name in group}
+
+
+def _replace(network: nn.Module, names: Sequence[str], tensor: Tensor) -> None:
+    """Put one tensor in the place of a parameter or buffer, under all of its names."""
+    parameter = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+    for name in names:
+        path, _, key = name.rpartition(".")
+        module = network.get_submodule(path)
+        if key in module._parameters:
+            module._parameters[key] = parameter
+        else:
+            module._buffers[key] = tensor
 
 
 def _length(length: int, axis: Axis, old: Mapping[str, int], new: Mapping[str, int]) -> int:

@@ -15,6 +15,9 @@ from tests.zoo import ZOO
 
 #: Tried always; the others with `make zoo`.
 SMALL = ("torchvision/vit", "torchvision/swin", "timm/vit_qk_norm", "timm/eva02", "timm/cait", "timm/mixer")
+#: ECA reads channels in their order. Linear attention divides by sums that are nearly zero with these weights, so that
+#: the order of summation shows: the check of every fusion refuses it.
+REFUSED = ("timm/ecaresnet26t", "timm/efficientvit_b0")
 #: What runs of a network twice give in different order of summation.
 TOLERANCE = 1e-6
 
@@ -39,7 +42,7 @@ def lively(model: nn.Module, samples: torch.Tensor) -> nn.Module:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in SMALL else large) for name in ZOO if "ecaresnet" not in name]
+    "name", [pytest.param(name, marks=() if name in SMALL else large) for name in ZOO if name not in REFUSED]
 )
 @torch.no_grad()
 def test_a_permuted_copy_is_recovered(name):
@@ -51,7 +54,7 @@ def test_a_permuted_copy_is_recovered(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         other = permuted_copy(model, structure_of(model, samples))
-        fused = fuse([model, other], [samples], FusionOptions(correction="none")).model
+        fused = fuse([model, other], [samples], FusionOptions(correction="none", features="preactivations")).model
     expected, got = logits_of(model(samples)), logits_of(fused(samples))
     assert float((logits_of(other(samples)) - expected).abs().max() / expected.abs().max()) < TOLERANCE
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
