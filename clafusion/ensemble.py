@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.errors import FusionError
-from clafusion.gating import Gate
 from clafusion.options import normalized
-from clafusion.teacher import Teacher
+from clafusion.teachers.gate import Gate
+from clafusion.teachers.teacher import Teacher
 
 
 class Ensemble(nn.Module):

@@ -112,6 +112,14 @@ class FusionOptions:
             raise FusionError(
                 f"Expected correction none with streams per_layer, got {self.correction}; share the streams"
             )
+        for name, plain in (("teacher", "mean"), ("targets", "matched")):
+            if self.correction != "refit" and getattr(self, name) not in ("auto", plain):
+                raise FusionError(
+                    f"Expected correction refit with {name} {getattr(self, name)}, got {self.correction}; nothing else "
+                    "is fitted to it"
+                )
+        if self.width != 1 and self.targets != "union":
+            raise FusionError(f"Expected targets union with width {self.width}, got {self.targets}")
         if self.weights is not None:
             if not _are_weights(self.weights):
                 raise FusionError(f"Expected weights of at least 0 with a positive sum, got {list(self.weights)}")

@@ -141,6 +141,10 @@ def test_what_stands_beside_a_published_setting_is_an_option_and_its_value():
         "ridge",
         "anchor_lead",
         "memory_budget",
+        "teacher",
+        "gate_temperature",
+        "targets",
+        "width",
     }
 
 

@@ -31,6 +31,7 @@ LIBRARY = [
     ["options"],
     ["networks", "tracing"],
     ["statistics", "formats"],
+    ["teachers"],
     ["transport"],
     ["alignment"],
     ["balancing"],

@@ -35,7 +35,9 @@ from clafusion.transport.moving import moved_parameter, parameter_of
 _WORDS = {"rescale": "rescaling layers", "repair": "repairing layers", "refit": "refitting layers"}
 
 
-def correct(model: nn.Module, structure: Structure, targets: Targets, samples: Tensor) -> Structure:
+def correct(
+    model: nn.Module, structure: Structure, targets: Targets, samples: Tensor, quiet: bool = False
+) -> Structure:
     """Correct a fused network in place, as `correction` of the options says.
 
     Args:
@@ -43,6 +45,7 @@ def correct(model: nn.Module, structure: Structure, targets: Targets, samples: T
         structure: its structure, which shares its tensors.
         targets: made of its parents; of the options `correction`, `ridge`, `memory_budget` and `seed` are read.
         samples: unlabelled inputs. Of every network the activations that are alive at one place are held at a time.
+        quiet: whether to give no warning, because what is made is only tried.
 
     Returns:
         The structure of the corrected network; a repair may have given it biases.
@@ -68,13 +71,15 @@ def correct(model: nn.Module, structure: Structure, targets: Targets, samples: T
     steps = steps_of(structure) if options.correction == "refit" else one_by_one
     layers = tracked(_layer_by_layer(structure, steps, targets, samples), _WORDS[options.correction], len(steps))
     notes = [line for line in layers if line]
+    if quiet:
+        notes = []
     _warn(
         [line for line in notes if " for the " in line],
         "Expected at least as many observations as inputs to refit every layer from, got {}; the ridge decides the "
         "rest, pass more samples",
     )
     _warn(
-        [*(line for line in notes if " for the " not in line), *_left_alone(structure)],
+        [] if quiet else [*(line for line in notes if " for the " not in line), *_left_alone(structure)],
         "Expected layers and norms that can be corrected, got {}; this stays averaged, everything else is corrected",
     )
     check_finite(state_of(model), f"the fused network after {options.correction}", structure.axes)

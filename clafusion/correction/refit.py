@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from clafusion.correction.affine import FoldedLayer, design_rows
-from clafusion.correction.regression import RidgeSystem, rectified_regression, soft_label_regression
 from clafusion.correction.steps import Step, row_places
 from clafusion.correction.targets import Targets
+from clafusion.statistics.regression import RidgeSystem, rectified_regression, soft_label_regression
 from clafusion.statistics.samples import rows
-from clafusion.teacher import Teacher
+from clafusion.teachers.teacher import Teacher
 from clafusion.tracing.execution import Cursor
 from clafusion.tracing.structure import Structure
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from clafusion.correction.steps import Step
 from clafusion.options import FusionOptions
+from clafusion.teachers.teacher import Teacher
 from clafusion.tracing.parameters import axis_move
 from clafusion.tracing.spaces import Axis
 from clafusion.tracing.structure import Structure
-from clafusion.teacher import Teacher
 from clafusion.transport.balanced import Balanced, Maps
 from clafusion.transport.pooling import Pool
 
@@ -76,9 +76,7 @@ class Targets:
         parent = self.balanced.parents[k]
         old = _axis(parent.structure, parent.nodes[step.node], step.dim)
         fixed_share = self.weights[k] if self._pooled(step) else 1.0
-        move = axis_move(
-            old, _axis(result, step.node, step.dim), self._maps(k), parent.spaces, fixed_share=fixed_share
-        )
+        move = axis_move(old, _axis(result, step.node, step.dim), self._maps(k), parent.spaces, fixed_share=fixed_share)
         return features.double() if move is None else move.apply(features.double(), 1)
 
     def _maps(self, k: int) -> Maps:

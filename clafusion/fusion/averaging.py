@@ -72,9 +72,7 @@ def _add_up(
         its_maps = maps[k] if pool is None else {**maps[k], **pool.places[k]}
         reading, fixed_share = (None, 1.0) if pool is None else (pool.reconstructions[k], weights[k] / share)
         if in_groups:
-            moved = moved_parameter(
-                balanced, k, name, tensor.to(total.dtype), its_maps, options, reading, fixed_share
-            )
+            moved = moved_parameter(balanced, k, name, tensor.to(total.dtype), its_maps, options, reading, fixed_share)
             total.add_(moved, alpha=share)
         else:
             moves = parameter_moves(balanced, k, name, its_maps, options, reading, fixed_share)

@@ -5,7 +5,7 @@ they know different things, neurons of all of them are. Without labels, the dive
 samples that no layer was fitted to tells which.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,12 +17,12 @@ from clafusion.errors import FusionError
 from clafusion.fusion.averaging import moved_average
 from clafusion.options import FusionOptions
 from clafusion.statistics.samples import chunks
-from clafusion.teacher import Teacher, agreement, teacher_of
+from clafusion.teachers.teacher import Teacher, agreement, teacher_of
 from clafusion.tracing.execution import GraphRunner, as_input
 from clafusion.tracing.resizing import room_for
 from clafusion.tracing.structure import Structure
 from clafusion.transport.balanced import Balanced, Maps
-from clafusion.transport.pooling import Pool, pool_neurons
+from clafusion.transport.pooling import pool_neurons
 
 #: The share of the samples that candidates are compared on.
 HELD_BACK = 0.2
@@ -37,15 +37,14 @@ class Parts:
     """What a network is made of.
 
     Attributes:
-        template: the network whose depth and class the result has.
-        model: a copy of it with room for the anchor's neurons.
+        model: a copy of the parent whose depth the result has, with room for the anchor's neurons; it becomes the
+            result.
         structure: of that.
         balanced: the parents.
         maps: of their neurons.
         weights: per parent, summing to one.
     """
 
-    template: nn.Module
     model: nn.Module
     structure: Structure
     balanced: Balanced
@@ -89,22 +88,26 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
     """
     if options.correction != "refit":
         return _matched(parts, samples, options, "matched", None)
-    logits = _answers(parts.balanced, samples)
+    if options.targets == "matched" and options.teacher == "mean":
+        teacher = Teacher(parts.weights)
+        return replace(_matched(parts, samples, options, "matched", teacher), trust=parts.weights)
+    logits = [_logits(parent.structure, samples) for parent in parts.balanced.parents]
     kind = "mean" if options.head != "average" else options.teacher
     teacher = teacher_of(logits, parts.weights, kind, options.gate_temperature)
-    told = {"teacher": teacher, "trust": tuple(teacher.shares(logits).mean(0).tolist())}
+    trust = tuple(teacher.shares(logits).mean(0).tolist())
     if options.targets == "matched":
-        return replace(_matched(parts, samples, options, "matched", teacher), **told)
+        return replace(_matched(parts, samples, options, "matched", teacher), trust=trust)
     if options.targets == "union":
-        return replace(_union(parts, samples, options, teacher), **told)
+        return replace(_union(parts, samples, options, teacher), trust=trust)
     anchor = replace(options, anchor_lead=ALONE)
     if options.head == "average" and agreement(logits) >= ALIKE:
-        return replace(_matched(parts, samples, anchor, "anchor", teacher), **told)
-    makers = {
-        "matched": lambda given: _matched(parts, given, options, "matched", teacher),
-        "matched, equal": lambda given: _matched(parts, given, replace(options, anchor_lead=1.0), "equal", teacher),
-        "anchor": lambda given: _matched(parts, given, anchor, "anchor", teacher),
-        "union": lambda given: _union(parts, given, options, teacher),
+        return replace(_matched(parts, samples, anchor, "anchor", teacher), trust=trust)
+    equal = replace(options, anchor_lead=1.0)
+    makers: dict[str, Callable[[Tensor, bool], Candidate]] = {
+        "matched": lambda given, trial: _matched(parts, given, options, "matched", teacher, trial),
+        "matched, equal": lambda given, trial: _matched(parts, given, equal, "matched, equal", teacher, trial),
+        "anchor": lambda given, trial: _matched(parts, given, anchor, "anchor", teacher, trial),
+        "union": lambda given, trial: _union(parts, given, options, teacher, trial),
     }
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(samples), generator=generator).to(samples.device)
@@ -114,7 +117,7 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
     scores: dict[str, float] = {}
     for name, make in makers.items():
         try:
-            made = make(samples[given])
+            made = make(samples[given], True)
         except FusionError:
             if name != "union":  # not every network has neurons that can be pooled
                 raise
@@ -122,35 +125,34 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
         answer = _logits(made.corrected, samples[held]).to(wanted).log_softmax(1)
         scores[name] = float((wanted.exp() * (wanted - answer)).sum(1).mean())
     best = min(scores, key=lambda name: scores[name])
-    return replace(makers[best](samples), name=best, scores=scores, **told)
+    return replace(makers[best](samples, False), trust=trust, scores=scores)
 
 
-def _matched(parts: Parts, samples: Tensor, options: FusionOptions, name: str, teacher: Teacher | None) -> Candidate:
-    """The moved average, corrected."""
-    network, structure = room_for(parts.model, parts.structure, parts.structure.sizes, samples)
+def _matched(
+    parts: Parts, samples: Tensor, options: FusionOptions, name: str, teacher: Teacher | None, trial: bool = False
+) -> Candidate:
+    """The moved average, corrected; of a trial the room stays as it is, and no warning is given."""
+    network, structure = parts.model, parts.structure
+    if trial:
+        network, structure = room_for(network, structure, structure.sizes, samples)
     moved_average(parts.balanced, structure, parts.maps, parts.weights, options)
     targets = Targets(parts.balanced, parts.maps, parts.weights, options, teacher)
-    return Candidate(name, network, structure, correct(network, structure, targets, samples))
+    return Candidate(name, network, structure, correct(network, structure, targets, samples, trial), teacher)
 
 
-def _union(parts: Parts, samples: Tensor, options: FusionOptions, teacher: Teacher) -> Candidate:
+def _union(parts: Parts, samples: Tensor, options: FusionOptions, teacher: Teacher, trial: bool = False) -> Candidate:
     """The parents' neurons side by side, as many of them as the result has room for, refit."""
     pool = pool_neurons(parts.balanced, samples, options, parts.weights, options.width)
     network, structure = room_for(parts.model, parts.structure, {**parts.structure.sizes, **pool.sizes}, samples)
     balanced = replace(parts.balanced, layout=structure.axes)
     moved_average(balanced, structure, parts.maps, parts.weights, options, pool)
     targets = Targets(balanced, parts.maps, parts.weights, options, teacher, pool)
-    return Candidate("union", network, structure, correct(network, structure, targets, samples))
-
-
-@torch.no_grad()
-def _answers(balanced: Balanced, samples: Tensor) -> list[Tensor]:
-    """The logits of every parent, [samples, classes]."""
-    return [_logits(parent.structure, samples) for parent in balanced.parents]
+    return Candidate("union", network, structure, correct(network, structure, targets, samples, trial), teacher)
 
 
 @torch.no_grad()
 def _logits(structure: Structure, samples: Tensor) -> Tensor:
+    """The logits of a network, [samples, classes]."""
     runner, end = GraphRunner(structure.capture), structure.capture.logits
     parts = [dict(runner.observe(as_input(chunk, runner.capture), [end]))[end] for chunk in chunks(samples)]
     return torch.cat(parts)

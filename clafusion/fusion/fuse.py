@@ -25,7 +25,7 @@ from clafusion.networks.families import FAMILIES
 from clafusion.options import FusionOptions, normalized
 from clafusion.statistics.memory import within_memory
 from clafusion.statistics.samples import collect
-from clafusion.teacher import Teacher
+from clafusion.teachers.teacher import Teacher
 from clafusion.tracing.example import example_of, with_input_shape
 from clafusion.tracing.parameters import independent_copy
 from clafusion.tracing.reading import structure_of
@@ -187,7 +187,7 @@ def _fuse_at_once(
     check_maps(balanced, maps)
     check_moved(balanced, maps, samples)
     # One network, and its features given back what averaging took.
-    made = best_candidate(Parts(models[template], model, structure, balanced, maps, tuple(weights)), samples, options)
+    made = best_candidate(Parts(model, structure, balanced, maps, tuple(weights)), samples, options)
     check_outputs(made.model, made.corrected, samples)
     return Fusion(
         made.model.requires_grad_(True), made.structure, balanced, tuple(models), tuple(structures), alignments,
@@ -232,7 +232,7 @@ def _fuse_one_by_one(
         current, weight, shares = steps[k].model, total, steps[k].balancing.unit_shares(pair)
     # Each parent is described by the step that added it, the anchor by the first step.
     told = [(steps[others[0]], 0) if k == anchor else (steps[k], 1) for k in range(len(models))]
-    by_parent = {
+    by_parent: dict[str, Any] = {
         name: tuple(getattr(step, name)[i] for step, i in told)
         for name in ("alignments", "layer_costs", "maps", "costs")
     }

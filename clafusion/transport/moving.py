@@ -117,7 +117,7 @@ def moved_parameter(
     reading: Maps | None = None,
     fixed_share: float = 1.0,
 ) -> Tensor:
-    """A parameter of a parent with all its axes carried onto the neurons of the result; arguments: `parameter_moves`."""
+    """A parameter of a parent with all its axes carried onto the result's neurons; arguments as `parameter_moves`."""
     layer = balanced.layer_of.get(name)
     moves = parameter_moves(balanced, k, name, maps, options, reading, fixed_share)
     if layer is None or layer.kind != "grouped" or name != layer.weight:

@@ -28,6 +28,21 @@ def test_every_field_is_documented():
         assert f"\n    {name}: " in documented
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"teacher": "gated", "correction": "repair"}, "correction refit with teacher gated, got repair"),
+        ({"targets": "union", "correction": "none"}, "correction refit with targets union, got none"),
+        ({"width": 0.5}, "targets union with width 0.5, got matched"),
+        ({"width": 0.0, "targets": "union"}, "positive width, got 0.0"),
+        ({"gate_temperature": -1.0}, "positive gate_temperature, got -1.0"),
+    ],
+)
+def test_what_has_no_effect_is_refused(given, message):
+    with pytest.raises(FusionError, match=f"Expected (a )?{message}"):
+        FusionOptions(**given)
+
+
 def test_options_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         FusionOptions().seed = 3
@@ -36,8 +51,9 @@ def test_options_are_frozen():
 @pytest.mark.parametrize("name", LITERALS)
 def test_choices_are_accepted_and_others_refused(name):
     for value in LITERALS[name]:
-        # Every correction but none needs one map per stream.
-        assert getattr(FusionOptions(**{"correction": "none", name: value}), name) == value
+        # Every correction but none needs one map per stream; what is fitted to something needs refit.
+        correction = {} if name in ("teacher", "targets") else {"correction": "none"}
+        assert getattr(FusionOptions(**{**correction, name: value}), name) == value
     for wrong in ("nonsense", None, 1, [LITERALS[name][0]]):
         with pytest.raises(FusionError, match=f"Expected {name} to be one of {', '.join(LITERALS[name])}, got"):
             FusionOptions(**{name: wrong})

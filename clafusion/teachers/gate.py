@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clafusion.correction.regression import soft_label_regression
 from clafusion.errors import FusionError
+from clafusion.statistics.regression import soft_label_regression
 
 #: The least deviation of a logit over the samples that it is divided by.
 SMALLEST_DEVIATION = 1e-6
@@ -74,7 +74,7 @@ class Gate:
             weights: w, of every classifier; None: equal. One of weight 0 has no share.
         """
         standard, scores = self._scores([one.double() for one in logits])
-        total = (scores + standard @ self.weight.to(standard.device).T + self.bias.to(standard.device))
+        total = scores + standard @ self.weight.to(standard.device).T + self.bias.to(standard.device)
         total = total / self.temperature
         if weights is not None:
             total = total + torch.tensor(weights, dtype=total.dtype, device=total.device).log()

@@ -9,10 +9,10 @@ from scipy.optimize import minimize
 from torch import nn
 
 from clafusion import trace
-from clafusion.correction import regression
-from clafusion.correction import regression as ridge
 from clafusion.correction.affine import design_rows, folded_layer
-from clafusion.correction.regression import RidgeSystem, rectified_regression, soft_label_regression
+from clafusion.statistics import regression
+from clafusion.statistics import regression as ridge
+from clafusion.statistics.regression import RidgeSystem, rectified_regression, soft_label_regression
 from clafusion.statistics.samples import rows
 from clafusion.tracing.execution import GraphRunner
 

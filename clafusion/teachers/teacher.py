@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clafusion.gating import Gate
+from clafusion.teachers.gate import Gate
 
 #: Classifiers that give the same answer to a smaller share of the samples than this know different things.
 AGREEMENT = 0.75

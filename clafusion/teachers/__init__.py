@@ -1,0 +1,1 @@
+"""What several classifiers say together, and which of them to trust."""
