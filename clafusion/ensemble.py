@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from clafusion.errors import FusionError
 from clafusion.options import normalized
 from clafusion.teachers.gate import Gate
+from clafusion.teachers.label_sets import Label, check_classes, columns_of, placed, union_of
 from clafusion.teachers.teacher import Teacher
 
 
@@ -22,9 +23,12 @@ class Ensemble(nn.Module):
             know different things.
         samples: for `gated`: unlabelled samples, mixed as those that will be asked; the models run on them once.
         gate_temperature: of the gate.
+        classes: per model the labels that its outputs stand for, if they are not the same; the ensemble answers with the
+            labels of all, sorted. Not for `logits`.
 
     Raises:
-        FusionError: for no models, weights that do not fit, another space, or samples without or for no gate.
+        FusionError: for no models, weights that do not fit, another space, samples without or for no gate, or labels that
+            do not describe the outputs.
 
     Example:
         >>> members = [nn.Linear(3, 2), nn.Linear(3, 2)]
@@ -41,24 +45,35 @@ class Ensemble(nn.Module):
         space: str = "probability",
         samples: Tensor | None = None,
         gate_temperature: float = 1.0,
+        classes: Sequence[Sequence[Label]] | None = None,
     ) -> None:
         super().__init__()
         if space not in ("probability", "logits", "gated"):
             raise FusionError(f"Expected space probability, logits or gated, got {space!r}")
         if (samples is not None) != (space == "gated"):
             raise FusionError(f"Expected samples with space gated, and with no other, got space {space}")
+        if classes is not None and space == "logits":
+            raise FusionError("Expected space probability or gated for models of different classes, got logits")
         self.space = space
         self.models = nn.ModuleList(models)
         self.weights = normalized(weights, len(self.models))
+        self.columns, self.count = None, 0
+        if classes is not None:
+            if len(classes) != len(self.models):
+                raise FusionError(f"Expected the classes of {len(self.models)} models, got those of {len(classes)}")
+            check_classes(classes, [len(labels) for labels in classes])
+            self.columns, self.count = columns_of(classes), len(union_of(classes))
         gate = None
         if samples is not None:
             with torch.no_grad():
                 gate = Gate.learn([model(samples) for model in self.models], gate_temperature)
-        self.teacher = Teacher(tuple(self.weights), gate)
+        self.teacher = Teacher(tuple(self.weights), gate, self.columns)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return log-probabilities, or mean logits, [samples, classes]."""
         outputs = [model(x) for model in self.models]
+        if self.columns is not None:
+            outputs = [placed(one, own, self.count) for one, own in zip(outputs, self.columns, strict=True)]
         if self.space == "logits":
             return torch.stack([weight * one for weight, one in zip(self.weights, outputs, strict=True)]).sum(0)
         return self.teacher.log_probabilities(outputs)

@@ -43,6 +43,7 @@ class Parts:
         balanced: the parents.
         maps: of their neurons.
         weights: per parent, summing to one.
+        columns: per parent the places of its classes among those of all; None: all have the same.
     """
 
     model: nn.Module
@@ -50,6 +51,7 @@ class Parts:
     balanced: Balanced
     maps: Sequence[Maps]
     weights: tuple[float, ...]
+    columns: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,18 +91,18 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
     if options.correction != "refit":
         return _matched(parts, samples, options, "matched", None)
     if options.targets == "matched" and options.teacher == "mean":
-        teacher = Teacher(parts.weights)
+        teacher = Teacher(parts.weights, None, parts.columns)
         return replace(_matched(parts, samples, options, "matched", teacher), trust=parts.weights)
     logits = [_logits(parent.structure, samples) for parent in parts.balanced.parents]
     kind = "mean" if options.head != "average" else options.teacher
-    teacher = teacher_of(logits, parts.weights, kind, options.gate_temperature)
+    teacher = teacher_of(logits, parts.weights, kind, options.gate_temperature, parts.columns)
     trust = tuple(teacher.shares(logits).mean(0).tolist())
     if options.targets == "matched":
         return replace(_matched(parts, samples, options, "matched", teacher), trust=trust)
     if options.targets == "union":
         return replace(_union(parts, samples, options, teacher), trust=trust)
     anchor = replace(options, anchor_lead=ALONE)
-    if options.head == "average" and agreement(logits) >= ALIKE:
+    if options.head == "average" and agreement(logits, parts.columns) >= ALIKE:
         return replace(_matched(parts, samples, anchor, "anchor", teacher), trust=trust)
     equal = replace(options, anchor_lead=1.0)
     makers: dict[str, Callable[[Tensor, bool], Candidate]] = {
@@ -123,7 +125,8 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
                 raise
             continue
         answer = _logits(made.corrected, samples[held]).to(wanted).log_softmax(1)
-        scores[name] = float((wanted.exp() * (wanted - answer)).sum(1).mean())
+        terms = torch.where(wanted.isfinite(), wanted.exp() * (wanted - answer), 0.0)
+        scores[name] = float(terms.sum(1).mean())
     best = min(scores, key=lambda name: scores[name])
     return replace(makers[best](samples, False), trust=trust, scores=scores)
 

@@ -12,19 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.alignment.layer_maps import StageCosts, align_stages, as_lists, deep_and_shallow, measure_stages
-from clafusion.alignment.parents import check_parents, template_of, trace_all, with_anchor
+from clafusion.alignment.parents import check_parents, template_of, trace_all, trace_as, with_anchor
 from clafusion.alignment.stages import Alignment
 from clafusion.balancing.balance import balance
 from clafusion.balancing.insertion import inserted
 from clafusion.correction.rescaling import add_missing_biases
 from clafusion.errors import FusionError
 from clafusion.fusion.candidates import Parts, best_candidate
+from clafusion.fusion.outputs import with_outputs
 from clafusion.fusion.record import FusionSummary
 from clafusion.fusion.verification import check_free, check_maps, check_moved, check_outputs
 from clafusion.networks.families import FAMILIES
 from clafusion.options import FusionOptions, normalized
 from clafusion.statistics.memory import within_memory
 from clafusion.statistics.samples import collect
+from clafusion.teachers.label_sets import Label, check_classes, columns_of, union_of
 from clafusion.teachers.teacher import Teacher
 from clafusion.tracing.example import example_of, with_input_shape
 from clafusion.tracing.parameters import independent_copy
@@ -59,6 +61,7 @@ class Fusion:
         chosen: the name of the one that was taken.
         teacher: what the parents say together; None where nothing was refit to it.
         trust: per parent its mean share in what the teacher says; empty without a teacher.
+        classes: the labels that the outputs stand for, where they were given.
         steps: where the parents were fused one after another, for each the step that added it, and its place there.
     """
 
@@ -78,6 +81,7 @@ class Fusion:
     chosen: str = "matched"
     teacher: Teacher | None = field(default=None, repr=False)
     trust: tuple[float, ...] = ()
+    classes: tuple[Label, ...] = ()
     steps: tuple[tuple["Fusion", int], ...] = field(default=(), repr=False)
 
     @cached_property
@@ -123,7 +127,12 @@ class Fusion:
 
 
 @torch.no_grad()
-def fuse(models: Sequence[nn.Module], batches: Iterable[Any], options: FusionOptions | None = None) -> Fusion:
+def fuse(
+    models: Sequence[nn.Module],
+    batches: Iterable[Any],
+    options: FusionOptions | None = None,
+    classes: Sequence[Sequence[Label]] | None = None,
+) -> Fusion:
     """Fuse trained networks of different depth and width into one (CLAFusion, Nguyen et al. 2023).
 
     Args:
@@ -131,6 +140,8 @@ def fuse(models: Sequence[nn.Module], batches: Iterable[Any], options: FusionOpt
         batches: unlabelled samples: tensors [batch, ...], or tuples that begin with one, such as a DataLoader yields;
             read once, up to `options.num_samples` samples.
         options: how; None: the defaults.
+        classes: per parent the labels that its outputs stand for, whole numbers or words, if they are not the same; the
+            outputs of the result stand for the labels of all, sorted (`Fusion.classes`).
 
     Returns:
         The fused network, with the anchor's widths and the template's depth, and how it came about.
@@ -153,6 +164,10 @@ def fuse(models: Sequence[nn.Module], batches: Iterable[Any], options: FusionOpt
         raise FusionError(f"Expected at least 2 samples to measure on, got {len(samples)}; pass more")
     weights = normalized(options.weights, len(models))
     parents = [independent_copy(model) for model in models]
+    if classes is not None:
+        parents, columns = _with_labels(parents, classes, samples, options)
+    else:
+        columns = None
 
     def compute() -> Fusion:
         structures = trace_all(parents, samples)
@@ -160,11 +175,32 @@ def fuse(models: Sequence[nn.Module], batches: Iterable[Any], options: FusionOpt
             check_free(structure, f"parent {number}")
         anchored = with_anchor(structures, samples, options)
         one_by_one = anchored.many == "iterative" and len(parents) > 2
-        found = (_fuse_one_by_one if one_by_one else _fuse_at_once)(parents, structures, samples, weights, anchored)
+        if one_by_one:
+            found = _fuse_one_by_one(parents, structures, samples, weights, anchored)
+        else:
+            found = _fuse_at_once(parents, structures, samples, weights, anchored, columns=columns)
         _carry_shape(found.model, samples.shape[1:])
-        return found
+        return found if classes is None else replace(found, classes=union_of(classes))
 
     return within_memory(compute)
+
+
+def _with_labels(
+    parents: Sequence[nn.Module], classes: Sequence[Sequence[Label]], samples: Tensor, options: FusionOptions
+) -> tuple[list[nn.Module], tuple[Tensor, ...] | None]:
+    """The parents with outputs for the labels of all, and which of those each knows; None if all know the same."""
+    structures = [trace_as(parent, samples, f"parent {k}") for k, parent in enumerate(parents)]
+    check_classes(classes, [structure.logits.shape[1] for structure in structures])
+    together = union_of(classes)
+    if all(tuple(labels) == together for labels in classes):
+        return list(parents), None
+    wanted = {"correction": "refit", "head": "average", "many": "many_to_one"}
+    for name, value in wanted.items():
+        if getattr(options, name) != value and (name != "many" or len(parents) > 2):
+            raise FusionError(f"Expected {name} {value} for parents of different classes, got {getattr(options, name)}")
+    columns = columns_of(classes)
+    pairs = zip(parents, structures, columns, strict=True)
+    return [with_outputs(parent, one, own, len(together), samples) for parent, one, own in pairs], columns
 
 
 def _fuse_at_once(
@@ -174,8 +210,9 @@ def _fuse_at_once(
     weights: Sequence[float],
     options: FusionOptions,
     first_shares: Mapping[str, float] | None = None,
+    columns: tuple[Tensor, ...] | None = None,
 ) -> Fusion:
-    """Carry every parent onto the anchor and average once; `first_shares`: see `balance`."""
+    """Carry every parent onto the anchor and average once; `first_shares`: see `balance`; `columns`: see `Parts`."""
     # Equal depth: which layers correspond; identities stand in for those that a parent lacks, or layers are merged.
     template = template_of(structures, options)
     pairs = [deep_and_shallow(structures[template], structure, options) for structure in structures]
@@ -187,7 +224,7 @@ def _fuse_at_once(
     check_maps(balanced, maps)
     check_moved(balanced, maps, samples)
     # One network, and its features given back what averaging took.
-    made = best_candidate(Parts(model, structure, balanced, maps, tuple(weights)), samples, options)
+    made = best_candidate(Parts(model, structure, balanced, maps, tuple(weights), columns), samples, options)
     check_outputs(made.model, made.corrected, samples)
     return Fusion(
         made.model.requires_grad_(True), made.structure, balanced, tuple(models), tuple(structures), alignments,
