@@ -3,12 +3,13 @@
     python benchmarks/union.py --output runs/union
     python benchmarks/union.py --families '[vgg]' --seeds '[0]' --output runs/union
 
-Fashion-MNIST, 2,000 unlabelled training images that are mixed as the test images are, no gradient. Parents of two depths
-that saw the same images, few images, unequal shares of the classes, other classes, other classes with heads of their own,
-or the images upright and changed. Test accuracy in per cent, mean and standard deviation over the seeds: the better
-parent; the ensembles (mean of the probabilities, gated); an oracle that knows which parent has learned an image's class or
-domain; and networks of the anchor's size: the settings before there was a gate, the control (the anchor with an output
-layer fitted to the gated ensemble), neurons that are matched, those chosen among all, and `targets=auto`.
+Fashion-MNIST, 2,000 unlabelled training images that are mixed as the test images are, no gradient. Parents of two
+depths that saw the same images, few images, unequal shares of the classes, other classes, other classes with heads of
+their own, or the images upright and changed. Test accuracy in per cent, mean and standard deviation over the seeds: the
+better parent; the ensembles (mean of the probabilities, gated); an oracle that knows which parent has learned an
+image's class or domain; and networks of the anchor's size: the settings before there was a gate, the control (the
+anchor with an output layer fitted to the gated ensemble), neurons that are matched, those chosen among all, and
+`targets=auto`.
 """
 
 import json

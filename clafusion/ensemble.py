@@ -23,12 +23,12 @@ class Ensemble(nn.Module):
             know different things.
         samples: for `gated`: unlabelled samples, mixed as those that will be asked; the models run on them once.
         gate_temperature: of the gate.
-        classes: per model the labels that its outputs stand for, if they are not the same; the ensemble answers with the
-            labels of all, sorted. Not for `logits`.
+        classes: per model the labels that its outputs stand for, if they are not the same; the outputs of the ensemble
+            stand for the labels of all, sorted. Not for `logits`.
 
     Raises:
-        FusionError: for no models, weights that do not fit, another space, samples without or for no gate, or labels that
-            do not describe the outputs.
+        FusionError: for no models, weights that do not fit, another space, samples without a gate or none for one, or
+            labels that do not describe the outputs.
 
     Example:
         >>> members = [nn.Linear(3, 2), nn.Linear(3, 2)]

@@ -13,7 +13,7 @@ Label = int | str
 
 def union_of(classes: Sequence[Sequence[Label]]) -> tuple[Label, ...]:
     """The labels of all parents, sorted."""
-    return tuple(sorted({label for one in classes for label in one}))  # type: ignore[type-var]
+    return tuple(sorted({label for one in classes for label in one}))
 
 
 def check_classes(classes: Sequence[Sequence[Label]], outputs: Sequence[int]) -> None:
@@ -47,5 +47,5 @@ def columns_of(classes: Sequence[Sequence[Label]]) -> tuple[Tensor, ...]:
 
 
 def placed(logits: Tensor, columns: Tensor, count: int) -> Tensor:
-    """The logits of a classifier in the columns of its classes among those of all, [samples, classes]; others are zero."""
+    """The logits of a classifier in the columns of its classes, [samples, classes of all]; the others are zero."""
     return logits.new_zeros(len(logits), count).index_copy(1, columns.to(logits.device), logits)
