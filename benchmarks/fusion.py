@@ -30,6 +30,7 @@ from common import (
 from torch import Tensor
 
 from clafusion import FusionOptions, fuse, networks
+from clafusion.fusion import candidates
 from clafusion.fusion import fuse as fusion
 from clafusion.statistics.moments import Moments, Observation
 from clafusion.statistics.samples import rows
@@ -47,8 +48,8 @@ PHASES = {
     "balance": (fusion, "balance"),
     "statistics": (maps, "paired_moments"),
     "solve": (maps, "_solve"),
-    "average": (fusion, "moved_average"),
-    "correct": (fusion, "correct"),
+    "average": (candidates, "moved_average"),
+    "correct": (candidates, "correct"),
 }
 
 

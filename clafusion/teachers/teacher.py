@@ -29,7 +29,7 @@ class Teacher:
     columns: tuple[Tensor, ...] | None = None
 
     def shares(self, logits: Sequence[Tensor]) -> Tensor:
-        """How much each classifier is trusted on every sample, [samples, classifiers]."""
+        """The trust in each classifier on every sample, [samples, classifiers]."""
         if self.gate is not None:
             return self.gate.shares(own_columns(logits, self.columns), self.weights)
         return logits[0].new_tensor(self.weights).expand(len(logits[0]), -1)

@@ -165,7 +165,7 @@ def _covariances(
 
 
 def _nodes(balanced: Balanced, space: str, owners: Sequence[int], layers: Sequence[tuple[Layer, Unit]]) -> list[str]:
-    """Where the neurons of a space are observed in all parents: behind the layers that write them."""
+    """The nodes at which the neurons of a space are observed in all parents: behind the layers that write them."""
     main = [pair for pair in layers if not pair[0].shortcut] or list(layers)
     common = [layer for layer, unit in main if set(owners) <= balanced.owners[unit.name].keys()]
     result: dict[str, None] = {}
@@ -233,7 +233,7 @@ def _choose(
 
 
 def _scales(covariance: Tensor, counts: Sequence[int], weights: Sequence[float]) -> Tensor:
-    """What each neuron counts: as much as the parents' neurons do on average, whatever the scale of their features."""
+    """The importance of each neuron: equal for all parents, whatever the scale of their features, times its weight."""
     variances = covariance.diagonal().split(list(counts))
     pairs = zip(variances, weights, strict=True)
     return torch.cat([torch.full_like(one, weight / max(float(one.mean()), 1e-30)) for one, weight in pairs])

@@ -16,7 +16,7 @@ from clafusion import FusionError, FusionOptions, fuse, insert_identities, trace
 from clafusion.alignment import similarity
 from clafusion.balancing import insertion, verification
 from clafusion.correction import affine
-from clafusion.fusion import averaging
+from clafusion.fusion import averaging, candidates
 from clafusion.fusion import fuse as fusion
 from clafusion.statistics.moments import Moments
 from clafusion.tracing import reading, rules, units
@@ -402,7 +402,7 @@ def test_a_fused_network_whose_outputs_are_not_finite_is_refused(monkeypatch):
         model.layer2[0].conv2.weight.mul_(1e300).mul_(1e8)
         return structure
 
-    monkeypatch.setattr(fusion, "correct", spoiled)
+    monkeypatch.setattr(candidates, "correct", spoiled)
     message = "Expected finite outputs of the fused network, got NaN or infinity, first behind "
     said = refused("resnet", message, correction="rescale")
     assert "'linear.weight'" in said or "'layer2.0.conv2.weight'" in said
