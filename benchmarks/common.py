@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -124,3 +125,27 @@ def plot(path: str, title: str, x: str, y: str, lines: Mapping[str, Sequence[tup
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     background = '<rect width="600" height="355" fill="#fff"/>'
     Path(path).write_text(f"<svg {head}><title>{title}</title>{background}{''.join(parts)}</svg>\n")
+
+
+def once(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the result of `compute`, from the file if it was computed before."""
+    if not path.exists():
+        result = compute()
+        temporary = path.with_suffix(".part")
+        temporary.write_text(json.dumps(result, indent=1))
+        temporary.replace(path)
+    return dict(json.loads(path.read_text()))
+
+
+def table_over_seeds(rows: Mapping[str, Mapping[str, Sequence[float]]], columns: Sequence[str], digits: int) -> str:
+    """A Markdown table: mean and standard deviation of the values of every row and column, if there are any."""
+
+    def cell(values: Sequence[float] | None) -> str:
+        if not values:
+            return ""
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
+
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    lines += [[name, *(cell(row.get(column)) for column in columns)] for name, row in rows.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

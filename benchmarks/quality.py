@@ -12,15 +12,15 @@ goes on where the last one stopped.
 
 import hashlib
 import json
-import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
+from common import once, table_over_seeds
 from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -286,26 +286,7 @@ def table(results: Iterable[Mapping[str, Any]], part: str) -> str:
             rows.setdefault(result["experiment"], {}).setdefault(name, []).append(value)
     names = dict.fromkeys(name for row in rows.values() for name in row)
     columns = sorted(names, key=lambda name: not name.startswith("parent"))
-
-    def cell(values: Sequence[float] | None) -> str:
-        if not values:
-            return ""
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.2f}{spread}"
-
-    lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[name, *(cell(row.get(column)) for column in columns)] for name, row in rows.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def once(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the result of `compute`, from the file if it was computed before."""
-    if not path.exists():
-        result = compute()
-        temporary = path.with_suffix(".part")
-        temporary.write_text(json.dumps(result, indent=1))
-        temporary.replace(path)
-    return dict(json.loads(path.read_text()))
+    return table_over_seeds(rows, columns, digits=2)
 
 
 def measure(name: str, seed: int, folder: Path, num_samples: int, finetune_epochs: int) -> dict[str, Any]:

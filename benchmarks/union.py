@@ -13,7 +13,6 @@ anchor with an output layer fitted to the gated ensemble), neurons that are matc
 """
 
 import json
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import once, table_over_seeds
 from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
@@ -136,9 +136,7 @@ def load_images(family: str) -> Images:
     def prepare(images: Tensor) -> Tensor:
         return data.preprocess((255 * images).round().to(torch.uint8))
 
-    return Images(
-        train.images.float() / 255, train.labels, test.images.float() / 255, test.labels, prepare
-    )  # fmt: skip
+    return Images(train.images.float() / 255, train.labels, test.images.float() / 255, test.labels, prepare)
 
 
 def train(network: nn.Module, images: Tensor, labels: Tensor, family: str, epochs: int, seed: int) -> nn.Module:
@@ -238,23 +236,14 @@ def measure(name: str, family: str, seed: int, images: Images, folder: Path, num
             "chosen": fusion.chosen, "candidates": dict(fusion.candidates), "trust": list(fusion.trust)}  # fmt: skip
 
 
-def table(results: Sequence[Mapping[str, Any]], key: str, digits: int) -> str:
+def table(results: Sequence[Mapping[str, Any]], key: str) -> str:
     """A Markdown table: mean and standard deviation over the seeds."""
     rows: dict[str, dict[str, list[float]]] = {}
     for result in results:
         for name, value in result[key].items():
             rows.setdefault(f"{result['family']}: {result['regime']}", {}).setdefault(name, []).append(value)
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-
-    def cell(values: Sequence[float] | None) -> str:
-        if not values:
-            return ""
-        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{spread}"
-
-    lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[name, *(cell(row.get(column)) for column in columns)] for name, row in rows.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table_over_seeds(rows, columns, digits=1)
 
 
 def main(
@@ -283,13 +272,10 @@ def main(
         images = load_images(family)
         for seed in [0, 1, 2] if seeds is None else seeds:
             for name in regimes or REGIMES:
-                path = folder / f"{family}_{name}_{seed}.json"
-                if not path.exists():
-                    result = measure(name, family, seed, images, folder, num_samples)
-                    path.write_text(json.dumps(result, indent=1))
-                results.append(json.loads(path.read_text()))
+                path, case = folder / f"{family}_{name}_{seed}.json", (name, family, seed, images, folder, num_samples)
+                results.append(once(path, lambda case=case: measure(*case)))
                 print(json.dumps(results[-1]), flush=True)
-    print(f"\nTest accuracy\n\n{table(results, 'accuracy', 1)}\n\nCPU seconds\n\n{table(results, 'seconds', 1)}")
+    print(f"\nTest accuracy\n\n{table(results, 'accuracy')}\n\nCPU seconds\n\n{table(results, 'seconds')}")
 
 
 if __name__ == "__main__":

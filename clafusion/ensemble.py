@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from clafusion.errors import FusionError
 from clafusion.options import normalized
-from clafusion.teachers.gate import Gate
 from clafusion.teachers.label_sets import Label, check_classes, columns_of, placed, union_of
-from clafusion.teachers.teacher import Teacher
+from clafusion.teachers.teacher import Teacher, teacher_of
 
 
 class Ensemble(nn.Module):
@@ -63,17 +62,21 @@ class Ensemble(nn.Module):
                 raise FusionError(f"Expected the classes of {len(self.models)} models, got those of {len(classes)}")
             check_classes(classes, [len(labels) for labels in classes])
             self.columns, self.count = columns_of(classes), len(union_of(classes))
-        gate = None
+        self.teacher = Teacher(tuple(self.weights), None, self.columns)
         if samples is not None:
             with torch.no_grad():
-                gate = Gate.learn([model(samples) for model in self.models], gate_temperature)
-        self.teacher = Teacher(tuple(self.weights), gate, self.columns)
+                self.teacher = teacher_of(self._outputs(samples), self.weights, "gated", gate_temperature, self.columns)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return log-probabilities, or mean logits, [samples, classes]."""
-        outputs = [model(x) for model in self.models]
-        if self.columns is not None:
-            outputs = [placed(one, own, self.count) for one, own in zip(outputs, self.columns, strict=True)]
+        outputs = self._outputs(x)
         if self.space == "logits":
             return torch.stack([weight * one for weight, one in zip(self.weights, outputs, strict=True)]).sum(0)
         return self.teacher.log_probabilities(outputs)
+
+    def _outputs(self, x: Tensor) -> list[Tensor]:
+        """The logits of every model, in the columns of its classes among those of all."""
+        outputs = [model(x) for model in self.models]
+        if self.columns is None:
+            return outputs
+        return [placed(one, own, self.count) for one, own in zip(outputs, self.columns, strict=True)]

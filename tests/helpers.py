@@ -30,6 +30,22 @@ large = pytest.mark.skipif("ZOO" not in os.environ, reason="set ZOO=1 for the la
 needs_font = pytest.mark.skipif(not HAS_FONT, reason="there is no font here to draw PNG files with")
 
 
+def trained(network: nn.Module, x: Tensor, y: Tensor, steps: int) -> nn.Module:
+    """A classifier trained on all samples at once, in eval mode."""
+    optimizer = torch.optim.Adam(network.parameters(), 1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(x), y).backward()
+        optimizer.step()
+    return network.eval()
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The share of samples that a network is right about."""
+    return float((network(x).argmax(1) == y).double().mean())
+
+
 def randomised(model: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
     """The model in eval mode with weights that keep activations alive, and norms with statistics of their own."""
     generator = torch.Generator().manual_seed(seed)

@@ -30,7 +30,7 @@ from clafusion.tracing.reading import structure_of
 from clafusion.tracing.structure import Structure
 from clafusion.tracing.units import LAYERS, NORMS
 from clafusion.tracking import tracked
-from clafusion.transport.moving import moved_parameter, parameter_of
+from clafusion.transport.moving import moved_parameter, parameter_moves, parameter_of
 
 _WORDS = {"rescale": "rescaling layers", "repair": "repairing layers", "refit": "refitting layers"}
 
@@ -71,19 +71,23 @@ def correct(
     steps = steps_of(structure) if options.correction == "refit" else one_by_one
     layers = tracked(_layer_by_layer(structure, steps, targets, samples), _WORDS[options.correction], len(steps))
     notes = [line for line in layers if line]
-    if quiet:
-        notes = []
+    if not quiet:
+        _tell(notes, structure)
+    check_finite(state_of(model), f"the fused network after {options.correction}", structure.axes)
+    return structure
+
+
+def _tell(notes: Sequence[str], structure: Structure) -> None:
+    """Warn of what a correction could not do."""
     _warn(
         [line for line in notes if " for the " in line],
         "Expected at least as many observations as inputs to refit every layer from, got {}; the ridge decides the "
         "rest, pass more samples",
     )
     _warn(
-        [] if quiet else [*(line for line in notes if " for the " not in line), *_left_alone(structure)],
+        [*(line for line in notes if " for the " not in line), *_left_alone(structure)],
         "Expected layers and norms that can be corrected, got {}; this stays averaged, everything else is corrected",
     )
-    check_finite(state_of(model), f"the fused network after {options.correction}", structure.axes)
-    return structure
 
 
 def _layer_by_layer(
@@ -131,8 +135,9 @@ def _average_with_lead(structure: Structure, targets: Targets) -> None:
             tensors = {k: parameter_of(balanced, k, name) for k in weights}
             found = {k: tensor for k, tensor in tensors.items() if tensor is not None}
             if len(found) == len(weights):
+                moves = {k: parameter_moves(balanced, k, name, targets.maps[k], targets.options) for k in found}
                 total = sum(
-                    weights[k] * moved_parameter(balanced, k, name, tensor.double(), targets.maps[k], targets.options)
+                    weights[k] * moved_parameter(balanced, k, name, tensor.double(), moves[k])
                     for k, tensor in found.items()
                 )
                 assert isinstance(total, Tensor)
@@ -156,4 +161,4 @@ def _warn(names: Sequence[str], message: str) -> None:
     """Give one warning that names the first and counts the others."""
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        warnings.warn(message.format(names[0] + more), UserWarning, stacklevel=3)
+        warnings.warn(message.format(names[0] + more), UserWarning, stacklevel=4)

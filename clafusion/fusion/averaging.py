@@ -71,11 +71,10 @@ def _add_up(
             continue
         its_maps = maps[k] if pool is None else {**maps[k], **pool.places[k]}
         reading, fixed_share = (None, 1.0) if pool is None else (pool.reconstructions[k], weights[k] / share)
+        moves = parameter_moves(balanced, k, name, its_maps, options, reading, fixed_share)
         if in_groups:
-            moved = moved_parameter(balanced, k, name, tensor.to(total.dtype), its_maps, options, reading, fixed_share)
-            total.add_(moved, alpha=share)
+            total.add_(moved_parameter(balanced, k, name, tensor.to(total.dtype), moves), alpha=share)
         else:
-            moves = parameter_moves(balanced, k, name, its_maps, options, reading, fixed_share)
             add_moved(total, share, tensor, moves)
     fused.copy_(total)
 

@@ -163,13 +163,10 @@ def fuse(
     if len(samples) < 2:
         raise FusionError(f"Expected at least 2 samples to measure on, got {len(samples)}; pass more")
     weights = normalized(options.weights, len(models))
-    parents = [independent_copy(model) for model in models]
-    if classes is not None:
-        parents, columns = _with_labels(parents, classes, samples, options)
-    else:
-        columns = None
+    copies = [independent_copy(model) for model in models]
 
     def compute() -> Fusion:
+        parents, columns = (copies, None) if classes is None else _with_labels(copies, classes, samples, options)
         structures = trace_all(parents, samples)
         for number, structure in enumerate(structures):
             check_free(structure, f"parent {number}")

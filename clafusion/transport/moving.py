@@ -108,18 +108,10 @@ def _with_head_sizes(balanced: Balanced, k: int, axis: Axis | None, maps: Maps) 
 
 
 def moved_parameter(
-    balanced: Balanced,
-    k: int,
-    name: str,
-    tensor: Tensor,
-    maps: Maps,
-    options: FusionOptions,
-    reading: Maps | None = None,
-    fixed_share: float = 1.0,
+    balanced: Balanced, k: int, name: str, tensor: Tensor, moves: tuple[AxisMove | None, ...]
 ) -> Tensor:
-    """A parameter of a parent with all its axes carried onto the result's neurons; arguments as `parameter_moves`."""
+    """A parameter of a parent with all its axes carried onto the result's neurons, by its `parameter_moves`."""
     layer = balanced.layer_of.get(name)
-    moves = parameter_moves(balanced, k, name, maps, options, reading, fixed_share)
     if layer is None or layer.kind != "grouped" or name != layer.weight:
         return move(tensor, moves)
     parent, template = balanced.parents[k], balanced.structure

@@ -1,6 +1,6 @@
 """The map of every set of neurons of every parent onto the anchor's."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -168,14 +168,14 @@ def _by_blocks(structure: Structure, problems: Sequence[TransportProblem]) -> li
     """The problems that are solved together: those of the neurons in the same blocks."""
     groups: dict[tuple[int, str], list[TransportProblem]] = {}
     for problem in problems:
-        groups.setdefault((problem.parent, _top(structure, problem.space) or problem.key), []).append(problem)
+        groups.setdefault((problem.parent, outermost(structure, problem.space) or problem.key), []).append(problem)
     return list(groups.values())
 
 
-def _top(structure: Structure, space: str) -> str | None:
+def outermost(structure: Structure, space: str) -> str | None:
     """The outermost blocks that the neurons of a space are in."""
     parent = structure.spaces.spaces[space].parent
-    return None if parent is None else _top(structure, parent) or parent
+    return None if parent is None else outermost(structure, parent) or parent
 
 
 def _activation_moments(
@@ -219,7 +219,7 @@ def _moments_of_silent(
             silent = [int(side.sum()) for side in moments[key].silent()]
             if min(silent) > 0 and max(silent) > 1 and name in before:
                 earlier = before[name]
-                if all(_is_observable(balanced, problem, node) for node in (name, earlier)):
+                if all(is_observable(balanced, node, problem.space, (one, other)) for node in (name, earlier)):
                     wanted[key] = (
                         observation(balanced, one, earlier, problem.space),
                         observation(balanced, other, earlier, problem.space),
@@ -256,18 +256,18 @@ def _observed(balanced: Balanced, problem: TransportProblem, options: FusionOpti
     for layer in common or [layer for layer, _ in layers or problem.layers]:
         # Behind the layer its neurons may be spread over several dimensions, as heads are.
         names = (layer.post if options.features == "activations" else layer.pre, layer.norm or layer.node, layer.node)
-        found = next((name for name in names if _is_observable(balanced, problem, name)), None)
+        found = next((name for name in names if is_observable(balanced, name, problem.space, both)), None)
         if found is not None:
             result[found] = None
     return list(result)
 
 
-def _is_observable(balanced: Balanced, problem: TransportProblem, node: str) -> bool:
-    """Whether both networks of a problem have a node, with the neurons along one dimension of its output."""
-    for k in (problem.parent, problem.reference):
+def is_observable(balanced: Balanced, node: str, space: str, parents: Collection[int]) -> bool:
+    """Whether some parents have a node, with the neurons of a space along one dimension of its output."""
+    for k in parents:
         parent = balanced.parents[k]
         axes = parent.structure.spaces.of_node(parent.nodes[node]) if node in parent.nodes else None
-        if sum(axis is not None and parent.spaces.get(problem.space) in axis.spaces for axis in axes or ()) != 1:
+        if sum(axis is not None and parent.spaces.get(space) in axis.spaces for axis in axes or ()) != 1:
             return False
     return True
 
@@ -293,7 +293,7 @@ def _solve(
     first = group[0]
     structure = balanced.structure
     try:
-        in_blocks = any(_top(structure, problem.space) is not None for problem in group)
+        in_blocks = any(outermost(structure, problem.space) is not None for problem in group)
         if not in_blocks or options.streams != "shared":
             return {first.key: _solve_one(balanced, first, sides_of(first), options)}
         if options.solver == "gromov":

@@ -10,6 +10,7 @@ pivoted elimination): the next is the one whose column of the rest explains most
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from clafusion.statistics.moments import Observation, paired_moments
 from clafusion.statistics.samples import batch_size
 from clafusion.tracing.structure import Layer, Unit
 from clafusion.transport.balanced import Balanced, Maps
-from clafusion.transport.neuron_maps import observation
+from clafusion.transport.neuron_maps import is_observable, observation, outermost
 
 #: Samples that neurons are chosen by, where each is one observation, and where each gives many (positions or tokens).
 SAMPLES, SAMPLES_WITH_POSITIONS = 1000, 300
@@ -108,15 +109,9 @@ def _check_one_dimension(balanced: Balanced) -> None:
 
 def _family(balanced: Balanced, space: str) -> list[str]:
     """The space, or, if it is in blocks or one of blocks, all spaces that are chosen together."""
-    spaces = balanced.structure.spaces.spaces
-    top = space
-    while (above := spaces[top].parent) is not None:
-        top = above
-    members, last = [top], 0
-    while len(members) != last:
-        last = len(members)
-        members += [name for name, one in spaces.items() if one.parent in members and name not in members]
-    return members
+    structure = balanced.structure
+    top = outermost(structure, space) or space
+    return [top, *(name for name in structure.spaces.spaces if outermost(structure, name) == top)]
 
 
 def _covariances(
@@ -136,10 +131,8 @@ def _covariances(
         nodes[space] = _nodes(balanced, space, owners, layers.get(space, []))
         for node in nodes[space]:
             seen = {k: observation(balanced, k, node, space) for k in owners}
-            for i in owners:
-                for j in owners:
-                    if i <= j:
-                        wanted[node, space, i, j] = (seen[i], seen[j])
+            for i, j in combinations_with_replacement(owners, 2):
+                wanted[node, space, i, j] = (seen[i], seen[j])
     shapes = [balanced.structure.nodes[node].meta["shape"] for names in nodes.values() for node in names]
     most = SAMPLES if all(len(shape) <= 2 for shape in shapes) else SAMPLES_WITH_POSITIONS
     runners = balanced.runners
@@ -171,16 +164,10 @@ def _nodes(balanced: Balanced, space: str, owners: Sequence[int], layers: Sequen
     result: dict[str, None] = {}
     for layer in common or [layer for layer, _ in main]:
         for name in (layer.post, layer.norm or layer.node, layer.node):
-            if all(_is_along_one(balanced, k, name, space) for k in owners):
+            if is_observable(balanced, name, space, owners):
                 result[name] = None
                 break
     return list(result)
-
-
-def _is_along_one(balanced: Balanced, k: int, node: str, space: str) -> bool:
-    parent = balanced.parents[k]
-    axes = parent.structure.spaces.of_node(parent.nodes[node]) if node in parent.nodes else None
-    return sum(axis is not None and parent.spaces[space] in axis.spaces for axis in axes or ()) == 1
 
 
 def _choose(
@@ -225,7 +212,7 @@ def _choose(
             blocks.append(own + before)
             before += _size(balanced, k, top)
         inside[name] = torch.cat(blocks)
-    kept = _select_blocks({name: covariances[name] for name in inside if name in covariances}, inside, count, heads)
+    kept = _select_blocks({name: covariances[name] for name in inside if name in covariances}, inside, count)
     result = {top: kept}
     for name, block in inside.items():
         result[name] = torch.cat([(block == head).nonzero().flatten() for head in kept.tolist()])
@@ -284,9 +271,7 @@ def selection(covariance: Tensor, importance: Tensor, groups: Tensor, count: int
     return torch.tensor(chosen, device=covariance.device)
 
 
-def _select_blocks(
-    covariances: Mapping[str, Tensor], inside: Mapping[str, Tensor], count: int, heads: Sequence[int]
-) -> Tensor:
+def _select_blocks(covariances: Mapping[str, Tensor], inside: Mapping[str, Tensor], count: int) -> Tensor:
     """Blocks that explain most of what the neurons in all of them do."""
     if not covariances:
         return torch.arange(count)

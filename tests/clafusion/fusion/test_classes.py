@@ -8,6 +8,7 @@ from clafusion import Ensemble, FusionError, FusionOptions, fuse, load_network, 
 from clafusion.fusion.outputs import with_outputs
 from clafusion.networks import MLP
 from clafusion.tracing.reading import structure_of
+from tests.helpers import accuracy, trained
 
 UNITED = FusionOptions(teacher="auto", targets="auto", num_samples=600)
 
@@ -28,18 +29,8 @@ def specialists(labels: list[list[int]], seed: int = 0) -> tuple[list[nn.Module]
         network = MLP(10, [24, 16], len(own), bias=True)
         mine = torch.isin(y, torch.tensor(own))
         targets = torch.tensor([own.index(int(label)) for label in y[mine]])
-        optimizer = torch.optim.Adam(network.parameters(), 1e-2)
-        for _ in range(120):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(network(x[mine]), targets).backward()
-            optimizer.step()
-        parents.append(network.eval())
+        parents.append(trained(network, x[mine], targets, 120))
     return parents, draw(600)[0], *draw(1000)
-
-
-@torch.no_grad()
-def accuracy(network: nn.Module, x: Tensor, y: Tensor) -> float:
-    return float((network(x).argmax(1) == y).double().mean())
 
 
 @pytest.mark.parametrize("labels", [[[0, 1, 2, 3], [4, 5, 6]], [[3, 1, 0, 2, 4], [6, 2, 5, 4]]])

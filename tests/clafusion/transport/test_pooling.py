@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from clafusion import FusionError, FusionOptions, fuse
 from clafusion.networks import MLP, VGG, ResNet
 from clafusion.transport.pooling import selection
-from tests.helpers import randomised
+from tests.helpers import accuracy, randomised, trained
 from tests.invariance import enliven
 from tests.zoo import ZOO
 
@@ -79,18 +79,8 @@ def experts(seed: int) -> tuple[list[nn.Module], Tensor, Tensor, Tensor, Tensor]
         torch.manual_seed(seed + number)
         network = MLP(10, hidden, 6, bias=True)
         own = (y < 3) if number == 0 else (y >= 3)
-        optimizer = torch.optim.Adam(network.parameters(), 1e-2)
-        for _ in range(150):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(network(x[own]), y[own]).backward()
-            optimizer.step()
-        parents.append(network.eval())
+        parents.append(trained(network, x[own], y[own], 150))
     return parents, draw(1000)[0], *draw(1000), x
-
-
-@torch.no_grad()
-def accuracy(network: nn.Module, x: Tensor, y: Tensor) -> float:
-    return float((network(x).argmax(1) == y).double().mean())
 
 
 def test_parents_that_know_different_classes_are_united():
