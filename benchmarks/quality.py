@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
+from architectures import build, vit
 from common import once, table_over_seeds
 from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from clafusion import Ensemble, FusionError, FusionOptions, fuse, load_network, networks, save_network
+from clafusion import Ensemble, FusionError, FusionOptions, fuse, load_network, save_network
 from clafusion.datamodules import MNISTDataModule
 
 #: What the second table has no row for is measured and dropped. `equal features`: hidden layers, too, are refit to the
@@ -64,28 +64,9 @@ def mlp(hidden: Sequence[int]) -> dict[str, Any]:
     return {"name": "MLP", "in_features": 784, "hidden": list(hidden), "num_classes": 10}
 
 
-def vit(depth: int, width: int) -> dict[str, Any]:
-    """A vision transformer of torchvision's with patches of 8 x 8, 4 heads and a doubled width inside."""
-    sizes = {"num_layers": depth, "hidden_dim": width, "mlp_dim": 2 * width}
-    return {"name": "torchvision.VisionTransformer", "image_size": 32, "patch_size": 8, "num_heads": 4, **sizes}
-
-
 def convnext(*stages: tuple[int, int | None, int]) -> dict[str, Any]:
     """A ConvNeXt of torchvision's from its stages: width, width of the next stage, blocks."""
     return {"name": "torchvision.ConvNeXt", "block_setting": [list(stage) for stage in stages]}
-
-
-def build(architecture: Mapping[str, Any]) -> nn.Module:
-    """A network with random weights, one of ours or, by the name `torchvision.NAME`, one of torchvision's."""
-    given = {key: value for key, value in architecture.items() if key != "name"}
-    if architecture["name"] == "torchvision.VisionTransformer":
-        return torchvision.models.VisionTransformer(num_classes=10, **given)
-    if architecture["name"] == "torchvision.ConvNeXt":
-        blocks = [torchvision.models.convnext.CNBlockConfig(*stage) for stage in given["block_setting"]]
-        return torchvision.models.ConvNeXt(blocks, num_classes=10)
-    if architecture["name"].startswith("torchvision."):
-        return torchvision.models.get_model(architecture["name"].removeprefix("torchvision."), num_classes=10)
-    return networks.build(architecture)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ depths that saw the same images, few images, unequal shares of the classes, othe
 their own, or the images upright and changed. Test accuracy in per cent, mean and standard deviation over the seeds: the
 better parent; the ensembles (mean of the probabilities, gated); an oracle that knows which parent has learned an
 image's class or domain; and networks of the anchor's size: the settings before there was a gate, the control (the
-anchor with an output layer fitted to the gated ensemble), neurons that are matched, those chosen among all, and
-`targets=auto`.
+anchor with an output layer fitted to the gated ensemble), neurons that are matched, those chosen among all, and the
+default, which chooses. Last, the control distilled: trained on the same images to say what the gated ensemble says,
+with Adam and for as many CPU seconds as the default took.
 """
 
+import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,20 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from architectures import build, vit
 from common import once, table_over_seeds
 from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
-from clafusion import Ensemble, FusionOptions, fuse, load_network, networks, save_network
+from clafusion import Ensemble, FusionOptions, fuse, load_network, save_network
 from clafusion.datamodules import MNISTDataModule
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "mean teacher, matched": {},
-    "control: anchor's features": {"teacher": "auto", "anchor_lead": 1e9},
-    "matched": {"teacher": "auto"},
-    "union": {"teacher": "auto", "targets": "union"},
-    "auto": {"teacher": "auto", "targets": "auto"},
+    "mean teacher, matched": {"teacher": "mean", "targets": "matched"},
+    "control: anchor's features": {"targets": "matched", "anchor_lead": 1e9},
+    "matched": {"targets": "matched"},
+    "union": {"targets": "union"},
+    "default": {},
 }
 VGG = {"vgg13": [[64, 64], [128, 128], [256, 256], [512, 512], [512, 512]]}
 VGG["vgg11"] = [[64], [128], [256, 256], [512, 512], [512, 512]]
@@ -44,21 +47,45 @@ def mlp(hidden: Sequence[int]) -> dict[str, Any]:
     return {"name": "MLP", "in_features": 784, "hidden": list(hidden), "bias": True}
 
 
-def vgg(name: str) -> dict[str, Any]:
-    """A VGG with BatchNorm at an eighth of its width."""
+def vgg(name: str, batch_norm: bool) -> dict[str, Any]:
+    """A VGG at an eighth of its width."""
     channels = [[width // 8 for width in stage] for stage in VGG[name]]
-    return {"name": "VGG", "channels": channels, "bias": True, "batch_norm": True}
+    return {"name": "VGG", "channels": channels, "bias": True, "batch_norm": batch_norm}
 
 
-def resnet(blocks: Sequence[int]) -> dict[str, Any]:
-    """A ResNet with BatchNorm at an eighth of its width."""
-    return {"name": "ResNet", "blocks": list(blocks), "width": 8, "batch_norm": True}
+def resnet(blocks: Sequence[int], batch_norm: bool) -> dict[str, Any]:
+    """A ResNet at an eighth of its width."""
+    return {"name": "ResNet", "blocks": list(blocks), "width": 8, "batch_norm": batch_norm}
 
 
-FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "mlp": (mlp([400, 200, 100, 50]), mlp([400, 200, 100])),
-    "vgg": (vgg("vgg13"), vgg("vgg11")),
-    "resnet": (resnet([2, 2, 2, 2]), resnet([1, 1, 1, 1])),
+@dataclass(frozen=True)
+class Family:
+    """Two architectures, and how they are trained.
+
+    Attributes:
+        architectures: of the parents.
+        learning_rate: the highest.
+        epochs: over all images of the parent.
+        small_epochs: over few images.
+        adam: AdamW instead of SGD.
+        num_train: images of each parent, at most.
+    """
+
+    architectures: tuple[dict[str, Any], dict[str, Any]]
+    learning_rate: float = 0.05
+    epochs: int = 2
+    small_epochs: int = 20
+    adam: bool = False
+    num_train: int = 20_000
+
+
+FAMILIES = {
+    "mlp": Family((mlp([400, 200, 100, 50]), mlp([400, 200, 100])), epochs=4, small_epochs=30, num_train=60_000),
+    "vgg": Family((vgg("vgg13", True), vgg("vgg11", True)), 0.1),
+    "vgg_plain": Family((vgg("vgg13", False), vgg("vgg11", False))),
+    "resnet": Family((resnet([2, 2, 2, 2], True), resnet([1, 1, 1, 1], True)), 0.1),
+    "resnet_plain": Family((resnet([2, 2, 2, 2], False), resnet([1, 1, 1, 1], False))),
+    "vit": Family((vit(6, 64), vit(4, 64)), 1e-3, epochs=4, adam=True),
 }
 
 
@@ -139,13 +166,14 @@ def load_images(family: str) -> Images:
     return Images(train.images.float() / 255, train.labels, test.images.float() / 255, test.labels, prepare)
 
 
-def train(network: nn.Module, images: Tensor, labels: Tensor, family: str, epochs: int, seed: int) -> nn.Module:
-    """SGD with a one-cycle learning rate and clipped gradients."""
-    generator, batch = torch.Generator().manual_seed(seed), 128
-    rate = 0.05 if family == "mlp" else 0.1
-    optimizer = torch.optim.SGD(network.parameters(), rate, 0.9, weight_decay=5e-4)
+def train(network: nn.Module, images: Tensor, labels: Tensor, family: Family, epochs: int, seed: int) -> nn.Module:
+    """SGD or AdamW with a one-cycle learning rate and clipped gradients."""
+    generator, batch, rate = torch.Generator().manual_seed(seed), 128, family.learning_rate
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(network.parameters(), rate, 0.9, weight_decay=5e-4)
+    if family.adam:
+        optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=0.05)
     steps = epochs * (len(images) // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, cycle_momentum=not family.adam)
     network.train()
     for _ in range(epochs):
         order = torch.randperm(len(images), generator=generator)
@@ -158,9 +186,35 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, family: str, epoch
     return network.eval()
 
 
+def distilled(network: nn.Module, samples: Tensor, wanted: Tensor, seconds: float) -> nn.Module:
+    """A copy trained to give the wanted probabilities for so many CPU seconds; statistics of norms stay as they are."""
+    generator, batch, rate = torch.Generator().manual_seed(0), 64, 1e-3
+    network = copy.deepcopy(network).eval()
+    optimizer = torch.optim.Adam(network.parameters(), rate)
+
+    def step(chosen: Tensor) -> None:
+        optimizer.zero_grad()
+        cross_entropy(network(samples[chosen]), wanted[chosen]).backward()
+        optimizer.step()
+
+    start, state = time.process_time(), copy.deepcopy(network.state_dict())
+    for chosen in torch.arange(5 * batch).split(batch):
+        step(chosen)
+    steps = max(1, int(5 * seconds / (time.process_time() - start)))
+    network.load_state_dict(state)
+    optimizer = torch.optim.Adam(network.parameters(), rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    while steps > 0:
+        for chosen in torch.randperm(len(samples), generator=generator).split(batch)[:steps]:
+            step(chosen)
+            schedule.step()
+            steps -= 1
+    return network
+
+
 def parent_of(name: str, family: str, side: int, seed: int, images: Images, folder: Path) -> nn.Module:
     """A trained parent, from the folder if it is there."""
-    regime = REGIMES[name]
+    regime, how = REGIMES[name], FAMILIES[family]
     if side == 0 and regime.change is not upright:
         name = "same"  # the upright parent is the one of that regime
     path = folder / f"{family}_{name}_{side}_{seed}.safetensors"
@@ -175,15 +229,15 @@ def parent_of(name: str, family: str, side: int, seed: int, images: Images, fold
             chosen = order[mine if side == 0 else ~mine]
         if regime.train is not None:
             chosen = order[side * regime.train : (side + 1) * regime.train]
-        elif family != "mlp":
-            chosen = chosen[:20_000]
+        else:
+            chosen = chosen[: how.num_train]
         count = len(own) if regime.heads else 10
         given = images.train_labels[chosen] - (int(own[0]) if regime.heads else 0)
-        epochs = (2 if family != "mlp" else 4) if regime.train is None else (20 if family != "mlp" else 30)
+        epochs = how.epochs if regime.train is None else how.small_epochs
         inputs = images.prepare(regime.change(images.train[chosen]) if side else images.train[chosen])
         torch.manual_seed(1000 * seed + side)
-        network = networks.build({**FAMILIES[family][side], "num_classes": count})
-        save_network(train(network, inputs, given, family, epochs, seed), path)
+        network = train(build(how.architectures[side], count), inputs, given, how, epochs, seed)
+        save_network(network, path, example=inputs[:2])
     return load_network(path)
 
 
@@ -226,12 +280,16 @@ def measure(name: str, family: str, seed: int, images: Images, folder: Path, num
     found["ensemble, gated"] = accuracy(answers(gated, test), labels)
     if knows is not None:
         found["oracle"] = accuracy(torch.stack(own, 1)[torch.arange(len(labels)), knows.long()], labels)
-    seconds = {}
+    seconds, control = {}, parents[0]
     for variant, options in VARIANTS.items():
         start = time.process_time()
         fusion = fuse(parents, [samples], FusionOptions(num_samples=num_samples, **options), classes=classes)
         seconds[variant] = time.process_time() - start
         found[variant] = accuracy(answers(fusion.model, test), labels)
+        control = fusion.model if variant.startswith("control") else control
+    wanted = answers(gated, samples).exp()
+    longer = distilled(control, samples, wanted, seconds[variant])
+    found["control, distilled"] = accuracy(answers(longer, test), labels)
     return {"regime": name, "family": family, "seed": seed, "accuracy": found, "seconds": seconds,
             "chosen": fusion.chosen, "candidates": dict(fusion.candidates), "trust": list(fusion.trust)}  # fmt: skip
 
@@ -257,7 +315,7 @@ def main(
     """Measure and print.
 
     Args:
-        families: Of `mlp`, `vgg` and `resnet`; none given: mlp.
+        families: Names (`FAMILIES`); none given: mlp.
         regimes: Names; none given: all.
         seeds: Seeds; none given: 0, 1 and 2.
         output: Folder of parents and results.

@@ -50,8 +50,9 @@ class FusionOptions:
             approximate; the larger, the closer they are to the anchor's.
         teacher: what all parents say together, which the output layer is refit to: the `mean` of their probabilities;
             `gated`: for every sample those of the parents that know it (`Gate`), which it takes where they know
-            different things; `auto`: gated where they agree on fewer than three of four samples.
-        gate_temperature: of the gate; the smaller, the more often one parent decides alone.
+            different things; `auto`: gated unless they agree on more than nine of ten samples.
+        gate_temperature: of the gate of parents that never agree; the smaller, the more often one parent decides alone.
+            The more they agree, the softer it is.
         targets: what hidden layers are refit to: `matched`: every neuron of the anchor and what is like it in the other
             parents; `union`: neurons chosen among those of all parents; `auto`: whichever gives a network nearer to the
             teacher on samples that are held back, the anchor with a new output layer among them.
@@ -88,9 +89,9 @@ class FusionOptions:
     many: Literal["many_to_one", "iterative"] = "many_to_one"
     correction: Literal["none", "rescale", "repair", "refit"] = "refit"
     anchor_lead: float = 6.0
-    teacher: Literal["auto", "mean", "gated"] = "mean"
+    teacher: Literal["auto", "mean", "gated"] = "auto"
     gate_temperature: float = 1.0
-    targets: Literal["auto", "matched", "union"] = "matched"
+    targets: Literal["auto", "matched", "union"] = "auto"
     width: float = 1.0
     ridge: float = 1e-4
     num_samples: int = 2000

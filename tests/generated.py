@@ -27,7 +27,6 @@ from clafusion.tracing.reading import structure_of
 from tests.invariance import permuted_copy
 
 CLASSES = 4
-CORRECTIONS = ("none", "rescale", "repair", "refit")
 TOLERANCE = 1e-4
 
 
@@ -465,6 +464,25 @@ class Generator:
         return nn.Sequential(*layers, *head), (7,)
 
 
+#: The ways to fuse that are tried. The default decides by the parents' agreement; a network agrees with itself.
+WAYS = {
+    "default": FusionOptions(),
+    **{name: FusionOptions(correction=name) for name in ("none", "rescale", "repair")},  # type: ignore[arg-type]
+    "matched": FusionOptions(targets="matched"),
+    "union": FusionOptions(targets="union"),
+}
+
+
+def fused_if_pooled(models: list[nn.Module], samples: Tensor, options: FusionOptions) -> nn.Module | None:
+    """The fused network; None where `targets=union` is refused, which not every network allows."""
+    try:
+        return fuse(models, [samples], options).model
+    except FusionError:
+        if options.targets != "union":
+            raise
+        return None
+
+
 def relative(got: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest value expected."""
     return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
@@ -474,10 +492,10 @@ def relative(got: Tensor, expected: Tensor) -> float:
 def itself(model: nn.Module, samples: Tensor, seed: int) -> str:
     """Fuse a network with itself under every correction; returns what went wrong."""
     expected = model(samples)
-    for correction in CORRECTIONS:
-        fused = fuse([model, model], [samples], FusionOptions(correction=correction)).model  # type: ignore[arg-type]
-        if not (error := relative(fused(samples), expected)) <= TOLERANCE:
-            return f"with itself, {correction}: {error:.1e}"
+    for name, options in WAYS.items():
+        fused = fused_if_pooled([model, model], samples, options)
+        if fused is not None and not (error := relative(fused(samples), expected)) <= TOLERANCE:
+            return f"with itself, {name}: {error:.1e}"
     return ""
 
 
@@ -488,10 +506,10 @@ def reordered(model: nn.Module, samples: Tensor, seed: int) -> str:
     expected = model(samples)
     if not (error := relative(other(samples), expected)) <= TOLERANCE:
         return f"a permuted copy is another function: {error:.1e}"
-    for correction in ("none", "refit"):
-        fused = fuse([model, other], [samples], FusionOptions(correction=correction)).model  # type: ignore[arg-type]
-        if not (error := relative(fused(samples), expected)) <= TOLERANCE:
-            return f"with a permuted copy, {correction}: {error:.1e}"
+    for name in ("none", "matched", "union"):
+        fused = fused_if_pooled([model, other], samples, WAYS[name])
+        if fused is not None and not (error := relative(fused(samples), expected)) <= TOLERANCE:
+            return f"with a permuted copy, {name}: {error:.1e}"
     return ""
 
 
@@ -501,17 +519,16 @@ def stranger(model: nn.Module, samples: Tensor, seed: int) -> str:
     other = copy.deepcopy(model)
     for parameter in other.parameters():
         parameter.copy_(parameter.flatten()[torch.randperm(parameter.numel())].reshape(parameter.shape))
-    for correction in ("rescale", "repair", "refit"):
-        fused = fuse([model, other], [samples], FusionOptions(correction=correction)).model  # type: ignore[arg-type]
-        if not fused(samples).isfinite().all():
-            return f"with other weights, {correction}: not finite"
+    for name in ("rescale", "repair", "default"):
+        if not fuse([model, other], [samples], WAYS[name]).model(samples).isfinite().all():
+            return f"with other weights, {name}: not finite"
     return ""
 
 
 @torch.no_grad()
 def restored(model: nn.Module, samples: Tensor, seed: int) -> str:
     """Refit a network whose weights have been disturbed to itself: it comes nearer."""
-    options = FusionOptions(correction="refit")
+    options = WAYS["matched"]
     structures = [structure_of(model, samples)] * 2
     maps = [range(len(stage)) for stage in structures[0].stages]
     balanced, network, room = balance([model] * 2, structures, 0, [maps, maps], samples, options)

@@ -10,7 +10,7 @@ from clafusion.alignment.similarity import MIN_SAMPLES, cca, cka_from_hsic, gram
 from clafusion.alignment.stages import StagePair, check_same_stages
 from clafusion.errors import FusionError
 from clafusion.statistics.moments import Moments
-from clafusion.statistics.samples import chunks, collect
+from clafusion.statistics.samples import chunks, collect, quick_size
 from clafusion.tracing.execution import GraphRunner, as_input
 from clafusion.tracing.reading import structure_of
 from clafusion.tracing.structure import Structure, Unit
@@ -94,12 +94,18 @@ def _cka_costs(
     sums: dict[int, list[Tensor]] = {}
     batches = chunks(samples) if debiased else (samples,)
     for chunk in tracked(batches, "comparing layers", len(batches)):
-        of_deep = {name: gram(value) for name, value in _features(deep, chunk, pairs, 0)}
-        of_shallow = {name: gram(value) for name, value in _features(shallow, chunk, pairs, 1)}
+        of_deep, of_shallow = _grams(deep, chunk, pairs, 0), _grams(shallow, chunk, pairs, 1)
         for number, (ours, theirs) in pairs.items():
             grams = [of_deep[unit.features] for unit in ours], [of_shallow[unit.features] for unit in theirs]
             sums[number] = hsic_sums(*grams, debiased, onto=sums.get(number))
     return {number: 1 - cka_from_hsic(*parts) for number, parts in sums.items()}
+
+
+def _grams(structure: Structure, chunk: Tensor, pairs: StagePairs, side: int) -> dict[str, Tensor]:
+    """The Gram matrix of every unit's features; parts of the samples run side by side and meet there."""
+    size = quick_size([GraphRunner(structure.capture)], len(chunk))
+    runs = [_features(structure, part, pairs, side) for part in chunks(chunk, size)]
+    return {outputs[0][0]: gram(torch.cat([value for _, value in outputs])) for outputs in zip(*runs, strict=True)}
 
 
 def _cca_costs(deep: Structure, shallow: Structure, samples: Tensor, pairs: StagePairs) -> dict[int, Tensor]:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from clafusion.alignment.stages import pair_stages
 from clafusion.errors import FusionError
 from clafusion.options import FusionOptions, normalized
-from clafusion.statistics.samples import all_finite, check_finite, chunks
-from clafusion.tracing.execution import GraphRunner, as_input
+from clafusion.statistics.samples import all_finite, check_finite, logits_of
+from clafusion.teachers.teacher import log_softmaxes, teacher_of
 from clafusion.tracing.parameters import state_of
 from clafusion.tracing.reading import structure_of
 from clafusion.tracing.structure import Structure
@@ -50,24 +50,27 @@ def check_alike(models: Sequence[nn.Module], names: Sequence[str]) -> None:
         raise FusionError(f"Expected networks on one device and of one dtype, got {sorted(map(str, kinds))}")
 
 
-@torch.no_grad()
-def with_anchor(structures: Sequence[Structure], samples: Tensor, options: FusionOptions) -> FusionOptions:
-    """The options with an index as anchor: the smallest of those that agree most often with the parents' ensemble."""
+def with_anchor(
+    structures: Sequence[Structure],
+    samples: Tensor,
+    options: FusionOptions,
+    columns: tuple[Tensor, ...] | None = None,
+) -> FusionOptions:
+    """The options with an index as anchor: the smallest of those that agree most often with the parents' teacher.
+
+    Args:
+        structures: of the parents.
+        samples: unlabelled inputs.
+        options: how; `anchor`, `weights`, `teacher` and `gate_temperature` are read.
+        columns: see `Teacher`.
+    """
     if options.anchor != "agreement":
         return options
-    runners = [GraphRunner(structure.capture) for structure in structures]
-    weights = normalized(options.weights, len(runners))
-    agreements = torch.zeros(len(runners), dtype=torch.int64)
-    for chunk in chunks(samples):
-        answers = [
-            dict(runner.observe(as_input(chunk, runner.capture), [runner.capture.logits]))[
-                runner.capture.logits
-            ].softmax(1)
-            for runner in runners
-        ]
-        together = sum(weight * answer for weight, answer in zip(weights, answers, strict=True)).argmax(1)
-        agreements += torch.stack([(answer.argmax(1) == together).sum() for answer in answers]).cpu()
-    return replace(options, anchor=int(agreements.argmax()))
+    logits = [logits_of(structure, samples) for structure in structures]
+    weights = normalized(options.weights, len(logits))
+    together = teacher_of(logits, weights, options.teacher, options.gate_temperature, columns).log_probabilities(logits)
+    answers = torch.stack([one.argmax(1) for one in log_softmaxes(logits, columns)])
+    return replace(options, anchor=int((answers == together.argmax(1)).sum(1).argmax()))
 
 
 def trace_as(model: nn.Module, samples: Tensor, name: str) -> Structure:

@@ -16,9 +16,8 @@ from clafusion.correction.targets import Targets
 from clafusion.errors import FusionError
 from clafusion.fusion.averaging import moved_average
 from clafusion.options import FusionOptions
-from clafusion.statistics.samples import chunks
-from clafusion.teachers.teacher import Teacher, agreement, teacher_of
-from clafusion.tracing.execution import GraphRunner, as_input
+from clafusion.statistics.samples import logits_of
+from clafusion.teachers.teacher import ALIKE, Teacher, agreement, teacher_of
 from clafusion.tracing.resizing import room_for
 from clafusion.tracing.structure import Structure
 from clafusion.transport.balanced import Balanced, Maps
@@ -26,8 +25,6 @@ from clafusion.transport.pooling import pool_neurons
 
 #: The share of the samples that candidates are compared on.
 HELD_BACK = 0.2
-#: Parents that give the same answer to a larger share of the samples than this know the same.
-ALIKE = 0.9
 #: The lead of an anchor whose features stay as they are.
 ALONE = 1e9
 
@@ -93,7 +90,7 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
     if options.targets == "matched" and options.teacher == "mean":
         teacher = Teacher(parts.weights, None, parts.columns)
         return replace(_matched(parts, samples, options, "matched", teacher), trust=parts.weights)
-    logits = [_logits(parent.structure, samples) for parent in parts.balanced.parents]
+    logits = [logits_of(parent.structure, samples) for parent in parts.balanced.parents]
     kind = "mean" if options.head != "average" else options.teacher
     teacher = teacher_of(logits, parts.weights, kind, options.gate_temperature, parts.columns)
     trust = tuple(teacher.shares(logits).mean(0).tolist())
@@ -102,7 +99,7 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
     if options.targets == "union":
         return replace(_union(parts, samples, options, teacher), trust=trust)
     anchor = replace(options, anchor_lead=ALONE)
-    if options.head == "average" and agreement(logits, parts.columns) >= ALIKE:
+    if options.head == "average" and agreement(logits, parts.columns) > ALIKE:
         return replace(_matched(parts, samples, anchor, "anchor", teacher), trust=trust)
     equal = replace(options, anchor_lead=1.0)
     makers: dict[str, Callable[[Tensor, bool], Candidate]] = {
@@ -124,7 +121,7 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
             if name != "union":  # not every network has neurons that can be pooled
                 raise
             continue
-        answer = _logits(made.corrected, samples[held]).to(wanted).log_softmax(1)
+        answer = logits_of(made.corrected, samples[held]).to(wanted).log_softmax(1)
         terms = torch.where(wanted.isfinite(), wanted.exp() * (wanted - answer), 0.0)
         scores[name] = float(terms.sum(1).mean())
     best = min(scores, key=lambda name: scores[name])
@@ -151,11 +148,3 @@ def _union(parts: Parts, samples: Tensor, options: FusionOptions, teacher: Teach
     moved_average(balanced, structure, parts.maps, parts.weights, options, pool)
     targets = Targets(balanced, parts.maps, parts.weights, options, teacher, pool)
     return Candidate("union", network, structure, correct(network, structure, targets, samples, trial), teacher)
-
-
-@torch.no_grad()
-def _logits(structure: Structure, samples: Tensor) -> Tensor:
-    """The logits of a network, [samples, classes]."""
-    runner, end = GraphRunner(structure.capture), structure.capture.logits
-    parts = [dict(runner.observe(as_input(chunk, runner.capture), [end]))[end] for chunk in chunks(samples)]
-    return torch.cat(parts)

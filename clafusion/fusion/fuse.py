@@ -170,7 +170,7 @@ def fuse(
         structures = trace_all(parents, samples)
         for number, structure in enumerate(structures):
             check_free(structure, f"parent {number}")
-        anchored = with_anchor(structures, samples, options)
+        anchored = with_anchor(structures, samples, options, columns)
         one_by_one = anchored.many == "iterative" and len(parents) > 2
         if one_by_one:
             found = _fuse_one_by_one(parents, structures, samples, weights, anchored)

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from clafusion.statistics.samples import CPU_CHUNK, chunks, rows
+from clafusion.statistics.samples import CPU_CHUNK, chunks, quick_size, rows
 from clafusion.tracing.execution import Ahead, GraphRunner, working_precision
 from clafusion.tracking import tracked
 
@@ -175,7 +175,7 @@ def paired_moments(
         runners: of the networks.
         wanted: what to relate, by any key.
         samples: inputs.
-        size: how many of them to run at once.
+        size: how many of them to run at once, at most.
 
     Returns:
         By key the moments of the two.
@@ -188,7 +188,7 @@ def paired_moments(
         for one in wanted[key]:
             names[one.network].append(one.node)
     sums: dict[K, Moments] = {}
-    parts = chunks(samples, size)
+    parts = chunks(samples, quick_size(runners, size))
     for chunk in tracked(parts, "measuring neurons", len(parts)):
         ahead = {k: Ahead(runners[k], chunk, names[k]) for k in involved}
         for key in keys:

@@ -8,11 +8,15 @@ from torch import Tensor
 
 from clafusion.errors import FusionError
 from clafusion.statistics.memory import samples_at_once
-from clafusion.tracing.execution import GraphRunner
+from clafusion.tracing.execution import GraphRunner, as_input
 from clafusion.tracing.spaces import Axis
+from clafusion.tracing.structure import Structure
 
 #: Samples run at once, at most: more gain nothing.
 CPU_CHUNK, ACCELERATOR_CHUNK = 64, 1024
+#: Bytes of the largest activation: the C library keeps blocks of up to this size for the next one. It returns larger
+#: ones to the system, and to get a new one may take as long as what is computed in it.
+REUSED_BYTES = 32 * 2**20
 
 
 def collect(batches: Iterable[Any], num_samples: int) -> Tensor:
@@ -92,6 +96,15 @@ def batch_size(runners: Sequence[GraphRunner], memory_budget: int) -> int:
     return samples_at_once(min(most, memory_budget * 2**20 // max(1, sum(each))))
 
 
+def quick_size(runners: Sequence[GraphRunner], most: int) -> int:
+    """The number of samples, at most `most`, to run at once where the size of a batch decides about speed alone."""
+    parameters = [runner.capture.reference for runner in runners]
+    if parameters[0].device.type != "cpu":
+        return most
+    largest = max(one.largest_output() * p.element_size() for one, p in zip(runners, parameters, strict=True))
+    return max(1, min(most, REUSED_BYTES // max(1, largest)))
+
+
 def chunks(samples: Tensor, size: int | None = None) -> tuple[Tensor, ...]:
     """Near-equal parts of at most `size` samples; without a size none is too small for an unbiased estimate."""
     size = samples_at_once() if size is None else size
@@ -101,3 +114,17 @@ def chunks(samples: Tensor, size: int | None = None) -> tuple[Tensor, ...]:
 def rows(features: Tensor, dim: int = 1) -> Tensor:
     """One row per sample and position: neurons along a dimension become [observations, neurons]."""
     return features if features.ndim == 2 and dim == 1 else features.movedim(dim, -1).flatten(0, -2)
+
+
+@torch.no_grad()
+def logits_of(structure: Structure, samples: Tensor) -> Tensor:
+    """The logits of a traced network, [samples, classes].
+
+    Raises:
+        FusionError: if they are not finite.
+    """
+    runner, end = GraphRunner(structure.capture), structure.capture.logits
+    batches = chunks(samples, quick_size([runner], samples_at_once()))
+    logits = torch.cat([dict(runner.observe(as_input(batch, runner.capture), [end]))[end] for batch in batches])
+    check_features(logits)
+    return logits

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from clafusion.teachers.gate import Gate
 
-#: Classifiers that give the same answer to a smaller share of the samples than this know different things.
-AGREEMENT = 0.75
+#: Classifiers that give the same answer to a larger share of the samples than this know the same.
+ALIKE = 0.9
+#: The least disagreement that a gate's temperature is divided by: beyond it all shares are equal anyway.
+LEAST_DISAGREEMENT = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,16 +74,22 @@ def teacher_of(
     temperature: float,
     columns: tuple[Tensor, ...] | None = None,
 ) -> Teacher:
-    """The teacher that some classifiers make, judged by what they answer to unlabelled samples.
+    r"""The teacher that some classifiers make, judged by what they answer to unlabelled samples.
+
+    Classifiers that often agree know much of the same, and what a gate would tell apart is then mostly noise, while
+    their mean has less of it than each of them. So the gate is the softer, the larger the agreement a: it is learnt at
+    the temperature :math:`T / (1 - a^2)`.
 
     Args:
         logits: of every classifier, [samples, classes].
         weights: of every classifier, summing to one.
-        kind: `mean`: the weighted mean of the probabilities; `gated`: by a gate; `auto`: by a gate where they all agree
-            on fewer than three of four samples.
-        temperature: of the gate.
+        kind: `mean`: the weighted mean of the probabilities; `gated`: by a gate; `auto`: by a gate unless they all
+            agree on more than nine of ten samples.
+        temperature: T, of the gate of classifiers that never agree.
         columns: per classifier the classes that it tells apart; None: all.
     """
-    gated = kind == "gated" or (kind == "auto" and agreement(logits, columns) < AGREEMENT)
-    gate = Gate.learn(own_columns(logits, columns), temperature) if gated else None
-    return Teacher(tuple(weights), gate, columns)
+    agreed = agreement(logits, columns)
+    if kind == "mean" or (kind == "auto" and agreed > ALIKE):
+        return Teacher(tuple(weights), None, columns)
+    softened = temperature / max(LEAST_DISAGREEMENT, 1 - agreed**2)
+    return Teacher(tuple(weights), Gate.learn(own_columns(logits, columns), softened), columns)

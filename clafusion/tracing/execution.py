@@ -75,6 +75,11 @@ class GraphRunner:
             alive -= sum(sizes[used] for used in {name, *reads[name]} if last_use[used] == name)
         return most
 
+    def largest_output(self) -> int:
+        """Numbers of one sample in the largest output of a node."""
+        sizes = (node.meta["shape"] for name, node in self.nodes.items() if name not in self.capture.names)
+        return max((math.prod(shape) for shape in sizes if shape is not None), default=1)
+
     def alive_before(self, name: str) -> frozenset[str]:
         """The nodes before one node, in graph order, whose outputs it or a later one reads."""
         place = self.order[name]

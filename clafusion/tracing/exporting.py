@@ -22,6 +22,9 @@ from torch.utils import _pytree as pytree
 from clafusion.errors import FusionError
 
 aten = torch.ops.aten
+#: Samples that a network is exported with: others than it is compared with its graph on, so that a graph which holds
+#: for so many only is another function there.
+SHOWN = 3
 #: `torch.export` changes global state while it runs.
 _LOCK = threading.Lock()
 #: The operations that return their input under another shape: to write into the result is to write into the input.
@@ -87,13 +90,13 @@ def export_graph(model: nn.Module, example: Tensor) -> Capture:
 
     Args:
         model: in eval mode; left as it is.
-        example: samples that it accepts, [samples, ...]; the first two are shown to it.
+        example: samples that it accepts, [samples, ...]; it is shown SHOWN of that shape, without data.
 
     Raises:
         FusionError: if the network takes several inputs, depends on its data in what it does, or cannot be exported.
     """
     _check_signature(model)
-    program, place = _exported(model, torch.cat([example, example])[:2])
+    program = _exported(model, torch.cat([example] * SHOWN)[:SHOWN])
     signature, graph = program.graph_signature, program.graph
     parameters = dict(signature.inputs_to_parameters)
     names = {**parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
@@ -103,7 +106,7 @@ def export_graph(model: nn.Module, example: Tensor) -> Capture:
     _fold_constants(graph, parameters, names, tensors)
     _make_functional(graph)
     output = next(node for node in graph.nodes if node.op == "output")
-    logits = pytree.tree_leaves(output.args)[place]
+    logits = _logits_node(output, program)
     output.args = (logits,)
     graph.eliminate_dead_code()
     for node in [node for node in graph.nodes if node.op == "placeholder" and node.name in names and not node.users]:
@@ -149,21 +152,23 @@ def _check_signature(model: nn.Module) -> None:
         )
 
 
-def _exported(model: nn.Module, example: Tensor) -> tuple[ExportedProgram, int]:
-    """The exported network, and which of its outputs are the logits."""
+def _exported(model: nn.Module, example: Tensor) -> ExportedProgram:
     try:
         with _LOCK, warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            output = shell(model)(example)
-            logits = logits_of(output)
-            place = next(number for number, leaf in enumerate(pytree.tree_leaves(output)) if leaf is logits)
-            return export(shell(model), (example,), dynamic_shapes=({0: Dim.AUTO},), strict=False), place
-    except FusionError:
-        raise
+            return export(shell(model), (example,), dynamic_shapes=({0: Dim.AUTO},), strict=False)
     except Exception as error:  # torch.export and the network's own code raise many types
         raise FusionError(
             f"Expected a network that torch.export can capture, got {type(model).__name__}: {first_line(error)}"
         ) from error
+
+
+def _logits_node(output: fx.Node, program: ExportedProgram) -> fx.Node:
+    """The node that gives the logits, in what the network returns made of tensors without data."""
+    leaves = pytree.tree_leaves(output.args)
+    values = [leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+    logits = logits_of(pytree.tree_unflatten(values, program.call_spec.out_spec))
+    return next(leaf for leaf, value in zip(leaves, values, strict=True) if value is logits)
 
 
 def shell(model: nn.Module) -> nn.Module:

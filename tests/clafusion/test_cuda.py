@@ -6,14 +6,14 @@ import pytest
 import torch
 from pytorch_lightning import Callback, seed_everything
 
-from clafusion import FusionOptions, fuse
+from clafusion import Ensemble, FusionOptions, fuse
 from clafusion.datamodules import DigitsDataModule
 from clafusion.datamodules.transforms import augment, normalize, pad_to_size
 from clafusion.lightning_modules import FusionTrainer, ImageClassifier, load_parent
 from clafusion.lightning_modules.checkpoints.reading import load_fusion
 from clafusion.lightning_modules.commandline import cli
 from clafusion.transport.solvers import transport_plan
-from tests.helpers import CORRECTIONS, NORMED_PAIRS, largest_difference, relative_error
+from tests.helpers import CORRECTIONS, NORMED_PAIRS, largest_difference, mlp, relative_error, vectors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 
@@ -28,12 +28,34 @@ def largest_entry(difference: torch.Tensor) -> float:
 @pytest.mark.parametrize("case", NORMED_PAIRS)
 def test_fusing_gives_what_the_cpu_gives(case, correction):
     make, samples = NORMED_PAIRS[case]
-    options, models = FusionOptions(correction=correction), make()
+    options, models = FusionOptions(correction=correction, targets="matched"), make()
     expected = fuse(models, [samples], options).model
     fusion = fuse([copy.deepcopy(model).to(DEVICE) for model in models], [samples], options)
     for network in (fusion.model, *fusion.balanced):
         assert {tensor.device.type for tensor in network.state_dict().values()} == {DEVICE}
     assert relative_error(fusion.model.cpu(), expected, samples) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "options", [FusionOptions(), FusionOptions(teacher="gated", targets="union")], ids=["default", "union"]
+)
+@pytest.mark.parametrize("case", NORMED_PAIRS)
+def test_choosing_neurons_and_networks_gives_what_the_cpu_gives(case, options):
+    make, samples = NORMED_PAIRS[case]
+    models = make()
+    expected = fuse(models, [samples], options)
+    found = fuse([copy.deepcopy(model).to(DEVICE) for model in models], [samples], options)
+    assert found.chosen == expected.chosen
+    assert found.trust == pytest.approx(expected.trust)
+    assert relative_error(found.model.cpu(), expected.model, samples) < 1e-6
+
+
+def test_parents_of_other_classes_are_fused_there():
+    models, samples = [mlp([9, 8], 0, classes=3).to(DEVICE), mlp([9, 8], 1, classes=2).to(DEVICE)], vectors(60)
+    fusion = fuse(models, [samples], classes=[["a", "b", "c"], ["d", "e"]])
+    assert fusion.model(samples.to(DEVICE)).shape == (60, 5)
+    ensemble = Ensemble(models, space="gated", samples=samples.to(DEVICE), classes=[[0, 1, 2], [3, 4]])
+    assert ensemble(samples.to(DEVICE)).shape == (60, 5)
 
 
 @pytest.mark.parametrize(

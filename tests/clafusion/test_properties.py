@@ -71,7 +71,9 @@ def test_a_network_fused_with_a_permuted_copy_of_itself_is_itself(drawn, seed, c
     model, samples = drawn.build(seed), drawn.samples(SAMPLES)
     assume(told_apart(model, samples, features, cost))
     other, orders = permuted(model, samples[:2], seed)
-    fusion = fuse([model, other], [samples], FusionOptions(correction=correction, features=features, cost=cost))
+    fusion = fuse(
+        [model, other], [samples], FusionOptions(correction=correction, targets="matched", features=features, cost=cost)
+    )
     for space, order in orders.items():
         assert torch.equal(fusion.maps[1][space], torch.eye(len(order)).double()[order]), space
     assert relative_error(fusion.model, model, samples) < 1e-8
@@ -110,7 +112,7 @@ def test_any_depths_and_widths_give_a_finite_network_of_the_anchors_widths(
     parents = [drawn.build(seed) for seed, drawn in enumerate(pair)]
     samples = pair[0].samples(SAMPLES)
     anchor, parents = (1 - anchor, parents[::-1]) if first else (anchor, parents)
-    options = FusionOptions(anchor=anchor, correction=correction, solver=solver, features=features)
+    options = FusionOptions(anchor=anchor, correction=correction, targets="matched", solver=solver, features=features)
     with warnings.catch_warnings():
         # Where neurons are far apart a small regularization may need more iterations than there are.
         warnings.filterwarnings("ignore", "Expected Sinkhorn's iterations to converge")
@@ -149,7 +151,7 @@ def test_parents_are_left_as_they_are(pair, correction, streams, data):
         parent.register_forward_hook(lambda *_: fired.append(1))
     before = [everything(parent) for parent in parents]
     correction = correction if streams == "shared" else "none"
-    fuse(parents, [pair[0].samples(SAMPLES)], FusionOptions(correction=correction, streams=streams))
+    fuse(parents, [pair[0].samples(SAMPLES)], FusionOptions(correction=correction, targets="matched", streams=streams))
     for parent, kept in zip(parents, before, strict=True):
         now = everything(parent)
         tensors, kept_tensors = now.pop("tensors"), kept.pop("tensors")

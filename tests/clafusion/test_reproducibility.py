@@ -14,7 +14,7 @@ from tests.helpers import CORRECTIONS, NORMED_PAIRS, largest_difference, relativ
 @pytest.mark.parametrize("case", NORMED_PAIRS)
 def test_the_size_of_the_batches_makes_no_difference_at_all(case, correction):
     make, samples = NORMED_PAIRS[case]
-    options, models = FusionOptions(correction=correction), make()
+    options, models = FusionOptions(correction=correction, targets="matched"), make()
     expected = fuse(models, [samples], options).model
     for size in (1, 7, 32):
         assert largest_difference(fuse(models, samples.split(size), options).model, expected) == 0
@@ -25,7 +25,7 @@ def test_the_size_of_the_batches_makes_no_difference_at_all(case, correction):
 @pytest.mark.parametrize("case", NORMED_PAIRS)
 def test_nor_does_how_many_samples_are_run_at_once(case, correction, dtype, tolerance, monkeypatch):
     make, samples = NORMED_PAIRS[case]
-    models, options = [model.to(dtype) for model in make()], FusionOptions(correction=correction)
+    models, options = [model.to(dtype) for model in make()], FusionOptions(correction=correction, targets="matched")
     expected = fuse(models, [samples], options).model
     monkeypatch.setattr(statistics, "CPU_CHUNK", 13)
     found = fuse(models, [samples], options).model
@@ -36,7 +36,7 @@ def test_nor_does_how_many_samples_are_run_at_once(case, correction, dtype, tole
 @pytest.mark.parametrize("case", NORMED_PAIRS)
 def test_nor_does_the_number_of_threads(case, correction):
     make, samples = NORMED_PAIRS[case]
-    models, options = [model.float() for model in make()], FusionOptions(correction=correction)
+    models, options = [model.float() for model in make()], FusionOptions(correction=correction, targets="matched")
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -56,7 +56,7 @@ PRECISIONS = [(torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 5e-
 def test_every_precision_comes_near_double(case, correction, dtype, tolerance):
     """Half precision rounds what the parents compute, and the result; the sums are float64 all the same."""
     make, samples = NORMED_PAIRS[case]
-    parents, options = [model.to(dtype) for model in make()], FusionOptions(correction=correction)
+    parents, options = [model.to(dtype) for model in make()], FusionOptions(correction=correction, targets="matched")
     found = fuse(parents, [samples], options).model
     expected = fuse([model.double() for model in parents], [samples], options).model
     assert next(found.parameters()).dtype == dtype

@@ -43,7 +43,7 @@ IGNORE_SCARCITY = pytest.mark.filterwarnings("ignore:Expected at least as many o
 
 
 def corrected(models, samples, correction, **more):
-    return fuse(models, [samples], FusionOptions(**{"correction": correction, "seed": 3, **more}))
+    return fuse(models, [samples], FusionOptions(**{"correction": correction, "targets": "matched", "seed": 3, **more}))
 
 
 # --- what is right is left alone -------------------------------------------------------------------------------------

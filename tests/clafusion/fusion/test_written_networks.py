@@ -190,7 +190,7 @@ def made(name: str, seed: int, *blocks: int) -> nn.Module:
 def test_with_a_permuted_copy_it_is_itself(name, correction):
     network = made(name, 0)
     other = permuted_copy(network, structure_of(network, SAMPLES))
-    options = FusionOptions(correction=correction, features="preactivations")
+    options = FusionOptions(correction=correction, targets="matched", features="preactivations")
     fused = fuse([network, other], [SAMPLES], options).model
     expected = network(SAMPLES)
     assert float((fused(SAMPLES) - expected).abs().max() / expected.abs().max()) < 1e-4

@@ -8,7 +8,7 @@ from clafusion import FusionError, FusionOptions, fuse, trace
 from clafusion.statistics import moments as statistics
 from clafusion.statistics.memory import CHUNK
 from clafusion.statistics.moments import Moments, Observation, paired_moments
-from clafusion.statistics.samples import CPU_CHUNK, batch_size, chunks, collect, rows
+from clafusion.statistics.samples import CPU_CHUNK, batch_size, chunks, collect, quick_size, rows
 from clafusion.tracing.execution import GraphRunner
 from clafusion.transport.solvers import ground_cost
 from tests.helpers import images, mlp, resnet, vectors
@@ -113,6 +113,13 @@ def test_what_is_alive_at_once_is_counted():
     assert branching.live_numbers() == 3 * 8 * 16  # the stream, and the branch before and after its ReLU
 
 
+def test_a_batch_is_small_where_its_largest_activation_is_large(monkeypatch):
+    runners = runners_of([Branching().double()], images(2, 4))
+    assert runners[0].largest_output() == 8 * 16 and quick_size(runners, 50) == 50
+    monkeypatch.setattr("clafusion.statistics.samples.REUSED_BYTES", 5 * 8 * 8 * 16)
+    assert quick_size(runners, 50) == 5 and quick_size(runners, 3) == 3
+
+
 def test_the_batch_follows_from_the_memory_budget():
     runners = runners_of([resnet([1, 1], seed, width=64) for seed in range(2)], images(2, 32))
     each = sum(8 * runner.live_numbers() for runner in runners)
@@ -131,7 +138,7 @@ def test_the_memory_budget_changes_nothing_but_rounding(correction, monkeypatch)
         "clafusion.correction.correct.chunks", lambda samples, size: sizes.append(size) or cut(samples, size)
     )
     for budget in (1, 256):
-        options = FusionOptions(correction=correction, memory_budget=budget)
+        options = FusionOptions(correction=correction, targets="matched", memory_budget=budget)
         fused.append(fuse(models, [samples], options).model(samples))
     assert torch.allclose(*fused, atol=1e-6)
     assert sizes == ([] if correction == "none" else [1, CPU_CHUNK])

@@ -185,7 +185,7 @@ def out_of_memory_above(size: int, monkeypatch: Any) -> list[int]:
 @pytest.mark.parametrize("correction", ["none", "refit"])
 def test_out_of_memory_fewer_samples_are_run_at_once(monkeypatch, correction):
     parents, samples = [mlp([9, 8, 7], 0), mlp([9, 8], 1)], [vectors(64)]
-    options = plain(correction=correction, layer_measure="index")
+    options = plain(correction=correction, targets="matched", layer_measure="index")
     expected = fuse(parents, samples, options)
     before = [{name: tensor.clone() for name, tensor in parent.state_dict().items()} for parent in parents]
     tried = out_of_memory_above(20, monkeypatch)
