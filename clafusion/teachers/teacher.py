@@ -28,6 +28,11 @@ class Teacher:
     gate: Gate | None = None
     columns: tuple[Tensor, ...] | None = None
 
+    def to(self, device: torch.device) -> "Teacher":
+        """Return the teacher with its tensors on a device."""
+        columns = None if self.columns is None else tuple(one.to(device) for one in self.columns)
+        return Teacher(self.weights, None if self.gate is None else self.gate.to(device), columns)
+
     def shares(self, logits: Sequence[Tensor]) -> Tensor:
         """The trust in each classifier on every sample, [samples, classifiers]."""
         if self.gate is not None:
