@@ -28,11 +28,6 @@ class Teacher:
     gate: Gate | None = None
     columns: tuple[Tensor, ...] | None = None
 
-    def to(self, device: torch.device) -> "Teacher":
-        """Return the teacher with its tensors on a device."""
-        columns = None if self.columns is None else tuple(one.to(device) for one in self.columns)
-        return Teacher(self.weights, None if self.gate is None else self.gate.to(device), columns)
-
     def shares(self, logits: Sequence[Tensor]) -> Tensor:
         """The trust in each classifier on every sample, [samples, classifiers]."""
         if self.gate is not None:
@@ -44,6 +39,11 @@ class Teacher:
         shares = self.shares(logits).to(logits[0].dtype)
         answers = torch.stack(log_softmaxes(logits, self.columns), 1)
         return (shares.log()[:, :, None] + answers).logsumexp(1)
+
+    def to(self, device: torch.device) -> "Teacher":
+        """Return the teacher with its tensors on a device."""
+        columns = None if self.columns is None else tuple(one.to(device) for one in self.columns)
+        return Teacher(self.weights, None if self.gate is None else self.gate.to(device), columns)
 
 
 def own_columns(logits: Sequence[Tensor], columns: Sequence[Tensor] | None) -> list[Tensor]:
