@@ -2,6 +2,7 @@
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
@@ -27,7 +28,7 @@ def distillation_loss(
     Args:
         student: logits `[N, classes]`.
         teacher: logits, or log-probabilities, `[N, classes]`; detach them unless the teacher learns as well.
-        labels: classes `[N]`.
+        labels: classes `[N]`; not read with alpha 1.
         temperature: T, above 0.
         alpha: share of the teacher, in `[0, 1]`.
         reduction: how the divergence is averaged: `batchmean` over samples, as its definition says; `mean` over samples
@@ -53,11 +54,14 @@ def distillation_loss(
             "choose a teacher with the student's classes"
         )
     soft_student, soft_teacher = (logits.div(temperature).log_softmax(1) for logits in (student, teacher))
+    # A class that the teacher excludes has the logarithm minus infinity, and no part in the divergence.
+    soft_teacher = soft_teacher.clamp_min(torch.finfo(soft_teacher.dtype).min)
     divergence = kl_div(soft_student, soft_teacher, reduction="batchmean", log_target=True)
     if reduction == "mean":
         # Not left to PyTorch, whose "mean" is going to change its meaning.
         divergence = divergence / student.shape[1]
-    return alpha * temperature**2 * divergence + (1 - alpha) * cross_entropy(student, labels)
+    taught = alpha * temperature**2 * divergence
+    return taught if alpha == 1 else taught + (1 - alpha) * cross_entropy(student, labels)
 
 
 def check_distillation(temperature: float, alpha: float, reduction: str) -> None:

@@ -1,14 +1,18 @@
 """The prediction ensemble: the baseline that a fused network is measured against."""
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from clafusion.errors import FusionError
 from clafusion.options import normalized
+from clafusion.statistics.samples import chunks
 from clafusion.teachers.label_sets import Label, check_classes, columns_of, placed, union_of
 from clafusion.teachers.teacher import Teacher, teacher_of
+
+Space = Literal["probability", "logits", "gated", "auto"]
 
 
 class Ensemble(nn.Module):
@@ -19,8 +23,9 @@ class Ensemble(nn.Module):
         weights: per model, at least 0 with a positive sum; None: equal.
         space: `probability`: logarithm of the weighted mean of the softmax; `logits`: weighted mean of the logits;
             `gated`: logarithm of a mean of the softmax whose weights are those of each sample (`Gate`), for models that
-            know different things.
-        samples: for `gated`: unlabelled samples, mixed as those that will be asked; the models run on them once.
+            know different things; `auto`: gated where they agree on fewer than three of four samples, else probability.
+        samples: for `gated` and `auto`: unlabelled samples, mixed as those that will be asked; the models run on them
+            once.
         gate_temperature: of the gate.
         classes: per model the labels that its outputs stand for, if they are not the same; the outputs of the ensemble
             stand for the labels of all, sorted. Not for `logits`.
@@ -41,18 +46,18 @@ class Ensemble(nn.Module):
         self,
         models: Sequence[nn.Module],
         weights: Sequence[float] | None = None,
-        space: str = "probability",
+        space: Space = "probability",
         samples: Tensor | None = None,
         gate_temperature: float = 1.0,
         classes: Sequence[Sequence[Label]] | None = None,
     ) -> None:
         super().__init__()
-        if space not in ("probability", "logits", "gated"):
-            raise FusionError(f"Expected space probability, logits or gated, got {space!r}")
-        if (samples is not None) != (space == "gated"):
-            raise FusionError(f"Expected samples with space gated, and with no other, got space {space}")
+        if space not in get_args(Space):
+            raise FusionError(f"Expected space probability, logits, gated or auto, got {space!r}")
+        if (samples is not None) != (space in ("gated", "auto")):
+            raise FusionError(f"Expected samples with space gated or auto, and with no other, got space {space}")
         if classes is not None and space == "logits":
-            raise FusionError("Expected space probability or gated for models of different classes, got logits")
+            raise FusionError("Expected another space for models of different classes, got logits")
         self.space = space
         self.models = nn.ModuleList(models)
         self.weights = normalized(weights, len(self.models))
@@ -65,7 +70,10 @@ class Ensemble(nn.Module):
         self.teacher = Teacher(tuple(self.weights), None, self.columns)
         if samples is not None:
             with torch.no_grad():
-                self.teacher = teacher_of(self._outputs(samples), self.weights, "gated", gate_temperature, self.columns)
+                parts = zip(*(self._outputs(chunk) for chunk in chunks(samples)), strict=True)
+                outputs = [torch.cat(part) for part in parts]
+                kind: Literal["auto", "gated"] = "auto" if space == "auto" else "gated"
+                self.teacher = teacher_of(outputs, self.weights, kind, gate_temperature, self.columns)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return log-probabilities, or mean logits, [samples, classes]."""

@@ -6,6 +6,7 @@ refuse_old_name(__name__)
 
 from clafusion.datamodules.cifar import CIFARDataModule
 from clafusion.datamodules.digits import DigitsDataModule
+from clafusion.datamodules.domain import Domain
 from clafusion.datamodules.folders import ImageFolderDataModule, TinyImageNetDataModule
 from clafusion.datamodules.images import ImageDataModule
 from clafusion.datamodules.mnist import MNISTDataModule
@@ -14,6 +15,7 @@ from clafusion.datamodules.split import Split
 __all__ = [
     "CIFARDataModule",
     "DigitsDataModule",
+    "Domain",
     "ImageDataModule",
     "ImageFolderDataModule",
     "MNISTDataModule",

@@ -61,7 +61,7 @@ class CIFARDataModule(FileDataModule):
 
     def folders(self) -> list[Path]:
         """The folders to look in, the first choice first."""
-        below = "cifar-10-batches-py" if self.num_classes == 10 else "cifar-100-python"
+        below = "cifar-10-batches-py" if self.classes_read == 10 else "cifar-100-python"
         return [self.root / below, self.root]
 
     def fetch(self) -> None:
@@ -69,7 +69,7 @@ class CIFARDataModule(FileDataModule):
         # torchvision takes a second to import and is not needed to read the files.
         from torchvision import datasets
 
-        getattr(datasets, f"CIFAR{self.num_classes}")(str(self.root), download=True)
+        getattr(datasets, f"CIFAR{self.classes_read}")(str(self.root), download=True)
 
     def read(self) -> tuple[ImageSet, ImageSet]:
         """Read the training batches and the test batch."""
@@ -80,7 +80,7 @@ class CIFARDataModule(FileDataModule):
 
     def _read_batch(self, path: Path) -> ImageSet:
         entries = read_pickle(path)
-        key = "labels" if self.num_classes == 10 else "fine_labels"
+        key = "labels" if self.classes_read == 10 else "fine_labels"
         images, labels = entries.get("data"), entries.get(key)
         if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (_PIXELS,):
             kind = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
@@ -88,10 +88,10 @@ class CIFARDataModule(FileDataModule):
         classes = labels.tolist() if isinstance(labels, np.ndarray) else labels
         if not isinstance(classes, list) or len(classes) != len(images) or not all(map(self._is_class, classes)):
             raise FusionError(
-                f"Expected '{key}' as {len(images)} integers in 0..{self.num_classes - 1} in {path}, "
+                f"Expected '{key}' as {len(images)} integers in 0..{self.classes_read - 1} in {path}, "
                 "got something else; fetch it again"
             )
         return ImageSet(torch.tensor(images).view(-1, *self.raw_shape), torch.tensor(classes, dtype=torch.int64))
 
     def _is_class(self, label: object) -> bool:
-        return type(label) is int and 0 <= label < self.num_classes
+        return type(label) is int and 0 <= label < self.classes_read

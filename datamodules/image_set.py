@@ -90,6 +90,16 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
         """Return copies of the images at the given int64 `[M]` indices, in that order."""
         return ImageSet(self.images[indices], self.labels[indices])
 
+    def relabelled(self, classes: Sequence[int]) -> "ImageSet":
+        """Return the images with the places of their labels among the classes; -1 for a label that is not there."""
+        places = torch.full((max(int(self.labels.max()), *classes) + 1,), -1)
+        places[list(classes)] = torch.arange(len(classes))
+        return ImageSet(self.images, places[self.labels])
+
+    def labelled(self) -> "ImageSet":
+        """Return copies of the images whose label is a class, not -1."""
+        return self.subset((self.labels >= 0).nonzero().flatten())
+
     def check(self, name: str, shape: tuple[int, ...], num_classes: int) -> None:
         """Refuse images or labels that are not as a data module declares them.
 

@@ -1,13 +1,14 @@
 """The base of all image data modules: one uint8 tensor in memory, three disjoint parts, preprocessing on the device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from clafusion.datamodules.arguments import check_flag, check_whole
+from clafusion.datamodules.arguments import check_classes, check_flag, check_whole
+from clafusion.datamodules.domain import Domain, as_domain
 from clafusion.datamodules.image_set import ImageSet, seed_generators, seeded, stratified_split
 from clafusion.datamodules.resuming import ResumableDataModule
 from clafusion.datamodules.samplers import EpochSampler, ResumableLoader, ShardSampler
@@ -44,12 +45,16 @@ class ImageDataModule(ResumableDataModule):
         num_workers: Worker processes per loader. The images are in memory already, so 0 is usually fastest: a GPU then
             holds them in its own memory, if they fit into a quarter of it.
         val_fraction: Share of each class of the training set held out for validation, in `[0, 1)`.
-        split_seed: Selects the validation images (and those that `limit_train` keeps).
+        split_seed: Selects the validation images, and the order in which `skip_train` and `limit_train` count.
         augment: Whether training images are cropped at random (padding 4) and flipped horizontally.
         pad_to: Zero-pad the images on all sides to this height and width.
         channels: 3 repeats grey images as RGB; None keeps the channels as they are.
         limit_train: Keep this many training images, chosen at random; the validation and test parts stay whole.
         split: Train on one of two parts of the remaining training images; None: on all of them.
+        skip_train: Leave out this many training images before `limit_train` counts, so that networks which skip 0,
+            2,000 and 4,000 and are limited to 2,000 share none.
+        label_set: Images of these classes alone, in all three parts; their labels are 0, 1, ... in the order given.
+        domain: Turn or invert the images, or a share of them, in all three parts; None: as they are.
         allow_changes: Whether an interrupted training may go on with other data, seed or number of processes.
 
     Raises:
@@ -74,6 +79,9 @@ class ImageDataModule(ResumableDataModule):
         limit_train: int | None = None,
         split: Split | None = None,
         allow_changes: bool = False,
+        skip_train: int | None = None,
+        label_set: list[int] | None = None,
+        domain: Domain | None = None,
     ) -> None:
         super().__init__(allow_changes)
         check_whole("batch_size", batch_size, 1)
@@ -84,8 +92,9 @@ class ImageDataModule(ResumableDataModule):
         check_flag("allow_changes", allow_changes)
         if type(val_fraction) not in (int, float) or not 0 <= val_fraction < 1:
             raise FusionError(f"Expected val_fraction in [0, 1), got {val_fraction!r}; 0.1 holds out a tenth")
-        if limit_train is not None:
-            check_whole("limit_train", limit_train, 1)
+        for name, count, least in (("limit_train", limit_train, 1), ("skip_train", skip_train, 0)):
+            if count is not None:
+                check_whole(name, count, least)
         self.image_shape = self._shape(pad_to, channels)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -94,13 +103,22 @@ class ImageDataModule(ResumableDataModule):
         self.split_seed = split_seed
         self.augment = augment
         self.limit_train = limit_train
+        self.skip_train = skip_train
         self.split = as_split(split)
-        self._check_classes()
+        self.domain = as_domain(domain)
+        if self.domain is not None:
+            self.domain.check_shape(self.raw_shape)
+        self.classes_read = self.num_classes
+        self.label_set = None if label_set is None else check_classes("label_set", label_set)
+        self._check_known("label_set", self.label_set or ())
+        self.num_classes = len(self.label_set or range(self.num_classes))
+        self._check_known("labels of split", self.split.classes if self.split else ())
         self._parts: dict[str, ImageSet] = {}
         # allow_changes belongs to one command, not to the run.
         self.save_hyperparameters(ignore=["allow_changes"])
         # A checkpoint holds plain containers only.
-        self.save_hyperparameters({"split": None if self.split is None else self.split.to_dict()})
+        plain = {name: value and value.to_dict() for name, value in (("split", self.split), ("domain", self.domain))}
+        self.save_hyperparameters({**plain, "label_set": None if label_set is None else list(label_set)})
 
     def _shape(self, pad_to: int | None, channels: int | None) -> tuple[int, int, int]:
         """Return the shape (C, H, W) of a preprocessed image."""
@@ -114,11 +132,11 @@ class ImageDataModule(ResumableDataModule):
             check_whole("pad_to", pad_to, max(height, width))
         return channels or planes, pad_to or height, pad_to or width
 
-    def _check_classes(self) -> None:
-        unknown = [label for label in self.split.classes if label >= self.num_classes] if self.split else []
+    def _check_known(self, name: str, labels: Sequence[int]) -> None:
+        unknown = [label for label in labels if label >= self.num_classes]
         if unknown:
             raise FusionError(
-                f"Expected labels of split in 0..{self.num_classes - 1}, got {unknown[0]}; choose classes of this data"
+                f"Expected {name} in 0..{self.num_classes - 1}, got {unknown[0]}; choose classes of this data"
             )
 
     def read(self) -> tuple[ImageSet, ImageSet]:
@@ -145,13 +163,16 @@ class ImageDataModule(ResumableDataModule):
         if self._parts:
             return
         whole, test = self.read()
-        whole.check("training", self.raw_shape, self.num_classes)
-        test.check("test", self.raw_shape, self.num_classes)
         validation = self.read_validation()
-        if validation is not None:
-            validation.check("validation", self.raw_shape, self.num_classes)
+        for name, images in (("training", whole), ("test", test), ("validation", validation)):
+            if images is not None:
+                images.check(name, self.raw_shape, self.classes_read)
         fraction = self.val_fraction if validation is None else 0.0
         rest, held_out = stratified_split(whole.labels, fraction, self.split_seed)
+        if self.label_set is not None:
+            whole, test = whole.relabelled(self.label_set), test.relabelled(self.label_set).labelled()
+            validation = validation and validation.relabelled(self.label_set).labelled()
+            rest, held_out = (indices[whole.labels[indices] >= 0] for indices in (rest, held_out))
         if len(rest) == 0 or (len(held_out) == 0 and fraction > 0):
             raise FusionError(
                 f"Expected training and validation images, got {len(rest)} and {len(held_out)} with "
@@ -160,19 +181,24 @@ class ImageDataModule(ResumableDataModule):
         train = self._own_part(whole.labels, self._limited(rest))
         if validation is None:
             validation = whole.subset(held_out)
-        self._parts = {"train": whole.subset(train), "val": validation, "test": test}
+        parts = {"train": whole.subset(train), "val": validation, "test": test}
+        domain = self.domain
+        self._parts = parts if domain is None else {name: domain.change(part, name) for name, part in parts.items()}
 
     def _limited(self, indices: Tensor) -> Tensor:
-        """Return the training indices that `limit_train` keeps."""
-        if self.limit_train is None:
+        """Return the training indices that `skip_train` and `limit_train` keep."""
+        if self.limit_train is None and self.skip_train is None:
             return indices
-        if self.limit_train > len(indices):
+        first = self.skip_train or 0
+        count = max(1, len(indices) - first) if self.limit_train is None else self.limit_train
+        if first + count > len(indices):
+            skipped = f" after skip_train {first}" if first else ""
             raise FusionError(
-                f"Expected limit_train of at most the {len(indices)} training images, got {self.limit_train}; "
-                "lower limit_train or val_fraction"
+                f"Expected limit_train of at most the {len(indices)} training images, got {count}{skipped}; "
+                "lower limit_train, skip_train or val_fraction"
             )
         order = torch.randperm(len(indices), generator=seeded("limit", self.split_seed))
-        return indices[order[: self.limit_train]]
+        return indices[order[first : first + count]]
 
     def _own_part(self, labels: Tensor, indices: Tensor) -> Tensor:
         """Return those training indices that are in the part of `split`."""

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from clafusion.datamodules.arguments import check_whole
+from clafusion.datamodules.arguments import check_classes, check_whole, from_mapping
 from clafusion.datamodules.image_set import stratified_split
 from clafusion.errors import FusionError
 
@@ -62,7 +62,7 @@ class Split:
         if self.label is not None:
             check_whole("label of split", self.label, 0)
         if self.labels is not None:
-            object.__setattr__(self, "labels", _distinct(self.labels))
+            object.__setattr__(self, "labels", check_classes("labels of split", self.labels))
         if self.fraction is not None and (type(self.fraction) not in (int, float) or not 0 < self.fraction < 1):
             raise FusionError(f"Expected fraction of split between 0 and 1, got {self.fraction!r}; change it")
         check_whole("seed of split", self.seed, 0)
@@ -108,18 +108,4 @@ def as_split(value: Split | Mapping[str, Any] | None) -> Split | None:
     Raises:
         FusionError: The value is something else, or has a key that is no attribute of a split.
     """
-    if value is None or isinstance(value, Split):
-        return value
-    names = list(Split.__dataclass_fields__)
-    if not isinstance(value, Mapping) or "kind" not in value or not set(value) <= set(names):
-        raise FusionError(f"Expected a split with kind and others of {', '.join(names)}, got {value!r}; change it")
-    return Split(**value)
-
-
-def _distinct(labels: object) -> tuple[int, ...]:
-    """Return class numbers as a tuple; refuse anything else."""
-    if not isinstance(labels, list | tuple) or not labels or len(set(labels)) < len(labels):
-        raise FusionError(f"Expected labels of split to be a list of different classes, got {labels!r}; change it")
-    for label in labels:
-        check_whole("each of labels of split", label, 0)
-    return tuple(labels)
+    return from_mapping(Split, value, "split")

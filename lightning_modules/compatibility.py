@@ -28,20 +28,22 @@ class ImageData(Protocol):
         ...
 
 
-def check_images(network: nn.Module, data: ImageData, owner: str) -> int:
+def check_images(network: nn.Module, data: ImageData, owner: str, least: int | None = None) -> int:
     """Run two blank images through a copy of the network.
 
     Args:
         network: Left as it is.
         data: Says what shape the images have and how many classes there are.
         owner: What to call the network in the message.
+        least: How many classes it must have at least; None: as many as the data.
 
     Returns:
         The network's number of classes.
 
     Raises:
-        FusionError: The network does not take images of that shape, or has fewer classes than the data.
+        FusionError: The network does not take images of that shape, or has fewer classes.
     """
+    least = data.num_classes if least is None else least
     shape = "x".join(map(str, data.image_shape))
     name = type(data).__name__
     probe = copy.deepcopy(network).eval()
@@ -55,9 +57,9 @@ def check_images(network: nn.Module, data: ImageData, owner: str) -> int:
             f"Expected images with {_input_of(network)}, as {owner} takes, got {shape} from {name}; "
             "choose the data it was trained on (--data)"
         ) from error
-    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < data.num_classes:
+    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < least:
         raise FusionError(
-            f"Expected at least {data.num_classes} classes for {name}, got output of shape {_shape(output)} "
+            f"Expected at least {least} classes for {name}, got output of shape {_shape(output)} "
             f"from {owner}; choose the data it was trained on (--data)"
         )
     return output.shape[1]

@@ -1,18 +1,21 @@
 """The classifier that learns from the labels and from a frozen teacher."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from clafusion import FusionOptions
 from clafusion.distillation import Reduction, check_distillation, distillation_loss
-from clafusion.ensemble import Ensemble
+from clafusion.ensemble import Ensemble, Space
 from clafusion.errors import FusionError
 from clafusion.lightning_modules.checkpoints.reading import load_fusion, load_parent
 from clafusion.lightning_modules.classifier import Batch, ImageClassifier
-from clafusion.lightning_modules.compatibility import check_images, load_alike, resumes_from
+from clafusion.lightning_modules.compatibility import ImageData, check_images, load_alike, resumes_from
 from clafusion.lightning_modules.files import sha256
+from clafusion.teachers.label_sets import check_classes
 
+TeacherKind = Literal["mean", "gated", "auto"]
 #: Where a checkpoint keeps the teachers' checksums.
 _TAUGHT_BY = "teachers_sha256"
 
@@ -25,15 +28,20 @@ class Distiller(ImageClassifier):
     checkpoints, so that those are ordinary checkpoints of `ImageClassifier` that can be tested without them.
 
     Args:
-        teachers: Checkpoints of fit or fuse, or files of save_network; several teach with their mean probability.
+        teachers: Checkpoints of fit or fuse, or files of save_network.
         student: Such a file, whose network the student starts from. A resumed training does not read it again.
         temperature: Softens what teachers and student say, see `distillation_loss`.
         alpha: Share of the teachers in the loss, in `[0, 1]`.
         reduction: `batchmean`, or `mean` as in the published runs, see `distillation_loss`.
+        teacher: What several teachers say together: the `mean` of their probabilities; `gated`: for every image those
+            of the teachers that know it, see `Ensemble`; `auto`: gated where they agree on fewer than three of four.
+        gate_temperature: Of the gate; the smaller, the more often one teacher decides alone.
+        num_samples: Unlabelled training images that the gate is learned from before the first step, at most.
+        classes: Per teacher the labels that its outputs stand for, where they are not those of the data.
         **recipe: The arguments of `ImageClassifier`.
 
     Raises:
-        FusionError: There is no teacher, or a setting is out of its domain.
+        FusionError: There is no teacher, or a setting is out of its domain or does not fit the number of teachers.
 
     Example:
         >>> student = {"name": "MLP", "in_features": 64, "hidden": [16], "num_classes": 10}
@@ -49,17 +57,29 @@ class Distiller(ImageClassifier):
         temperature: float = 4.0,
         alpha: float = 0.9,
         reduction: Reduction = "batchmean",
+        teacher: TeacherKind = "mean",
+        gate_temperature: float = 1.0,
+        num_samples: int = 2000,
+        classes: list[list[int]] | None = None,
         **recipe: Any,
     ) -> None:
         if isinstance(teachers, str) or not teachers:
             raise FusionError(f"Expected a list of teachers, got {teachers!r}; give --model.teachers '[a.ckpt]'")
         check_distillation(temperature, alpha, reduction)
+        if classes is not None and len(classes) != len(teachers):
+            raise FusionError(f"Expected the classes of {len(teachers)} teachers, got {classes}; change them")
+        # Checks what a fusion can be asked for, too.
+        FusionOptions(teacher=teacher, gate_temperature=gate_temperature, num_samples=num_samples)
         super().__init__(**recipe)
         self.teachers = [str(path) for path in teachers]
         self.student = student
         self.temperature = temperature
         self.alpha = alpha
         self.reduction: Reduction = reduction
+        self.teacher: TeacherKind = teacher
+        self.gate_temperature = gate_temperature
+        self.num_samples = num_samples
+        self.classes = classes
         # In a tuple, where no module looks for children: not to be trained, saved, switched to training or counted.
         self._teacher: tuple[nn.Module, ...] = ()
         #: The teachers' checksums, while training.
@@ -125,13 +145,41 @@ class Distiller(ImageClassifier):
         """The teacher, or the teachers as one, on the device and in the precision of the training."""
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(datamodule, "image_shape"):
-            teachers = load_alike(self.teachers, datamodule, "teachers")
-            self._check_classes(teachers[0], datamodule)
+            teachers = self._load_teachers(datamodule)
         else:
             teachers = [load_parent(path) for path in self.teachers]
-        teacher = teachers[0] if len(teachers) == 1 else Ensemble(teachers)
-        teacher = self.trainer.precision_plugin.convert_module(teacher.float().requires_grad_(False).eval())
-        return teacher.to(self.trainer.strategy.root_device)
+        device = self.trainer.strategy.root_device
+        frozen = [teacher.float().requires_grad_(False).eval().to(device) for teacher in teachers]
+        together = frozen[0] if len(frozen) == 1 and self.classes is None else self._together(frozen, datamodule)
+        if hasattr(datamodule, "image_shape"):
+            self._check_classes(together, datamodule)
+        return self.trainer.precision_plugin.convert_module(together.eval())
+
+    def _load_teachers(self, data: ImageData) -> list[nn.Module]:
+        """The teachers' networks, each with the classes of the data, or with the labels that it is said to have."""
+        if self.classes is None:
+            return load_alike(self.teachers, data, "teachers")
+        teachers = [load_parent(path) for path in self.teachers]
+        paths = zip(self.teachers, teachers, strict=True)
+        check_classes(self.classes, [check_images(teacher, data, path, 1) for path, teacher in paths])
+        return teachers
+
+    def _together(self, teachers: list[nn.Module], datamodule: Any) -> Ensemble:
+        """The teachers as one; its gate is that of the first rank on all of them."""
+        if self.teacher == "mean":
+            return Ensemble(teachers, classes=self.classes)
+        if not hasattr(datamodule, "alignment_batches"):
+            raise FusionError(
+                f"Expected a data module with alignment_batches to learn a gate from, got {type(datamodule).__name__}; "
+                "choose teacher mean"
+            )
+        device = self.trainer.strategy.root_device
+        samples = torch.cat(list(datamodule.alignment_batches(self.num_samples, 0))).to(device)
+        space: Space = "auto" if self.teacher == "auto" else "gated"
+        ensemble = Ensemble(teachers, None, space, samples, self.gate_temperature, self.classes)
+        learned = self.trainer.strategy.broadcast(ensemble.teacher.to(torch.device("cpu")))
+        ensemble.teacher = learned.to(device)
+        return ensemble
 
     def _check_classes(self, teacher: nn.Module, datamodule: Any) -> None:
         if self.network is None:

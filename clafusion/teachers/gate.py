@@ -66,6 +66,11 @@ class Gate:
         found = soft_label_regression(design, (scores / temperature).softmax(1), nothing, RIDGE, intercept=True)
         return cls(means, deviations, found[:, :-1], found[:, -1], temperature)
 
+    def to(self, device: torch.device) -> "Gate":
+        """Return the gate with its tensors on a device."""
+        means, deviations = (tuple(one.to(device) for one in many) for many in (self.means, self.deviations))
+        return Gate(means, deviations, self.weight.to(device), self.bias.to(device), self.temperature)
+
     def shares(self, logits: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
         """The share of every classifier in the answer for every sample, [samples, classifiers], float64.
 

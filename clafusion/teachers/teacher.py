@@ -42,6 +42,11 @@ class Teacher:
         answers = torch.stack(log_softmaxes(logits, self.columns), 1)
         return (shares.log()[:, :, None] + answers).logsumexp(1)
 
+    def to(self, device: torch.device) -> "Teacher":
+        """Return the teacher with its tensors on a device."""
+        columns = None if self.columns is None else tuple(one.to(device) for one in self.columns)
+        return Teacher(self.weights, None if self.gate is None else self.gate.to(device), columns)
+
 
 def own_columns(logits: Sequence[Tensor], columns: Sequence[Tensor] | None) -> list[Tensor]:
     """The logits of every classifier for the classes that it tells apart."""

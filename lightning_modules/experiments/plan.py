@@ -11,6 +11,7 @@ from clafusion.formats.files import restore
 from clafusion.lightning import LightningDataModule
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.compatibility import ImageData, check_images
+from clafusion.lightning_modules.experiments.context import changed
 from clafusion.lightning_modules.experiments.parsing import from_plain
 from clafusion.lightning_modules.experiments.schema import Experiment, check_distinct
 from clafusion.lightning_modules.experiments.stages.base import Draft, Role, Stage, check_known
@@ -68,17 +69,21 @@ def plan(experiment: Experiment, data: LightningDataModule) -> Plan:
     Raises:
         FusionError: A network cannot be built, does not fit the data or the others, or a name is not that of a network.
     """
+    known: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
     built: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
-    for name, parent in experiment.parents.items():
-        # Parents that are built alike are looked at once.
-        if repr(parent.architecture) not in built:
-            built[repr(parent.architecture)] = _built(parent.architecture, data, f"experiment.parents.{name}")
-    parents = {name: built[repr(parent.architecture)] for name, parent in experiment.parents.items()}
+    for group in ("parents", "controls"):
+        for name, network in getattr(experiment, group).items():
+            # Networks that are built alike are looked at once.
+            key = repr((network.architecture, network.label_set))
+            if key not in known:
+                own = data if network.label_set is None else changed(data, {"label_set": network.label_set})
+                known[key] = _built(network.architecture, own, f"experiment.{group}.{name}")
+            built[name] = known[key]
     draft = Draft(
         experiment,
         data,
-        {name: network for name, (network, _) in parents.items()},
-        {name: architecture for name, (_, architecture) in parents.items()},
+        {name: built[name][0] for name in experiment.parents},
+        {name: architecture for name, (_, architecture) in built.items()},
     )
     for kind in KINDS:
         draft = replace(draft, stages=(*draft.stages, *kind.plan(draft)))

@@ -2,18 +2,20 @@
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
+from clafusion import FusionOptions
 from clafusion.distillation import Reduction, check_distillation
 from clafusion.errors import FusionError
+from clafusion.lightning_modules.distiller import TeacherKind
 from clafusion.lightning_modules.experiments.parsing import from_plain
 from clafusion.lightning_modules.experiments.variants import Transfers, Variants, cells
 
 Scale = Literal["full", "small"]
 #: Words that names of parents and of variants may not be, because networks are called by them.
-RESERVED = frozenset({"balanced", "ensemble", "finetuned", "fused", "naive", "scratch", "transferred"})
+RESERVED = frozenset({"balanced", "ensemble", "finetuned", "fused", "gated", "naive", "scratch", "transferred"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,11 @@ class Parent(Recipe):
 
     architecture: dict[str, Any]
 
+    @property
+    def label_set(self) -> list[int] | None:
+        """The labels of the experiment's data that its outputs stand for; None: all of them."""
+        return self.data.get("label_set")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Recipe):
@@ -84,7 +91,7 @@ class Finetune(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Recipe):
-    """How students learn from teachers: each student with each temperature and each alpha.
+    """How students learn from teachers: each student with each temperature, each alpha and each length.
 
     Attributes:
         students: names as for `Finetune` (`NAME, finetuned` as well), or `scratch`.
@@ -93,6 +100,9 @@ class Distill(Recipe):
         temperatures: see `clafusion.distillation_loss`.
         alphas: see `clafusion.distillation_loss`.
         reduction: see `clafusion.distillation_loss`.
+        teacher: what several teachers say together: `mean`, `gated` or `auto`, as for `Distiller`.
+        gate_temperature: of the gate, as for `Distiller`.
+        lengths: multiples of `epochs` and `milestones`.
     """
 
     students: list[str]
@@ -101,18 +111,29 @@ class Distill(Recipe):
     temperatures: list[float] = field(default_factory=lambda: [4.0])
     alphas: list[float] = field(default_factory=lambda: [0.9])
     reduction: Reduction = "batchmean"
+    teacher: TeacherKind = "mean"
+    gate_temperature: float = 1.0
+    lengths: list[int] = field(default_factory=lambda: [1])
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        FusionOptions(teacher=self.teacher, gate_temperature=self.gate_temperature)
         for temperature in self.temperatures:
             for alpha in self.alphas:
                 check_distillation(temperature, alpha, self.reduction)
-        for name in ("students", "temperatures", "alphas"):
+        for name in ("students", "temperatures", "alphas", "lengths"):
             check_distinct(name, getattr(self, name))
+        if min(self.lengths) < 1:
+            raise FusionError(f"Expected lengths of at least 1, got {min(self.lengths)}; change lengths")
 
-    def grid(self) -> Iterator[tuple[str, float, float]]:
-        """Return each student with each temperature and each alpha."""
-        return product(self.students, self.temperatures, self.alphas)
+    def grid(self) -> Iterator[tuple[str, float, float, int]]:
+        """Return each student with each temperature, each alpha and each length."""
+        return product(self.students, self.temperatures, self.alphas, self.lengths)
+
+    def times(self, length: int) -> "Distill":
+        """Return the recipe of a training that is so many times as long."""
+        milestones = [length * milestone for milestone in self.milestones]
+        return replace(self, epochs=length * self.epochs, milestones=milestones)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +143,7 @@ class Experiment:
     Attributes:
         name: of the experiment, and of its folder.
         parents: by name, in the order in which they are fused.
+        controls: networks by name that are trained from scratch like the parents, and not fused.
         description: what it does, for people who choose one.
         cost: what it costs, in words.
         seeds: for each of which it is carried out.
@@ -139,6 +161,7 @@ class Experiment:
 
     name: str
     parents: dict[str, Parent]
+    controls: dict[str, Parent] = field(default_factory=dict)
     description: str = ""
     cost: str = ""
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -152,7 +175,8 @@ class Experiment:
     def __post_init__(self) -> None:
         if len(self.parents) < 2:
             raise FusionError(f"Expected two or more parents, got {len(self.parents)}; add to experiment.parents")
-        for name in (self.name, *self.parents, *self.fusions, *self.transfers):
+        check_distinct("names of parents and controls", [*self.parents, *self.controls])
+        for name in (self.name, *self.parents, *self.controls, *self.fusions, *self.transfers):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in RESERVED:
                 raise FusionError(
                     f"Expected names of letters, digits, '-', '_' and '.', none of {', '.join(sorted(RESERVED))}, "

@@ -15,8 +15,15 @@ from clafusion.lightning_modules.checkpoints.reading import read_checkpoint
 from clafusion.lightning_modules.commands.records import write_results
 from clafusion.lightning_modules.files import sha256
 
-#: What stages did before these options could be given.
-EARLIER = {"teacher": "mean", "gate_temperature": 1.0, "targets": "matched", "width": 1.0}
+#: What stages did before these settings could be given.
+EARLIER = {
+    "settings.options.teacher": "mean",
+    "settings.options.gate_temperature": 1.0,
+    "settings.options.targets": "matched",
+    "settings.options.width": 1.0,
+    "settings.teacher": "mean",
+    "settings.gate_temperature": 1.0,
+}
 REMEDY = "choose another --output, or move {} away to run this stage again"
 
 
@@ -211,8 +218,7 @@ def _flat(values: Any, where: str = "") -> dict[str, Any]:
 
 
 def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    options = {name: name.partition(".options.")[2] for name in now}
-    before = {**{name: EARLIER[option] for name, option in options.items() if option in EARLIER}, **before}
+    before = {**{name: setting for name, setting in EARLIER.items() if name in now}, **before}
     names = [name for name in (before | now) if before.get(name) != now.get(name)]
     if names:
         shown = ", ".join(f"{name} {before.get(name)} instead of {now.get(name)}" for name in names[:3])

@@ -85,3 +85,20 @@ def test_settings_out_of_their_domain_are_refused(settings, message):
 def test_shapes_that_do_not_fit_are_refused(student, teacher, labels):
     with pytest.raises(FusionError, match=r"Expected logits \[N, classes\] of student and teacher and labels \[N\]"):
         distillation_loss(torch.zeros(student), torch.zeros(teacher), torch.zeros(labels, dtype=torch.long), 1, 0.5)
+
+
+def test_without_a_share_labels_are_not_read(reference):
+    student, teacher = reference["student_logits"], reference["teacher_logits"]
+    unknown = torch.full((len(student),), 10**6)
+    known = distillation_loss(student, teacher, reference["labels"], 4, 1)
+    assert torch.equal(distillation_loss(student, teacher, unknown, 4, 1), known)
+
+
+def test_a_class_that_the_teacher_excludes_has_no_part_in_the_divergence():
+    student = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    teacher = torch.tensor([[0.3, -torch.inf, 0.1]], dtype=torch.float64).expand(5, 3)
+    p, q = (logits.div(2).softmax(1) for logits in (teacher, student))
+    expected = 4 * (p[:, ::2] * (p[:, ::2] / q[:, ::2]).log()).sum(1).mean()
+    loss = distillation_loss(student, teacher, torch.zeros(5, dtype=torch.long), 2.0, 1.0)
+    loss.backward()
+    assert torch.allclose(loss, expected) and student.grad is not None and student.grad.isfinite().all()

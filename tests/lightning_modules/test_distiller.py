@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -19,6 +20,7 @@ from clafusion.lightning_modules import (
     read_checkpoint,
     save_checkpoint,
 )
+from clafusion.teachers.teacher import Teacher
 
 MLP = {"name": "MLP", "in_features": 64, "hidden": [12, 8], "num_classes": 10}
 # The tests put teachers and results into one folder.
@@ -116,6 +118,138 @@ def test_a_training_goes_on_with_the_teachers_it_began_with(tmp_path, teacher):
         make_trainer(tmp_path, max_epochs=2).fit(make(teacher), data(), ckpt_path=last, weights_only=True)
     teacher.write_bytes(before)
     make_trainer(tmp_path, max_epochs=2).fit(make(teacher), data(), ckpt_path=last, weights_only=True)
+
+
+# --- teachers that know different things ---
+
+
+def expert_of(path: Path, part: str) -> Path:
+    """A teacher that is trained on half of the classes."""
+    torch.manual_seed(0)
+    split = {"kind": "labels", "labels": [0, 1, 2, 3, 4], "part": part}
+    classifier = ImageClassifier(MLP, lr=0.1)
+    make_trainer(path.parent / path.stem, max_epochs=10).fit(classifier, DigitsDataModule(batch_size=100, split=split))
+    save_checkpoint(classifier, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("experts")
+    return [expert_of(folder / f"{part}.ckpt", part) for part in "AB"]
+
+
+def gated(paths: list[Path], kind: str = "gated", count: int = 150, **arguments) -> Ensemble:
+    """The teacher that `Distiller` is to have."""
+    samples = torch.cat(list(data().alignment_batches(count, 0)))
+    return Ensemble([load_parent(path) for path in paths], space=kind, samples=samples, **arguments)
+
+
+def target_of(distiller: Spy, images: torch.Tensor) -> torch.Tensor:
+    [teacher] = distiller.taught
+    return teacher(images)
+
+
+def spied(folder: Path, paths: list[Path], epochs: int = 1, seed: int = 0, **arguments) -> Spy:
+    torch.manual_seed(seed)
+    given = {**RECIPE, "architecture": MLP, "num_samples": 150, **arguments}
+    ckpt = given.pop("ckpt_path", None)
+    spy = Spy([str(path) for path in paths], **given)
+    make_trainer(folder, max_epochs=epochs).fit(spy, data(), ckpt_path=ckpt, weights_only=True)
+    return spy
+
+
+@pytest.mark.parametrize(("teacher", "temperature"), [("gated", 0.5), ("auto", 1.0)])
+def test_the_target_is_what_the_gated_ensemble_says(tmp_path, experts, teacher, temperature):
+    spy = spied(tmp_path, experts, teacher=teacher, gate_temperature=temperature)
+    expert, plain = gated(experts, gate_temperature=temperature), Ensemble([load_parent(path) for path in experts])
+    student = networks.build(MLP)
+    for ((images, labels), weights), loss in zip(spy.seen, spy.losses, strict=True):
+        student.load_state_dict(weights)
+        with torch.no_grad():
+            expected = distillation_loss(student(images), expert(images), labels, 4.0, 0.7)
+            mean = distillation_loss(student(images), plain(images), labels, 4.0, 0.7)
+        assert torch.allclose(loss, expected, rtol=1e-5) and not torch.allclose(loss, mean, rtol=1e-2)
+
+
+def test_auto_is_the_mean_of_teachers_that_agree(tmp_path, experts):
+    spy = spied(tmp_path, [experts[0], experts[0]], teacher="auto")
+    assert spy.taught[0].teacher.gate is None
+
+
+def test_the_gate_is_the_same_after_an_interruption_and_the_student_too(tmp_path, experts):
+    whole = spied(tmp_path / "whole", experts, 2, teacher="gated")
+    spied(tmp_path / "run", experts, 1, teacher="gated")
+    resumed = spied(tmp_path / "run", experts, 2, seed=5, teacher="gated", ckpt_path=str(tmp_path / "run/last.ckpt"))
+    one, two = (spy.taught[0].teacher.gate for spy in (whole, resumed))
+    assert torch.equal(one.weight, two.weight) and torch.equal(one.bias, two.bias)
+    assert all(torch.equal(*pair) for pair in zip(one.means + one.deviations, two.means + two.deviations, strict=True))
+    images = torch.rand(20, 1, 8, 8)
+    assert torch.equal(target_of(whole, images), target_of(resumed, images))
+    weights, others = whole.network.state_dict(), resumed.network.state_dict()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_every_rank_has_the_gate_of_the_first(tmp_path, experts, monkeypatch):
+    first = gated([experts[1], experts[0]]).teacher
+
+    def told(strategy, value, src=0):
+        return first if isinstance(value, Teacher) else value
+
+    monkeypatch.setattr(SingleDeviceStrategy, "broadcast", told)
+    spy = spied(tmp_path, experts, teacher="gated")
+    assert torch.equal(spy.taught[0].teacher.gate.weight, first.gate.weight)
+
+
+def test_without_the_labels_these_have_no_influence(tmp_path, experts):
+    class Mislabelled(DigitsDataModule):
+        def read(self):
+            train, test = super().read()
+            return type(train)(train.images, (train.labels * 3 + 1) % 10), test
+
+    students = []
+    # The same images are held out: the classes only change their numbers.
+    for kind in (DigitsDataModule, Mislabelled):
+        torch.manual_seed(0)
+        distiller = make(*experts, alpha=1.0, teacher="gated")
+        make_trainer(tmp_path / kind.__name__).fit(distiller, kind(batch_size=100))
+        students.append(distiller.network.state_dict())
+    assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
+
+
+def test_teachers_with_labels_of_their_own_teach_a_student_of_all(tmp_path):
+    classes = [[0, 2, 4, 6], [1, 3, 5, 7, 8, 9]]
+    paths = [saved(tmp_path / f"{len(own)}.ckpt", num_classes=len(own)) for own in classes]
+    spy = spied(tmp_path / "run", paths, teacher="gated", classes=classes)
+    images = torch.rand(20, 1, 8, 8)
+    torch.testing.assert_close(target_of(spy, images), gated(paths, classes=classes)(images))
+    assert read_checkpoint(tmp_path / "run/last.ckpt")["hyper_parameters"]["classes"] == classes
+    for wrong, message in (
+        ([[0, 2, 4], classes[1]], "Expected 4 classes for the outputs of parent 0"),
+        ([[0, 2, 4, 1], [1, 3, 5, 7, 8, 9]], "got output of shape .9. from "),
+        ([classes[0]], "Expected the classes of 2 teachers, got"),
+    ):
+        with pytest.raises(FusionError, match=message):
+            make_trainer(tmp_path / "x").fit(make(*paths, classes=wrong), data())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"teacher": "best"}, "Expected teacher to be one of auto, mean, gated, got 'best'"),
+        ({"gate_temperature": 0.0}, "Expected a positive gate_temperature, got 0.0"),
+        ({"num_samples": 1}, "Expected num_samples of at least 2, got 1"),
+    ],
+)
+def test_gates_that_cannot_be_are_refused(arguments, message):
+    with pytest.raises(FusionError, match=message):
+        make("a.ckpt", **arguments)
+
+
+def test_a_gate_needs_unlabelled_images(tmp_path, experts):
+    loader = DataLoader([(torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long))], batch_size=None)
+    with pytest.raises(FusionError, match="Expected a data module with alignment_batches to learn a gate from, got"):
+        make_trainer(tmp_path).fit(make(*experts, teacher="gated"), loader, loader)
 
 
 # --- where the student comes from ---

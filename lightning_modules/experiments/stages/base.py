@@ -153,7 +153,7 @@ class Draft:
         experiment: what to plan.
         data: the images.
         parents: the parents by name, built and not trained, in eval mode.
-        architectures: their canonical architectures.
+        architectures: the canonical architectures of parents and controls.
         stages: what has been planned so far.
     """
 
@@ -172,6 +172,25 @@ class Draft:
     def networks(self) -> dict[str, Network]:
         """The networks with files of their own, by name; the files are relative to the folder of the seed."""
         return {name: network for stage in self.stages for name, network in stage.networks.items()}
+
+    def label_sets(self, names: Iterable[str]) -> list[list[int]] | None:
+        """Return per network the labels of the data that its outputs stand for; None if they are all of them."""
+        own = [parent and parent.label_set for parent in map(self.experiment.parents.get, names)]
+        every = list(range(cast(ImageData, self.data).num_classes))
+        return [labels or every for labels in own] if any(own) else None
+
+    def check_all_classes(self, names: Iterable[str], where: str) -> None:
+        """Refuse networks that know some of the data's classes alone.
+
+        Raises:
+            FusionError: Names the first of them.
+        """
+        for name in names:
+            if self.label_sets([name]) is not None:
+                raise FusionError(
+                    f"Expected networks with all classes of the data in {where}, got {name!r} with a label_set; "
+                    "name others"
+                )
 
     def recipe(self, given: Recipe) -> Recipe:
         """Return a recipe without what is trained by it, and with the batch size of the data if it names none."""

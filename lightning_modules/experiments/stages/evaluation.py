@@ -1,20 +1,37 @@
 """Evaluate a network, or what the parents are together without being fused, on the test images."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from clafusion import Ensemble, average
 from clafusion.lightning_modules.checkpoints.reading import load_parent
 from clafusion.lightning_modules.classifier import ImageClassifier
+from clafusion.lightning_modules.compatibility import ImageData
 from clafusion.lightning_modules.experiments.context import RunContext
 from clafusion.lightning_modules.experiments.stages.base import Draft, EvaluationResult, Stage, files_of
 from clafusion.lightning_modules.experiments.variants import cells, first_with, ratio
 
-Combination = Literal["ensemble", "naive average"]
+Combination = Literal["ensemble", "gated ensemble", "naive average"]
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """What the gate of an ensemble is learned from, and how; see `FusionOptions`.
+
+    Attributes:
+        gate_temperature: of the gate.
+        num_samples: unlabelled training images, at most.
+        seed: of their choice.
+    """
+
+    gate_temperature: float
+    num_samples: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -24,18 +41,22 @@ class EvaluateStage(Stage):
     Attributes:
         combination: what is made of several networks; None: there is one.
         weights: the weight of each of them; None: equal.
+        gate: of a gated ensemble.
+        classes: per network the labels that its outputs stand for; None: those of the data.
     """
 
     kind: ClassVar[str] = "evaluate"
     combination: Combination | None = None
     weights: list[float] | None = None
+    gate: GateSettings | None = None
+    classes: list[list[int]] | None = None
 
     @classmethod
     def plan(cls, draft: Draft) -> Iterator["EvaluateStage"]:
         """Yield one stage for each network: parents, their combinations, then the others in the order of the plan."""
         networks = draft.networks
         for name in draft.parents:
-            yield cls(name, files_of(networks, [name]), {})
+            yield cls(name, files_of(networks, [name]), {}, classes=draft.label_sets([name]))
         yield from cls._combinations(draft)
         for name in networks:
             if name not in draft.parents:
@@ -43,26 +64,37 @@ class EvaluateStage(Stage):
 
     @classmethod
     def _combinations(cls, draft: Draft) -> Iterator["EvaluateStage"]:
-        """Yield one stage for each combination of the parents, and each kind of weights that the fusions have."""
-        inputs = files_of(draft.networks, draft.parents)
-        described = list(draft.architectures.values())
-        alike = all(other == described[0] for other in described)
-        weights_of = {variant: how.weights for variant, how in cells(draft.experiment.fusions).items()} or {"": None}
+        """Yield one stage for each combination of the parents, and each kind of weights that the fusions have.
+
+        The parents have a gate where a fusion has one.
+        """
+        inputs, classes = files_of(draft.networks, draft.parents), draft.label_sets(draft.parents)
+        described = [draft.architectures[name] for name in draft.parents]
+        alike = classes is None and all(other == described[0] for other in described)
+        fusions = cells(draft.experiment.fusions)
+        weights_of = {variant: how.weights for variant, how in fusions.items()} or {"": None}
+        gated = {variant: how for variant, how in fusions.items() if how.teacher != "mean"}
+        gates = {v: GateSettings(how.gate_temperature, how.num_samples, how.seed) for v, how in gated.items()}
         combinations: list[Combination] = ["ensemble", "naive average"] if alike else ["ensemble"]
         for combination in combinations:
             for variant, told in first_with(weights_of).items():
-                weights = weights_of[variant]
-                word = f" weights={'equal' if weights is None else ratio(weights)}" if told else ""
-                yield cls(f"{combination}{word}", inputs, {}, combination, None if weights is None else list(weights))
+                word = f" weights={_words(weights_of[variant])}" if told else ""
+                yield cls(f"{combination}{word}", inputs, {}, combination, _plain(weights_of[variant]), None, classes)
+        for variant, told in first_with({v: (weights_of[v], gate) for v, gate in gates.items()}).items():
+            subject, weights = f"gated ensemble{f' {variant}' if told else ''}", _plain(weights_of[variant])
+            yield cls(subject, inputs, {}, "gated ensemble", weights, gates[variant], classes)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The combination of the networks; nothing for one network."""
-        return super().settings if self.combination else {}
+        """The combination of the networks; for one network its labels, if they are not those of the data."""
+        if self.combination:
+            return super().settings
+        return {} if self.classes is None else {"classes": self.classes}
 
     def _run(self, context: RunContext, folder: Path, inputs: Mapping[str, Path]) -> EvaluationResult:
         """Measure the accuracy on the test images."""
-        network = self._network([load_parent(path) for path in inputs.values()])
+        networks = [load_parent(path) for path in inputs.values()]
+        network = self._network(networks, cast(ImageData, context.data))
         classifier = ImageClassifier(**context.module)
         # Not set_network: an ensemble has no description, and this classifier is never saved.
         classifier.network = network
@@ -72,8 +104,45 @@ class EvaluateStage(Stage):
         parameters = sum(parameter.numel() for parameter in network.parameters())
         return {"test_acc": measured["test_acc"], "parameters": parameters}
 
-    def _network(self, networks: list[nn.Module]) -> nn.Module:
+    def _network(self, networks: list[nn.Module], data: ImageData) -> nn.Module:
         """Return the network itself, or what several are together."""
-        if self.combination is None:
-            return networks[0]
-        return (Ensemble if self.combination == "ensemble" else average)(networks, self.weights)
+        if self.combination == "naive average":
+            return average(networks, self.weights)
+        if self.combination == "ensemble":
+            return Ensemble(networks, self.weights, classes=self.classes)
+        if self.gate is not None:
+            samples = torch.cat(list(data.alignment_batches(self.gate.num_samples, self.gate.seed)))
+            temperature = self.gate.gate_temperature
+            return Ensemble(networks, self.weights, "gated", samples, temperature, self.classes)
+        if self.classes is not None:
+            return Widened(networks[0], self.classes[0], data.num_classes)
+        return networks[0]
+
+
+class Widened(nn.Module):
+    """A network that knows some of the data's classes, with an output for each of them.
+
+    Args:
+        network: Kept as it is.
+        classes: The labels that its outputs stand for.
+        count: The number of classes of the data.
+    """
+
+    def __init__(self, network: nn.Module, classes: Sequence[int], count: int) -> None:
+        super().__init__()
+        self.network, self.classes, self.count = network, tuple(classes), count
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits `[N, classes]`, minus infinity for those that the network does not know."""
+        logits: Tensor = self.network(images)
+        widened = logits.new_full((len(logits), self.count), -torch.inf)
+        widened[:, self.classes] = logits
+        return widened
+
+
+def _plain(weights: Sequence[float] | None) -> list[float] | None:
+    return None if weights is None else list(weights)
+
+
+def _words(weights: Sequence[float] | None) -> str:
+    return "equal" if weights is None else ratio(weights)

@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, cast
 
-from clafusion import FusionOptions, map_units
+import torch
+
+from clafusion import Fusion, FusionOptions, fuse, map_units
 from clafusion.alignment.layer_maps import align_stages
-from clafusion.alignment.parents import template_of, trace_all
+from clafusion.alignment.parents import template_of, trace_all, trace_as
 from clafusion.balancing.correspondence import correspond
 from clafusion.balancing.insertion import check_insertable
 from clafusion.errors import FusionError
+from clafusion.fusion.record import FusionRecord
+from clafusion.lightning_modules.checkpoints.reading import load_parent
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.commands.fuse import fuse_and_record
 from clafusion.lightning_modules.commands.outputs import save_as
-from clafusion.lightning_modules.commands.records import peak_memory, seeds, versions, write_results
+from clafusion.lightning_modules.commands.records import parent_files, peak_memory, seeds, versions, write_results
 from clafusion.lightning_modules.commands.transfer import Combine, TransferSettings
 from clafusion.lightning_modules.compatibility import ImageData, load_alike
 from clafusion.lightning_modules.distributed import on_rank_zero
@@ -25,6 +29,7 @@ from clafusion.lightning_modules.experiments.stage_folder import slug
 from clafusion.lightning_modules.experiments.stages.base import Draft, MakingResult, Network, Stage, files_of
 from clafusion.lightning_modules.experiments.variants import cells, first_with
 from clafusion.lightning_modules.progress import steps
+from clafusion.teachers.label_sets import union_of
 from clafusion.tracing.structure import Structure
 
 #: The options that a balanced network depends on.
@@ -41,11 +46,13 @@ class FuseStage(Stage):
     Attributes:
         options: how to fuse.
         balanced: the parents whose balanced networks are kept.
+        classes: per parent the labels that its outputs stand for; None: those of the data.
     """
 
     kind: ClassVar[str] = "fuse"
     options: FusionOptions
     balanced: list[str]
+    classes: list[list[int]] | None = None
 
     @classmethod
     def plan(cls, draft: Draft) -> Iterator["FuseStage"]:
@@ -54,15 +61,16 @@ class FuseStage(Stage):
         Raises:
             FusionError: The parents cannot be fused.
         """
-        inputs = files_of(draft.networks, draft.parents)
+        inputs, classes = files_of(draft.networks, draft.parents), draft.label_sets(draft.parents)
         variants = cells(draft.experiment.fusions)
         keeping = first_with({variant: _balancing(how.options) for variant, how in variants.items() if how.balanced})
         structures: Sequence[Structure] = ()
         for variant, how in variants.items():
             try:
                 # The random numbers that it draws are nobody's: every stage begins with a seed of its own.
-                structures = structures or trace_all(list(draft.parents.values()), draft.blank_images)
-                balanced = _changed(draft, structures, how.options)
+                structures = structures or _structures(draft, classes)
+                # Parents of different classes are balanced with outputs for all of them: that says nothing alone.
+                balanced = [] if classes else _changed(draft, structures, how.options)
             except FusionError as error:
                 numbered = ", ".join(f"parent {number}: {name}" for number, name in enumerate(draft.parents))
                 raise FusionError(f"{error} (in experiment.fusions.{variant}; {numbered})") from error
@@ -71,7 +79,7 @@ class FuseStage(Stage):
             for name in kept:
                 word = f" {variant}" if keeping[variant] else ""
                 outputs[f"balanced {name}{word}"] = Network(_balanced_file(name), "control")
-            yield cls(variant, inputs, outputs, how.options, kept)
+            yield cls(variant, inputs, outputs, how.options, kept, classes)
 
     def _run(self, context: RunContext, folder: Path, inputs: Mapping[str, Path]) -> MakingResult:
         """Fuse, measure for the report, and write the networks with `fusion.json`."""
@@ -81,7 +89,13 @@ class FuseStage(Stage):
             paths, data = [str(path) for path in inputs.values()], cast(ImageData, context.data)
             with steps(context.quiet) as step:
                 device = strategy.root_device
-                fusion, record = fuse_and_record(paths, data, self.options, device, report=context.report, step=step)
+                if self.classes is None:
+                    fusion, record = fuse_and_record(
+                        paths, data, self.options, device, report=context.report, step=step
+                    )
+                else:
+                    step(f"fusing {len(paths)} networks")
+                    fusion, record = _fuse_label_sets(paths, data, self.options, device, self.classes)
             save_as(ImageClassifier(), fusion.model, record, folder / "fused.ckpt")
             for name in self.balanced:
                 balanced = fusion.balanced_parent(list(inputs).index(name))
@@ -122,6 +136,7 @@ class TransferStage(Stage):
         corresponding: set[tuple[str, str]] = set()
         for variant, transfer in cells(draft.experiment.transfers).items():
             source, target = transfer.source or parents[-1], transfer.target or parents[0]
+            draft.check_all_classes((source, target), f"experiment.transfers.{variant}")
             try:
                 # Pairs correspond in all variants or in none.
                 if (source, target) not in corresponding:
@@ -154,6 +169,34 @@ class TransferStage(Stage):
             return cost
 
         return on_rank_zero(context.trainer.strategy, compute)
+
+
+def _fuse_label_sets(
+    paths: list[str], data: ImageData, options: FusionOptions, device: torch.device, classes: list[list[int]]
+) -> tuple[Fusion, FusionRecord]:
+    """Fuse networks of different classes; return the fusion and its record, as `fuse_and_record` does."""
+    parents = [load_parent(path).to(device) for path in paths]
+    started = time.perf_counter()
+    batches = [batch.to(device) for batch in data.alignment_batches(options.num_samples, options.seed)]
+    fusion = fuse(parents, batches, options, classes)
+    cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory(device)}
+    record = {"parents": parent_files(paths), **fusion.summary(), **cost, "seeds": seeds(options)}
+    return fusion, cast(FusionRecord, {**record, "versions": versions()})
+
+
+def _structures(draft: Draft, classes: list[list[int]] | None) -> list[Structure]:
+    """Return the structures of the parents.
+
+    Raises:
+        FusionError: One cannot be traced, or their classes are not those of the data.
+    """
+    parents, count = list(draft.parents.values()), cast(ImageData, draft.data).num_classes
+    if classes is None:
+        return trace_all(parents, draft.blank_images)
+    missing = sorted(set(range(count)) - set(union_of(classes)))
+    if missing:
+        raise FusionError(f"Expected a parent for every class of the data, got none for {missing[0]}; give label_sets")
+    return [trace_as(parent, draft.blank_images, f"parent {number}") for number, parent in enumerate(parents)]
 
 
 def _balanced_file(parent: str) -> str:

@@ -14,7 +14,7 @@ from clafusion.lightning import Callback, LightningModule, Trainer
 from clafusion.lightning_modules.checkpoints.reading import load_fusion, load_parent
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.commands.records import peak_memory
-from clafusion.lightning_modules.distiller import Distiller
+from clafusion.lightning_modules.distiller import Distiller, TeacherKind
 from clafusion.lightning_modules.distributed import on_rank_zero
 from clafusion.lightning_modules.experiments.context import RunContext
 from clafusion.lightning_modules.experiments.schema import Recipe, check_distinct
@@ -91,7 +91,7 @@ class TrainingStage(Stage):
 
 @dataclass(frozen=True)
 class TrainStage(TrainingStage):
-    """Train a parent from scratch.
+    """Train a parent, or a control, from scratch.
 
     Attributes:
         architecture: as for `ImageClassifier`.
@@ -102,10 +102,10 @@ class TrainStage(TrainingStage):
 
     @classmethod
     def plan(cls, draft: Draft) -> Iterator["TrainStage"]:
-        """Yield one stage for each parent."""
-        for name, parent in draft.experiment.parents.items():
-            outputs = {name: Network("best.ckpt", "parent")}
-            yield cls(name, {}, outputs, draft.recipe(parent), draft.architectures[name])
+        """Yield one stage for each parent, then one for each control."""
+        for name, network in (draft.experiment.parents | draft.experiment.controls).items():
+            outputs = {name: Network("best.ckpt", "parent" if name in draft.parents else "control")}
+            yield cls(name, {}, outputs, draft.recipe(network), draft.architectures[name])
 
     def module(self, inputs: Mapping[str, Path], arguments: dict[str, Any]) -> ImageClassifier:
         """Return a network with fresh weights."""
@@ -136,6 +136,7 @@ class FinetuneStage(TrainingStage):
         names = list(networks) if finetune.networks is None else finetune.networks
         check_distinct("experiment.finetune.networks", names)
         check_known(names, networks, "experiment.finetune.networks")
+        draft.check_all_classes(names, "experiment.finetune.networks")
         for name in names:
             outputs = {f"{name}, finetuned": Network("best.ckpt", networks[name].role_when_trained)}
             yield cls(name, files_of(networks, [name]), outputs, draft.recipe(finetune))
@@ -160,6 +161,9 @@ class DistilStage(TrainingStage):
         temperature: see `clafusion.distillation_loss`.
         alpha: see `clafusion.distillation_loss`.
         reduction: see `clafusion.distillation_loss`.
+        teacher: see `Distiller`.
+        gate_temperature: see `Distiller`.
+        classes: per teacher the labels that its outputs stand for; None: those of the data.
     """
 
     kind: ClassVar[str] = "distil"
@@ -169,10 +173,13 @@ class DistilStage(TrainingStage):
     temperature: float
     alpha: float
     reduction: Reduction
+    teacher: TeacherKind = "mean"
+    gate_temperature: float = 1.0
+    classes: list[list[int]] | None = None
 
     @classmethod
     def plan(cls, draft: Draft) -> Iterator["DistilStage"]:
-        """Yield one stage for each student, temperature and alpha.
+        """Yield one stage for each student, temperature, alpha and length.
 
         Raises:
             FusionError: There is no network of that name.
@@ -186,21 +193,26 @@ class DistilStage(TrainingStage):
         check_known(distill.students, [*networks, "scratch"], "experiment.distill.students")
         scratch = distill.scratch or list(draft.parents)[-1]
         check_known([scratch], draft.parents, "experiment.distill.scratch")
-        for student, temperature, alpha in distill.grid():
+        begun_at = [scratch if student == "scratch" else student for student in distill.students]
+        draft.check_all_classes(begun_at, "experiment.distill.students")
+        for student, temperature, alpha, length in distill.grid():
             begun = networks.get(student)
             role: Role = begun.role_when_trained if begun else "control"
-            subject = f"{student} T={temperature:g} alpha={alpha:g}"
+            subject = f"{student} T={temperature:g} alpha={alpha:g}{'' if length == 1 else f' x{length}'}"
             yield cls(
                 subject=subject,
                 inputs=files_of(networks, [*teachers, student] if begun else teachers),
                 outputs={f"{subject}, distilled": Network("best.ckpt", role)},
-                recipe=draft.recipe(distill),
+                recipe=draft.recipe(distill.times(length)),
                 teachers=teachers,
                 student=student,
                 architecture=None if begun else draft.architectures[scratch],
                 temperature=temperature,
                 alpha=alpha,
                 reduction=distill.reduction,
+                teacher=distill.teacher,
+                gate_temperature=distill.gate_temperature,
+                classes=draft.label_sets(teachers),
             )
 
     def module(self, inputs: Mapping[str, Path], arguments: dict[str, Any]) -> Distiller:
@@ -212,5 +224,8 @@ class DistilStage(TrainingStage):
             temperature=self.temperature,
             alpha=self.alpha,
             reduction=self.reduction,
+            teacher=self.teacher,
+            gate_temperature=self.gate_temperature,
+            classes=self.classes,
             **arguments,
         )

@@ -114,5 +114,5 @@ def test_the_ensemble_stands_large_logits_and_gradients():
 
 
 def test_the_ensemble_refuses_another_space(pair):
-    with pytest.raises(FusionError, match="space probability, logits or gated, got 'labels'"):
+    with pytest.raises(FusionError, match="space probability, logits, gated or auto, got 'labels'"):
         Ensemble(pair, space="labels")

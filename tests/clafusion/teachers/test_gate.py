@@ -105,5 +105,5 @@ def test_the_gated_ensemble_is_its_teacher():
 def test_samples_belong_to_the_gate_alone():
     members = [nn.Linear(4, 3), nn.Linear(4, 3)]
     for given in ({"space": "gated"}, {"samples": torch.zeros(5, 4)}):
-        with pytest.raises(FusionError, match="Expected samples with space gated, and with no other"):
+        with pytest.raises(FusionError, match="Expected samples with space gated or auto, and with no other"):
             Ensemble(members, **given)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from clafusion import FusionError, FusionOptions, average, transfer
+from clafusion import Ensemble, FusionError, FusionOptions, average, fuse, transfer
 from clafusion.datamodules import DigitsDataModule
 from clafusion.lightning_modules import FusionTrainer, ImageClassifier, load_parent
 from clafusion.lightning_modules.commandline import cli
@@ -45,7 +45,9 @@ PUBLISHED = {
     "distill_resnet_small": [65.93, 61.53],
 }
 PAPER = {*PUBLISHED, "resnet_x4", "resnet_x6", "transfer_resnet18_resnet34"}
-NAMES = sorted(PAPER | {"digits_mlp", "fashion_mlp"})
+#: The parents know different things.
+KNOWLEDGE = {"disjoint_classes", "label_sets", "two_domains", "small_data"}
+NAMES = sorted(PAPER | KNOWLEDGE | {"digits_mlp", "fashion_mlp"})
 
 
 def configuration(name: str, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
@@ -153,6 +155,35 @@ def test_grids_of_the_paper_are_whole():
     distilled = [stage for stage in at("distill_vgg", "full")[1].stages if stage.kind == "distil"]
     assert len(distilled) == 4 * 5 * 6 and {stage.settings["reduction"] for stage in distilled} == {"mean"}
     assert {tuple(stage.settings["teachers"]) for stage in distilled} == {("teacher",)}
+
+
+@pytest.mark.parametrize("scale", ["full", "small"])
+@pytest.mark.parametrize("name", sorted(KNOWLEDGE))
+def test_a_fusion_of_knowledge_stands_beside_its_controls(name, scale):
+    experiment, stages = at(name, scale)
+    one, other = experiment.parents
+    student = "fused anchor" if name == "label_sets" else one
+    assert [row.name for row in stages.contestants] == [
+        *[one, other, "ensemble", "gated ensemble", "joint"],
+        *[f"fused {variant}" for variant in ("default", "anchor", "union", "auto")],
+        *[f"{student} T=1 alpha=1{length}, distilled" for length in ("", " x4")],
+    ]  # fmt: skip
+    assert {row.name: row.role for row in stages.contestants}["joint"] == "control"
+    options = {variant: how.options for variant, how in cells(experiment.fusions).items()}
+    assert options["default"] == FusionOptions() and options["anchor"].targets == "matched"
+    assert options["anchor"].anchor_lead == 1e9 and (options["auto"].teacher, options["auto"].targets) == ("auto",) * 2
+    short, long = (stage for stage in stages.stages if stage.kind == "distil")
+    assert 4 * short.recipe.epochs == long.recipe.epochs and 4 * short.recipe.milestones[0] == long.recipe.milestones[0]
+    # What is distilled is what is fused, on the same images: the recipe has no data of its own.
+    assert short.teacher == "auto" and short.alpha == 1 and short.recipe.data == {} and short.teachers == [one, other]
+
+
+def test_who_knows_what():
+    data = {name: {p: parent.data for p, parent in at(name, "full")[0].parents.items()} for name in KNOWLEDGE}
+    assert [one["split"]["part"] for one in data["disjoint_classes"].values()] == ["A", "B"]
+    assert [one["label_set"] for one in data["label_sets"].values()] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert [one["domain"] for one in data["two_domains"].values()] == [None, {"kind": "rotate", "degrees": 90}]
+    assert [one["skip_train"] for one in data["small_data"].values()] == [2000, 4000]
 
 
 def test_skills_are_shared_out():
@@ -367,6 +398,106 @@ def test_cells_are_what_they_are_called(carried_out):
 def test_transfers_that_cannot_be_are_refused(changes, message):
     with pytest.raises(FusionError, match=message):
         from_plain(Experiment, {**TINY, "transfers": {"x": changes}}, "experiment")
+
+
+LABEL_SETS = [[0, 2, 4, 6], [1, 3, 5, 7, 8, 9]]
+KNOWING: dict[str, Any] = {
+    "name": "knowing",
+    "parents": {
+        name: {**TINY["parents"][name], "epochs": 3, "data": {"label_set": own},
+               "architecture": {**TINY["parents"][name]["architecture"], "num_classes": len(own)}}
+        for name, own in zip(("deep", "shallow"), LABEL_SETS, strict=True)
+    },
+    "controls": {"joint": {**TINY["parents"]["deep"], "data": {"limit_train": 300}}},
+    "fusions": {"plain": {}, "gate": {"teacher": "gated", "num_samples": 90, "gate_temperature": 0.5}},
+    "distill": {"epochs": 1, "lr": 0.02, "students": ["fused gate", "joint"], "teacher": "gated", "alphas": [1],
+                "lengths": [1, 2], "milestones": [1]},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def knowing(tmp_path_factory) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """The folder of a tiny experiment whose parents know other classes, and the rows of its table."""
+    output = tmp_path_factory.mktemp("experiments") / "knowing"
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    data = DigitsDataModule(limit_train=200, batch_size=16)
+    results = run_pipeline(FusionTrainer(devices=1, **quiet), ImageClassifier(), data, KNOWING, output=str(output))
+    assert results["failures"] == []
+    return output / "seed_0", {row["name"]: row for row in results["networks"]}
+
+
+def test_parents_of_other_label_sets_are_compared_on_all_classes(knowing):
+    folder, rows = knowing
+    assert list(rows) == [
+        "deep", "shallow", "ensemble", "gated ensemble", "joint", "fused plain", "fused gate",
+        *[f"{student} T=4 alpha=1{x}, distilled" for student in ("fused gate", "joint") for x in ("", " x2")],
+    ]  # fmt: skip
+    data = DigitsDataModule(limit_train=200)
+    data.setup()
+    images, labels = data.preprocess(data._part("test").images), data._part("test").labels
+    parents = [load_parent(folder / f"train_{name}/best.ckpt") for name in ("deep", "shallow")]
+    for name, parent, own in zip(("deep", "shallow"), parents, LABEL_SETS, strict=True):
+        right = (torch.tensor(own)[parent(images).argmax(1)] == labels).double().mean().item()
+        assert rows[name]["test_acc"] == pytest.approx(right) and right > 0.15
+    samples = torch.cat(list(data.alignment_batches(90, 0)))
+    gated = Ensemble(parents, space="gated", samples=samples, gate_temperature=0.5, classes=LABEL_SETS)
+    fused = load_parent(folder / "fuse_gate/fused.ckpt")
+    for name, network in (
+        ("ensemble", Ensemble(parents, classes=LABEL_SETS)), ("gated ensemble", gated), ("fused gate", fused),
+    ):  # fmt: skip
+        assert rows[name]["test_acc"] == pytest.approx((network(images).argmax(1) == labels).double().mean().item())
+    expected = fuse(parents, [samples], cells({"gate": from_plain(Variants, KNOWING["fusions"]["gate"], "x")})["gate"]
+                    .options, LABEL_SETS).model  # fmt: skip
+    torch.testing.assert_close(fused(images), expected(images))
+
+
+def test_controls_are_trained_and_not_fused(knowing):
+    folder, rows = knowing
+    described = json.loads((folder / "train_joint/stage.json").read_text())["description"]
+    assert described["settings"]["recipe"]["data"] == {"limit_train": 300} and rows["joint"]["role"] == "control"
+    fused = json.loads((folder / "fuse_gate/stage.json").read_text())["description"]
+    assert list(fused["inputs"]) == ["deep", "shallow"] and fused["settings"]["classes"] == LABEL_SETS
+    epochs = [json.loads((folder / f"distil_joint_T4_alpha1{x}/stage.json").read_text())["description"]["settings"]
+              ["recipe"] for x in ("", "_x2")]  # fmt: skip
+    assert [(recipe["epochs"], recipe["milestones"]) for recipe in epochs] == [(1, [1]), (2, [2])]
+
+
+def test_the_gate_of_a_fusion_is_shown_once_for_each_kind():
+    gated = {"teacher": "gated"}
+    fusions = {"a": {}, "b": {"teacher": "auto"}, "c": {**gated, "targets": "union"},
+               "d": {**gated, "gate_temperature": 0.5}, "e": {**gated, "weights": [1, 3]}}  # fmt: skip
+    experiment = from_plain(Experiment, {**TINY, "fusions": fusions, "transfers": {}, "finetune": None}, "experiment")
+    names = [row.name for row in plan(experiment, DigitsDataModule()).contestants]
+    assert [name for name in names if "ensemble" in name] == [
+        "ensemble", "ensemble weights=1:3", "gated ensemble", "gated ensemble d", "gated ensemble e",
+    ]  # fmt: skip
+
+
+DISTILL, JOINT = KNOWING["distill"], KNOWING["controls"]["joint"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"distill": {**DISTILL, "students": ["deep"]}}, "in experiment.distill.students, got 'deep' with a label_set"),
+        ({"distill": {**DISTILL, "students": ["scratch"]}}, "experiment.distill.students, got 'shallow' with"),
+        ({"finetune": {"epochs": 1, "lr": 0.1}}, "all classes of the data in experiment.finetune.networks, got 'deep'"),
+        ({"transfers": {"x": {}}}, "all classes of the data in experiment.transfers.x, got 'shallow' with a label_set"),
+        ({"distill": {**DISTILL, "lengths": [0]}}, "Expected lengths of at least 1, got 0"),
+        ({"distill": {**DISTILL, "lengths": [2, 2]}}, "lengths to be one or more different values"),
+        ({"distill": {**DISTILL, "gate_temperature": 0.0}}, "Expected a positive gate_temperature, got 0.0"),
+        ({"distill": {**DISTILL, "teacher": "best"}}, "teacher to be 'mean' or 'gated' or 'auto', got 'best'"),
+        ({"controls": {"deep": JOINT}}, "names of parents and controls to be one or more different values"),
+        ({"controls": {"gated": JOINT}}, "Expected names of letters, .* got 'gated'"),
+        ({"controls": {"joint": {**JOINT, "architecture": {"name": "MLP"}}}}, "in experiment.controls.joint.arch"),
+        ({"parents": {name: {**parent, "data": {"label_set": [0, 1, 2, 3]}, "architecture":
+                             {**parent["architecture"], "num_classes": 4}}
+                      for name, parent in KNOWING["parents"].items()}}, "for every class of the data, got none for 4"),
+    ],
+)  # fmt: skip
+def test_what_nobody_knows_is_refused_before_training(changes, message):
+    with pytest.raises(FusionError, match=message):
+        plan(from_plain(Experiment, {**KNOWING, **changes}, "experiment"), DigitsDataModule())
 
 
 def test_networks_that_do_not_correspond_are_refused_before_training():
