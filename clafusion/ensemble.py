@@ -23,7 +23,7 @@ class Ensemble(nn.Module):
         weights: per model, at least 0 with a positive sum; None: equal.
         space: `probability`: logarithm of the weighted mean of the softmax; `logits`: weighted mean of the logits;
             `gated`: logarithm of a mean of the softmax whose weights are those of each sample (`Gate`), for models that
-            know different things; `auto`: gated where they agree on fewer than three of four samples, else probability.
+            know different things; `auto`: gated unless they agree on more than nine of ten samples, then probability.
         samples: for `gated` and `auto`: unlabelled samples, mixed as those that will be asked; the models run on them
             once.
         gate_temperature: of the gate.

@@ -34,7 +34,7 @@ class Distiller(ImageClassifier):
         alpha: Share of the teachers in the loss, in `[0, 1]`.
         reduction: `batchmean`, or `mean` as in the published runs, see `distillation_loss`.
         teacher: What several teachers say together: the `mean` of their probabilities; `gated`: for every image those
-            of the teachers that know it, see `Ensemble`; `auto`: gated where they agree on fewer than three of four.
+            of the teachers that know it, see `Ensemble`; `auto`: gated unless they agree on more than nine of ten.
         gate_temperature: Of the gate; the smaller, the more often one teacher decides alone.
         num_samples: Unlabelled training images that the gate is learned from before the first step, at most.
         classes: Per teacher the labels that its outputs stand for, where they are not those of the data.

@@ -165,13 +165,13 @@ def test_a_fusion_of_knowledge_stands_beside_its_controls(name, scale):
     student = "fused anchor" if name == "label_sets" else one
     assert [row.name for row in stages.contestants] == [
         *[one, other, "ensemble", "gated ensemble", "joint"],
-        *[f"fused {variant}" for variant in ("default", "anchor", "union", "auto")],
+        *[f"fused {variant}" for variant in ("default", "mean", "anchor", "union")],
         *[f"{student} T=1 alpha=1{length}, distilled" for length in ("", " x4")],
     ]  # fmt: skip
     assert {row.name: row.role for row in stages.contestants}["joint"] == "control"
     options = {variant: how.options for variant, how in cells(experiment.fusions).items()}
     assert options["default"] == FusionOptions() and options["anchor"].targets == "matched"
-    assert options["anchor"].anchor_lead == 1e9 and (options["auto"].teacher, options["auto"].targets) == ("auto",) * 2
+    assert options["anchor"].anchor_lead == 1e9 and (options["mean"].teacher, options["mean"].targets) == ("mean", "matched")
     short, long = (stage for stage in stages.stages if stage.kind == "distil")
     assert 4 * short.recipe.epochs == long.recipe.epochs and 4 * short.recipe.milestones[0] == long.recipe.milestones[0]
     # What is distilled is what is fused, on the same images: the recipe has no data of its own.
