@@ -52,7 +52,7 @@ def warn_of_doubts(teacher: Teacher, logits: Sequence[Tensor], trust: Sequence[f
 
 
 def information(logits: Tensor) -> float:
-    r"""How much the answers of a classifier say about the sample, as a share of what they could say.
+    r"""The information of a classifier's answers about the sample, as a share of the most that there could be.
 
     .. math:: \frac{H(\mathrm{mean}_x\, p(x)) - \mathrm{mean}_x\, H(p(x))}{\log C}, \quad p(x) = \mathrm{softmax}(l(x))
 
@@ -64,8 +64,8 @@ def information(logits: Tensor) -> float:
 
     Example:
         >>> import torch
-        >>> information(torch.zeros(6, 3)), round(information(100 * torch.eye(3)), 6)
-        (0.0, 1.0)
+        >>> [round(information(logits), 6) for logits in (torch.zeros(6, 3), 100 * torch.eye(3))]
+        [0.0, 1.0]
     """
     answers = logits.double().softmax(1)
     together = answers.mean(0)
