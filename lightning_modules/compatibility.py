@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from clafusion.errors import FusionError
 from clafusion.formats.stored import StoredNetwork
 from clafusion.lightning import Trainer
-from clafusion.lightning_modules.checkpoints.reading import load_parent
+from clafusion.lightning_modules.checkpoints.reading import load_classes, load_parent
 from clafusion.teachers.label_sets import Label, check_classes, union_of
 
 #: Numbers that a layer of a network from a file may give: at most, and at most for every number of the image.
@@ -171,13 +171,16 @@ def label_places(data: ImageData, classes: Sequence[Label], owner: str) -> Tenso
 
 def load_parents(
     paths: list[str], data: ImageData, classes: Sequence[Sequence[Label]] | None = None
-) -> list[nn.Module]:
+) -> tuple[list[nn.Module], Sequence[Sequence[Label]] | None]:
     """Load two or more networks to be fused.
 
     Args:
         paths: Checkpoints of fit or fuse, or files of save_network.
         data: What the networks will be run on.
-        classes: Per parent the labels that its outputs stand for; None: all have the same, see `load_alike`.
+        classes: Per parent the labels that its outputs stand for; None: as the files say.
+
+    Returns:
+        The networks, and their classes; None for these if a file does not say: then all have the same.
 
     Raises:
         FusionError: There are fewer, or they cannot be used, or the data has a class that none of them knows.
@@ -187,8 +190,9 @@ def load_parents(
     """
     if len(paths) < 2:
         raise FusionError(f"Expected two or more parents, got {len(paths)}; name them, such as a.ckpt b.ckpt")
+    classes = classes or load_classes(paths)
     if classes is None:
-        return load_alike(paths, data, "parents")
+        return load_alike(paths, data, "parents"), None
     networks = [load_parent(path) for path in paths]
     outputs = [check_images(network, data, path, 1) for path, network in zip(paths, networks, strict=True)]
     check_classes(classes, outputs)
@@ -199,7 +203,7 @@ def load_parents(
             f"Expected images of the {len(together)} classes of all parents, got {data.num_classes} classes from "
             f"{type(data).__name__}; the result may forget the others", UserWarning, stacklevel=2,
         )  # fmt: skip
-    return networks
+    return networks, classes
 
 
 def load_alike(paths: list[str], data: ImageData, role: str) -> list[nn.Module]:

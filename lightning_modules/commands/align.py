@@ -8,7 +8,6 @@ import torch
 
 from clafusion import FusionOptions, align_layers
 from clafusion.fusion.record import AlignmentRecord
-from clafusion.lightning_modules.checkpoints.reading import load_classes
 from clafusion.lightning_modules.commands.records import parent_files, seeds, versions
 from clafusion.lightning_modules.compatibility import ImageData, load_parents
 from clafusion.teachers.label_sets import Label
@@ -36,7 +35,7 @@ def align_checkpoints(
     Raises:
         FusionError: The parents, the data and the options do not fit together.
     """
-    networks = load_parents(paths, data, classes or load_classes(paths))
+    networks, _ = load_parents(paths, data, classes)
     batches = [batch.to(device) for batch in data.alignment_batches(options.num_samples, options.seed)]
     started = time.perf_counter()
     found = align_layers([network.to(device) for network in networks], batches, options)

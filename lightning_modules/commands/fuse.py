@@ -12,7 +12,6 @@ from clafusion import Fusion, FusionOptions, fuse
 from clafusion.formats.files import check_saved
 from clafusion.fusion.record import AlignmentRecord, FusionRecord, NetworkRow
 from clafusion.lightning import Trainer
-from clafusion.lightning_modules.checkpoints.reading import load_classes
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.commands.align import align_checkpoints, print_alignment
 from clafusion.lightning_modules.commands.evaluation import contestants, evaluate_networks, print_networks
@@ -71,8 +70,7 @@ def fuse_and_record(
         FusionError: The parents, the data and the options do not fit together.
     """
     step(f"fusing {len(paths)} networks")
-    classes = classes or load_classes(paths)
-    parents = load_parents(paths, data, classes)
+    parents, classes = load_parents(paths, data, classes)
     for path, parent in zip(paths, parents, strict=True):
         check_saved(parent, torch.zeros(2, *data.image_shape), path)
     batches = list(data.alignment_batches(options.num_samples, options.seed))
