@@ -7,16 +7,17 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from clafusion import FusionOptions, restore
+from clafusion import Fusion, FusionOptions, restore
 from clafusion.callbacks.signals import HeldSignal
 from clafusion.errors import FusionError
 from clafusion.formats.files import snapshot
 from clafusion.fusion.record import FusionRecord, NetworkRow
 from clafusion.lightning import Callback, LightningModule, Trainer, isolate_rng
 from clafusion.lightning_modules import ImageClassifier
+from clafusion.lightning_modules.commands.evaluation import side_by_side
 from clafusion.lightning_modules.commands.figures import Pictures, has_board
 from clafusion.lightning_modules.commands.fuse import fuse_and_record
-from clafusion.lightning_modules.compatibility import ImageData, resumes_from
+from clafusion.lightning_modules.compatibility import ImageData, label_places, resumes_from
 from clafusion.lightning_modules.distributed import on_rank_zero
 from clafusion.lightning_modules.progress import Step, steps
 from clafusion.report.pages import fusion_report
@@ -92,6 +93,7 @@ class FusionCallback(Callback):
             network.load_state_dict(weights)
         pl_module.set_network(network)
         pl_module.fusion = self.state_dict()
+        pl_module.class_names = self.record["classes"] or None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume a training that began otherwise."""
@@ -150,32 +152,34 @@ class FusionCallback(Callback):
         """Return the architecture and the weights of the fused network, and the record."""
         fusion, record = fuse_and_record(
             self.parents, data, self.options, device, step=step,
-            evaluate=lambda parents, fusion: _validated([*parents, fusion.model], data, device),
+            evaluate=lambda parents, fusion: _validated(parents, fusion, data, device),
         )  # fmt: skip
         # What is trained is in single precision, whatever the parents are saved in.
         taken = snapshot(fusion.model.float(), torch.zeros(1, *data.image_shape, device=device))
         return taken.architecture, {name: tensor.cpu() for name, tensor in taken.state.items()}, record
 
 
-def _validated(networks: list[nn.Module], data: FusionData, device: torch.device) -> list[NetworkRow]:
+def _validated(parents: list[nn.Module], fusion: Fusion, data: FusionData, device: torch.device) -> list[NetworkRow]:
     """Return the validation accuracies of the parents and of the fused network, which comes last."""
-    names = [*(f"parent {number}" for number in range(1, len(networks))), "fused"]
+    places = label_places(data, fusion.classes, "the network") if fusion.classes else None
+    networks = {f"parent {number}": one for number, one in enumerate(side_by_side(parents, fusion).values(), 1)}
     return [
         {
             "name": name,
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "val_acc": _accuracy(network, data, device),
+            "val_acc": _accuracy(network.to(device), data, device, places),
         }
-        for name, network in zip(names, networks, strict=True)
+        for name, network in {**networks, "fused": fusion.model}.items()
     ]
 
 
 @torch.no_grad()
-def _accuracy(network: nn.Module, data: FusionData, device: torch.device) -> float | None:
+def _accuracy(network: nn.Module, data: FusionData, device: torch.device, places: Tensor | None) -> float | None:
     """Return the share of the validation images that a network gets right; None without any."""
     like = next(network.parameters())
     right = [
-        network(images.to(device, like.dtype)).argmax(1).cpu() == labels for images, labels in data.validation_batches()
+        network(images.to(device, like.dtype)).argmax(1).cpu() == (labels if places is None else places[labels])
+        for images, labels in data.validation_batches()
     ]
     return torch.cat(right).double().mean().item() if right else None
 

@@ -45,6 +45,8 @@ class ImageFolderDataModule(ImageDataModule):
         FusionError: An argument is of the wrong type or out of range, or there are no folders of classes.
     """
 
+    class_names: list[str]
+
     def __init__(
         self,
         data_dir: str,
@@ -63,8 +65,8 @@ class ImageFolderDataModule(ImageDataModule):
         self.test_fraction = test_fraction
         self.raw_shape = (3, size, size)
         self.mean, self.std = _colours("mean", mean, IMAGENET_MEAN), _colours("std", std, IMAGENET_STD)
-        self.classes, _ = _scan(self._folder_of("train"))
-        self.num_classes = len(self.classes)
+        self.class_names, _ = _scan(self._folder_of("train"))
+        self.num_classes = len(self.class_names)
         super().__init__(augment=augment, **kwargs)
 
     def _folder_of(self, part: str) -> Path:
@@ -91,8 +93,8 @@ class ImageFolderDataModule(ImageDataModule):
 
     def _images(self, folder: Path) -> ImageSet:
         classes, samples = _scan(folder)
-        if classes != self.classes:
-            odd = sorted(set(classes) ^ set(self.classes))[0]
+        if classes != self.class_names:
+            odd = sorted(set(classes) ^ set(self.class_names))[0]
             raise FusionError(f"Expected the same classes in every part, got {odd!r} in one of them only; see {folder}")
         return read_images(samples, self.size)
 
@@ -112,6 +114,7 @@ class TinyImageNetDataModule(ImageDataModule):
         FusionError: An argument is of the wrong type or out of range, or the folder is not Tiny-ImageNet's.
     """
 
+    class_names: list[str]
     raw_shape = (3, 64, 64)
     mean, std = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)
 
@@ -124,15 +127,17 @@ class TinyImageNetDataModule(ImageDataModule):
                 f"Expected the folder tiny-imagenet-200 in {root}, got no {missing[0]}; "
                 "unpack tiny-imagenet-200.zip there"
             )
-        self.classes = sorted((self.root / "wnids.txt").read_text().split())
-        self.num_classes = len(self.classes)
+        self.class_names = sorted((self.root / "wnids.txt").read_text().split())
+        self.num_classes = len(self.class_names)
         super().__init__(augment=augment, **kwargs)
 
     def read(self) -> tuple[ImageSet, ImageSet]:
         """Read the training images, and the validation images with their annotations."""
-        numbers = {name: number for number, name in enumerate(self.classes)}
+        numbers = {name: number for number, name in enumerate(self.class_names)}
         train = [
-            (path, numbers[name]) for name in self.classes for path in sorted((self.root / "train" / name).glob("*/*"))
+            (path, numbers[name])
+            for name in self.class_names
+            for path in sorted((self.root / "train" / name).glob("*/*"))
         ]
         test = []
         for line in (self.root / ANNOTATIONS).read_text().splitlines():

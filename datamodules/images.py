@@ -37,7 +37,8 @@ class ImageDataModule(ResumableDataModule):
     `std`.
 
     A subclass sets `num_classes`, `raw_shape` (C, H, W as read), `mean` and `std` (one value per channel) before it
-    calls `super().__init__`.
+    calls `super().__init__`, and `class_names`, in the order of the labels, where the classes have names. A module may
+    have its outputs in another order: its `label_places` says which of them stands for each class.
 
     Args:
         batch_size: Images per training batch.
@@ -62,6 +63,7 @@ class ImageDataModule(ResumableDataModule):
     """
 
     num_classes: int
+    class_names: list[str] | None = None
     raw_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -296,11 +298,14 @@ class ImageDataModule(ResumableDataModule):
             dataloader_idx: Ignored.
 
         Returns:
-            Images `[B, *image_shape]` and the labels.
+            Images `[B, *image_shape]` and the labels: the numbers of the module's outputs that stand for them.
         """
         images, labels = batch
         if self.trainer is None:
             return self.preprocess(images), labels
+        places: Tensor | None = getattr(self.trainer.lightning_module, "label_places", None)
+        if places is not None:
+            labels = places[labels]
         generator = None
         if self.trainer.training:
             # Dropout draws from the global generators; they become a function of epoch and batch, too.

@@ -15,8 +15,15 @@ from clafusion.errors import FusionError
 from clafusion.formats.files import restore, snapshot
 from clafusion.formats.stored import StoredNetwork
 from clafusion.lightning import LightningModule, OptimizerLRScheduler
-from clafusion.lightning_modules.checkpoints.reading import PREFIX, not_finite, read_checkpoint, refuse_classes
-from clafusion.lightning_modules.compatibility import check_images
+from clafusion.lightning_modules.checkpoints.reading import (
+    PREFIX,
+    class_names,
+    not_finite,
+    read_checkpoint,
+    refuse_classes,
+)
+from clafusion.lightning_modules.compatibility import ImageData, check_images, label_places
+from clafusion.teachers.label_sets import Label
 from clafusion.tracing.example import with_input_shape
 
 Batch = tuple[Tensor, Tensor]
@@ -51,7 +58,8 @@ class ImageClassifier(LightningModule):
     """A network that classifies images, trained with SGD on the cross entropy.
 
     Logs, over whole epochs, `train_loss`, and `val_loss`, `val_acc`, `test_loss` and `test_acc` (exact on any number
-    of processes). Its checkpoints hold the architecture as a plain dict, so they load without further arguments.
+    of processes). Its checkpoints hold the architecture as a plain dict, so they load without further arguments, and
+    the names of the classes if the data has them: data with fewer classes, or in another order, is matched by name.
 
     Args:
         architecture: `{"name": "MLP", ...}` as for `clafusion.networks.build`, a published name such as
@@ -75,6 +83,9 @@ class ImageClassifier(LightningModule):
         >>> classifier(torch.zeros(5, 1, 8, 8)).shape
         torch.Size([5, 10])
     """
+
+    #: Which output stands for each class of the data, [classes of the data]; None: the one of its number.
+    label_places: Tensor | None
 
     def __init__(
         self,
@@ -101,6 +112,10 @@ class ImageClassifier(LightningModule):
         self._fused = fused
         #: How this network was fused, as plain containers; it stays in every later checkpoint.
         self.fusion: dict[str, Any] | None = None
+        #: What the outputs stand for, in their order, where that is known; it stays in every later checkpoint.
+        self.class_names: list[Label] | None = None
+        self.register_buffer("label_places", None, persistent=False)
+        self._data: ImageData | None = None
         self.metrics = nn.ModuleDict(
             {
                 f"{stage}_{name}": metric
@@ -155,9 +170,15 @@ class ImageClassifier(LightningModule):
     def setup(self, stage: str) -> None:
         """Check that the data fits the network, before anything is computed."""
         datamodule: Any = getattr(self.trainer, "datamodule", None)
+        # Nobody looks at labels while predicting.
+        self._data = datamodule if stage != "predict" and hasattr(datamodule, "num_classes") else None
         if self.network is not None and hasattr(datamodule, "image_shape"):
-            check_images(self.network, datamodule, "the network")
+            outputs = check_images(self.network, datamodule, "the network")
             self.describe_for(datamodule.image_shape)
+            names = getattr(datamodule, "class_names", None)
+            if stage == "fit" and self.class_names is None and names is not None and len(names) == outputs:
+                self.class_names = list(names)
+        self._find_labels()
         self._prepare()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -194,7 +215,7 @@ class ImageClassifier(LightningModule):
         return [optimizer], [schedule]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add how the network was fused, if it was.
+        """Add how the network was fused, if it was, and the names of the classes, if they are known.
 
         Raises:
             FusionError: The training has diverged; the checkpoint before is kept.
@@ -209,6 +230,8 @@ class ImageClassifier(LightningModule):
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **constants}
         if self.fusion is not None:
             checkpoint["fusion"] = self.fusion
+        if self.class_names is not None:
+            checkpoint["class_names"] = self.class_names
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the network if there is none yet; let this module's recipe win over the checkpoint's."""
@@ -228,6 +251,8 @@ class ImageClassifier(LightningModule):
         own = {f"{PREFIX}{name}" for name in self._constants}
         checkpoint["state_dict"] = {name: one for name, one in checkpoint["state_dict"].items() if name not in own}
         self.fusion = checkpoint.get("fusion")
+        self.class_names = class_names(checkpoint, "the checkpoint") or self.class_names
+        self._find_labels()
         for state in checkpoint.get("optimizer_states", []):
             for group in state["param_groups"]:
                 group["fused"] = self._fused or None
@@ -251,6 +276,12 @@ class ImageClassifier(LightningModule):
         taken, own = snapshot(network), network.state_dict()
         self._constants = {name: tensor for name, tensor in taken.state.items() if name not in own}
         return taken.architecture
+
+    def _find_labels(self) -> None:
+        """Find the outputs that stand for the classes of the data."""
+        self.label_places = None
+        if self._data is not None and self.class_names is not None:
+            self.label_places = label_places(self._data, self.class_names, "the network")
 
     def _prepare(self) -> None:
         """Make the network as fast as was asked for, in place: the names of its weights stay as they are."""

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,14 +11,18 @@ from torch import Tensor, fx, nn
 from clafusion.errors import FusionError
 from clafusion.formats.stored import StoredNetwork
 from clafusion.lightning import Trainer
-from clafusion.lightning_modules.checkpoints.reading import load_parent
+from clafusion.lightning_modules.checkpoints.reading import load_classes, load_parent
+from clafusion.teachers.label_sets import Label, check_classes, union_of
 
 #: Numbers that a layer of a network from a file may give: at most, and at most for every number of the image.
 _LARGEST, _MOST_OF_ONE = 2**28, 2**15
 
 
 class ImageData(Protocol):
-    """The part of a data module that fusing needs: the shape (C, H, W) of its images, and some without labels."""
+    """The part of a data module that fusing needs: the shape (C, H, W) of its images, and some without labels.
+
+    Where its classes have names, it has `class_names`, in the order of its labels, too.
+    """
 
     image_shape: tuple[int, int, int]
     num_classes: int
@@ -134,15 +138,72 @@ def _input_of(network: nn.Module) -> str:
     return "another shape"
 
 
-def load_parents(paths: list[str], data: ImageData) -> list[nn.Module]:
-    """Load two or more networks to be fused; see `load_alike`.
+def label_places(data: ImageData, classes: Sequence[Label], owner: str) -> Tensor | None:
+    """Find which output stands for each class of the data.
+
+    Classes are found by name. Where the data has no names, its classes are those of the first outputs; where the
+    outputs stand for whole numbers, these are the labels of the data.
+
+    Args:
+        data: Says how many classes there are, and their names if they have some.
+        classes: What the outputs stand for.
+        owner: What to call the network in the message.
+
+    Returns:
+        The numbers of the outputs, [classes of the data]; None: they are those of the labels.
 
     Raises:
-        FusionError: There are fewer, or they cannot be used.
+        FusionError: No output stands for a class of the data.
+    """
+    names = getattr(data, "class_names", None) or classes[: data.num_classes]
+    wanted = range(data.num_classes) if type(classes[0]) is int else names
+    unknown = [label for label in wanted if label not in classes]
+    if unknown or len(wanted) < data.num_classes:
+        some = ", ".join(map(str, classes[:10])) + (", ..." if len(classes) > 10 else "")
+        other = repr(unknown[0]) if unknown else f"{data.num_classes} classes"
+        raise FusionError(
+            f"Expected classes that {owner} can tell apart ({some}), got {other} from {type(data).__name__}; choose "
+            "other data (--data)"
+        )
+    places = [classes.index(label) for label in wanted]
+    return None if places == list(range(len(places))) else torch.tensor(places)
+
+
+def load_parents(
+    paths: list[str], data: ImageData, classes: Sequence[Sequence[Label]] | None = None
+) -> tuple[list[nn.Module], Sequence[Sequence[Label]] | None]:
+    """Load two or more networks to be fused.
+
+    Args:
+        paths: Checkpoints of fit or fuse, or files of save_network.
+        data: What the networks will be run on.
+        classes: Per parent the labels that its outputs stand for; None: as the files say.
+
+    Returns:
+        The networks, and their classes; None for these if a file does not say: then all have the same.
+
+    Raises:
+        FusionError: There are fewer, or they cannot be used, or the data has a class that none of them knows.
+
+    Warns:
+        UserWarning: The data lacks a class.
     """
     if len(paths) < 2:
         raise FusionError(f"Expected two or more parents, got {len(paths)}; name them, such as a.ckpt b.ckpt")
-    return load_alike(paths, data, "parents")
+    classes = classes or load_classes(paths)
+    if classes is None:
+        return load_alike(paths, data, "parents"), None
+    networks = [load_parent(path) for path in paths]
+    outputs = [check_images(network, data, path, 1) for path, network in zip(paths, networks, strict=True)]
+    check_classes(classes, outputs)
+    together = union_of(classes)
+    label_places(data, together, "the parents together")
+    if len(together) > data.num_classes:
+        warnings.warn(
+            f"Expected images of the {len(together)} classes of all parents, got {data.num_classes} classes from "
+            f"{type(data).__name__}; the result may forget the others", UserWarning, stacklevel=2,
+        )  # fmt: skip
+    return networks, classes
 
 
 def load_alike(paths: list[str], data: ImageData, role: str) -> list[nn.Module]:

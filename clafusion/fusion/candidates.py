@@ -17,6 +17,7 @@ from clafusion.errors import FusionError
 from clafusion.fusion.averaging import moved_average
 from clafusion.options import FusionOptions
 from clafusion.statistics.samples import logits_of
+from clafusion.teachers.doubts import warn_of_doubts
 from clafusion.teachers.teacher import ALIKE, Teacher, agreement, teacher_of
 from clafusion.tracing.resizing import room_for
 from clafusion.tracing.structure import Structure
@@ -84,6 +85,9 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
 
     Raises:
         FusionError: if no network can be made, or not of the pooled neurons that are asked for.
+
+    Warns:
+        UserWarning: of a parent that answers by chance, or that the teacher hardly ever trusts.
     """
     if options.correction != "refit":
         return _matched(parts, samples, options, "matched", None)
@@ -94,6 +98,7 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
     kind = "mean" if options.head != "average" else options.teacher
     teacher = teacher_of(logits, parts.weights, kind, options.gate_temperature, parts.columns)
     trust = tuple(teacher.shares(logits).mean(0).tolist())
+    warn_of_doubts(teacher, logits, trust)
     if options.targets == "matched":
         return replace(_matched(parts, samples, options, "matched", teacher), trust=trust)
     if options.targets == "union":

@@ -123,6 +123,11 @@ class Fusion:
             "layer_costs": [as_lists(costs) for costs in self.layer_costs],
             "transport_costs": [dict(costs) for costs in self.costs],
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "classes": list(self.classes),
+            "candidates": dict(self.candidates),
+            "chosen": self.chosen,
+            "teacher": None if self.teacher is None else self.teacher.kind,
+            "trust": list(self.trust),
         }
 
 

@@ -1,6 +1,8 @@
 """The schema of `fusion.json`: who writes a part of it and who reads it share these types."""
 
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
+
+from clafusion.teachers.label_sets import Label
 
 
 class ParentFile(TypedDict):
@@ -20,7 +22,11 @@ class NetworkRow(TypedDict, total=False):
 
 
 class FusionSummary(TypedDict):
-    """What `Fusion.summary` returns."""
+    """What `Fusion.summary` returns.
+
+    Of the labels that the outputs stand for to the parents' shares, `Fusion` says what they are; files of earlier
+    versions lack them.
+    """
 
     options: dict[str, Any]
     num_samples: int
@@ -30,6 +36,11 @@ class FusionSummary(TypedDict):
     layer_costs: list[list[list[list[float]] | None]]
     transport_costs: list[dict[str, float]]
     parameters: int
+    classes: list[Label]
+    candidates: dict[str, float]
+    chosen: str
+    teacher: Literal["mean", "gated"] | None
+    trust: list[float]
 
 
 class FusionRecord(FusionSummary, total=False):

@@ -10,6 +10,12 @@ from clafusion.report.html import Figure, Line, Report, document, render
 Record = Mapping[str, Any]
 #: Layers of a stage, at most: a file may claim what it likes.
 _DEEPEST = 10_000
+_CANDIDATES = {
+    "anchor": "the anchor's hidden layers, with a new output layer",
+    "matched": "the anchor's neurons, each with what is like it in the other parents",
+    "matched, equal": "likewise, with all parents at their weights",
+    "union": "neurons chosen among those of all parents",
+}
 _MEASURES = {"variance_ratio": "variance ratio", "cka": "linear CKA"}
 
 
@@ -40,6 +46,9 @@ def fusion_sections(record: Record) -> Report:
         figures=figures,
         options=record["options"],
         networks=record.get("networks"),
+        chosen=record.get("chosen"),
+        candidates=_candidates(record),
+        trusted=_trusted(record),
         report=record.get("report"),
         numbers=_numbers(record) if figures.features else None,
         parents=_parents(record),
@@ -79,6 +88,20 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
     if "peak_memory_bytes" in record:
         tiles.append((f"{record['peak_memory_bytes'] / 2**20:.0f} MiB", "peak memory"))
     return tiles
+
+
+def _candidates(record: Record) -> list[tuple[object, ...]]:
+    """Name, meaning and divergence of each network that was tried, and whether it was kept."""
+    return [
+        (name, _CANDIDATES.get(name, ""), f"{float(score):.4f}", "kept" if name == record["chosen"] else "")
+        for name, score in (record.get("candidates") or {}).items()
+    ]
+
+
+def _trusted(record: Record) -> list[tuple[object, ...]]:
+    """Number and mean share of each parent, where a gate gave every sample its own shares."""
+    shares = record["trust"] if record.get("teacher") == "gated" else []
+    return [(f"parent {number}", f"{float(share):.1%}") for number, share in enumerate(shares, 1)]
 
 
 def _parents(record: Record) -> list[tuple[object, ...]]:

@@ -30,6 +30,11 @@ class Teacher:
     gate: Gate | None = None
     columns: tuple[Tensor, ...] | None = None
 
+    @property
+    def kind(self) -> Literal["mean", "gated"]:
+        """Whether every sample has the same shares, or its own."""
+        return "mean" if self.gate is None else "gated"
+
     def shares(self, logits: Sequence[Tensor]) -> Tensor:
         """The trust in each classifier on every sample, [samples, classifiers]."""
         if self.gate is not None:

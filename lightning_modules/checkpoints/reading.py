@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from clafusion.formats.files import FLOATS, load_network, restore
 from clafusion.formats.stored import CONSTANTS
 from clafusion.lightning_modules.checkpoints.inspection import Foreign, check_content, check_file
 from clafusion.statistics.samples import all_finite
+from clafusion.teachers.label_sets import Label
 
 PREFIX = "network."
 # Old Lightning versions kept hyperparameters here; `load_from_checkpoint` still merges them.
@@ -92,6 +93,38 @@ def load_fusion(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """
     path = local_file(path)
     return None if _is_safetensors(path) else read_checkpoint(path).get("fusion")
+
+
+def load_classes(paths: Sequence[str]) -> list[list[Label]] | None:
+    """Return per file the labels that its network's outputs stand for; None if one of them does not say.
+
+    Args:
+        paths: As for `load_parent`.
+
+    Raises:
+        FusionError: As `read_checkpoint`, or the labels are of another form.
+    """
+    files = [local_file(path) for path in paths]
+    named = [None if _is_safetensors(file) else class_names(read_checkpoint(file), file) for file in files]
+    found = [names for names in named if names is not None]
+    return found if len(found) == len(paths) else None
+
+
+def class_names(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> list[Label] | None:
+    """Return the labels that a network's outputs stand for, words or whole numbers; None if the file does not say.
+
+    Args:
+        checkpoint: The content of the file.
+        path: The file, for the message.
+
+    Raises:
+        FusionError: It says something else.
+    """
+    names = checkpoint.get("class_names")
+    kinds = {type(name) for name in names} if isinstance(names, list) else None
+    if names is not None and (kinds not in ({int}, {str}) or len(set(names)) < len(names)):
+        raise FusionError(f"Expected class_names in {path} as different words, got others; save it again")
+    return names
 
 
 def load_plain(path: Path) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from clafusion.lightning_modules.commandline.shorthand import complete
 from clafusion.lightning_modules.commands.convert import convert_file
 from clafusion.lightning_modules.commands.export import export_file
 from clafusion.lightning_modules.commands.fuse import fuse_checkpoints
+from clafusion.lightning_modules.commands.predict import PredictedClasses
 from clafusion.lightning_modules.commands.transfer import transfer_checkpoint
 from clafusion.lightning_modules.experiments import catalogue
 from clafusion.lightning_modules.experiments.pipeline import run_pipeline
@@ -186,6 +187,8 @@ class FusionCLI(HookedCLI):
     def run(self, command: str) -> None:
         """Run a function, or the method of the trainer; what was asked of a function is kept beside its results."""
         if command not in FUNCTIONS:
+            if command == "predict":
+                self.trainer.callbacks.append(PredictedClasses())  # type: ignore[attr-defined]
             super().run(command)
             return
         classes: dict[str, Any] = {}

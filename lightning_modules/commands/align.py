@@ -1,6 +1,7 @@
 """The corresponding layers of the networks of checkpoints: `clafusion fuse --align_only`."""
 
 import time
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -9,10 +10,15 @@ from clafusion import FusionOptions, align_layers
 from clafusion.fusion.record import AlignmentRecord
 from clafusion.lightning_modules.commands.records import parent_files, seeds, versions
 from clafusion.lightning_modules.compatibility import ImageData, load_parents
+from clafusion.teachers.label_sets import Label
 
 
 def align_checkpoints(
-    paths: list[str], data: ImageData, options: FusionOptions, device: torch.device
+    paths: list[str],
+    data: ImageData,
+    options: FusionOptions,
+    device: torch.device,
+    classes: Sequence[Sequence[Label]] | None = None,
 ) -> AlignmentRecord:
     """Align the layers of the networks of checkpoints, and measure the costs of every stage: of forced maps, too.
 
@@ -21,6 +27,7 @@ def align_checkpoints(
         data: Unlabelled training images.
         options: How to align.
         device: Where to compute.
+        classes: Per parent the labels that its outputs stand for; None: as the files say.
 
     Returns:
         The map and the costs of every stage, and how they were found.
@@ -28,7 +35,7 @@ def align_checkpoints(
     Raises:
         FusionError: The parents, the data and the options do not fit together.
     """
-    networks = load_parents(paths, data)
+    networks, _ = load_parents(paths, data, classes)
     batches = [batch.to(device) for batch in data.alignment_batches(options.num_samples, options.seed)]
     started = time.perf_counter()
     found = align_layers([network.to(device) for network in networks], batches, options)

@@ -1,7 +1,7 @@
 """From checkpoints to one fused network, with the record of how it was fused: `clafusion fuse`."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -25,12 +25,13 @@ from clafusion.lightning_modules.commands.records import (
     versions,
     write_results,
 )
-from clafusion.lightning_modules.compatibility import ImageData, load_parents
+from clafusion.lightning_modules.compatibility import ImageData, label_places, load_parents
 from clafusion.lightning_modules.files import write_together, writer
 from clafusion.lightning_modules.progress import Step, steps
 from clafusion.report.measurements import SAMPLES
 from clafusion.report.pages import fusion_report, line_accuracies, report_data
 from clafusion.statistics.samples import collect
+from clafusion.teachers.label_sets import Label
 
 #: Called with the parents and what became of them; returns the evaluations to record.
 Evaluate = Callable[[list[nn.Module], Fusion], list[NetworkRow]]
@@ -43,6 +44,7 @@ def fuse_and_record(
     options: FusionOptions,
     device: torch.device,
     *,
+    classes: Sequence[Sequence[Label]] | None = None,
     output: str | None = None,
     report: bool = False,
     evaluate: Evaluate | None = None,
@@ -55,6 +57,7 @@ def fuse_and_record(
         data: Unlabelled training images; for the report also its validation images, if there are any.
         options: How to fuse.
         device: Where to compute.
+        classes: Per parent the labels that its outputs stand for; None: as the files say, or the same for all.
         output: The file that the caller is going to write; recorded.
         report: Whether to measure what the report shows beyond the other figures of the record.
         evaluate: Evaluates the parents and the result; None: nothing is evaluated.
@@ -67,14 +70,14 @@ def fuse_and_record(
         FusionError: The parents, the data and the options do not fit together.
     """
     step(f"fusing {len(paths)} networks")
-    parents = load_parents(paths, data)
+    parents, classes = load_parents(paths, data, classes)
     for path, parent in zip(paths, parents, strict=True):
         check_saved(parent, torch.zeros(2, *data.image_shape), path)
     batches = list(data.alignment_batches(options.num_samples, options.seed))
 
     started = time.perf_counter()
     batches = [batch.to(device) for batch in batches]
-    fusion = fuse([parent.to(device) for parent in parents], batches, options)
+    fusion = fuse([parent.to(device) for parent in parents], batches, options, classes)
     cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory(device)}
     # Before the networks are evaluated, which may move them to another device.
     if report:
@@ -98,12 +101,17 @@ def _report_measurements(
 ) -> dict[str, Any]:
     """Measure what the report shows beyond the other figures of `fusion.json`.
 
-    Where the data has validation images, that is also their accuracy along the line between the parents.
+    Where the data has validation images and the parents have the same classes, that is also their accuracy along the
+    line between the parents.
     """
     found = report_data(fusion, collect(batches, SAMPLES))
+    if fusion.teacher is not None and fusion.teacher.columns is not None:
+        return found
     labelled = list(_validation_images(data, batches[0].device))
     if sum(len(labels) for _, labels in labelled) > 1:
         images, labels = (torch.cat(parts) for parts in zip(*labelled, strict=True))
+        places = label_places(data, fusion.classes, "the network") if fusion.classes else None
+        labels = labels if places is None else places.to(labels.device)[labels]
         found["line"] = line_accuracies(fusion, images, labels)
     return found
 
@@ -124,6 +132,7 @@ def fuse_checkpoints(
     datamodule: ImageData,
     parents: list[str],
     output: str,
+    classes: list[list[int | str]] | None = None,
     overwrite: bool = False,
     align_only: bool = False,
     report: bool = True,
@@ -145,6 +154,8 @@ def fuse_checkpoints(
         datamodule: Unlabelled training images for the fusion, test images for the evaluation.
         parents: Two or more checkpoints of fit or fuse, or files of save_network.
         output: The checkpoint to write, NAME.ckpt.
+        classes: What the outputs of each parent stand for, if they have not all the same classes, such as [[0, 1], [2]]
+            or [[cat, dog], [car]]; none given: as the checkpoints say, if trainings on folders of images wrote them.
         overwrite: Whether the files written here may replace existing ones.
         align_only: Only show and write to fusion.json which layers correspond, with the costs of every stage.
         report: Whether to draw report.html as well: all of this as one file to look at.
@@ -170,7 +181,7 @@ def fuse_checkpoints(
     if align_only:
         with steps(silent) as step:
             step(f"aligning the layers of {len(parents)} networks")
-            alignment = align_checkpoints(parents, datamodule, fusion, device)
+            alignment = align_checkpoints(parents, datamodule, fusion, device, classes)
         if trainer.is_global_zero:
             write_results(alignment, file)
             _say(alignment, print_alignment, quiet, json)
@@ -178,12 +189,13 @@ def fuse_checkpoints(
     with steps(silent) as step:
 
         def evaluate(networks: list[nn.Module], result: Fusion) -> list[NetworkRow]:
-            return evaluate_networks(trainer, contestants(networks, result), datamodule, step)
+            return evaluate_networks(trainer, contestants(networks, result), datamodule, step, result.classes)
 
         report_here = report and trainer.is_global_zero
         fused, record = fuse_and_record(
-            parents, datamodule, fusion, device, output=output, report=report_here, evaluate=evaluate, step=step
-        )
+            parents, datamodule, fusion, device, classes=classes, output=output, report=report_here, evaluate=evaluate,
+            step=step,
+        )  # fmt: skip
     if trainer.is_global_zero:
         shown = fusion_report(record) if report else None
         pictures = Pictures.of(shown.figures if shown and figures else ())
@@ -204,12 +216,24 @@ def _say(record: Record, in_words: Callable[[Record], None], quiet: bool, json: 
         in_words(record)
 
 
+def _choices(record: FusionRecord) -> Iterator[str]:
+    """Yield which of several networks was taken and why, and which parents were trusted, where that was a question."""
+    scores = ", ".join(f"{name} {score:.4f}" for name, score in record["candidates"].items())
+    if scores:
+        yield f"chosen: {record['chosen']}; divergence from what the parents say together: {scores}"
+    if record.get("teacher") == "gated":
+        shares = ", ".join(f"parent {number} {share:.0%}" for number, share in enumerate(record["trust"], 1))
+        yield f"trusted: {shares} of the samples"
+
+
 def _print_fusion(record: FusionRecord) -> None:
     """Print the networks of a fusion as a table on standard output, and below it the files."""
     from rich.console import Console
 
     print_networks(record["networks"])
     console = Console()
+    for line in _choices(record):
+        console.print(line, highlight=False, soft_wrap=True)
     for number, parent in enumerate(record["parents"], 1):
         console.print(f"parent {number}: {parent['path']}", highlight=False, soft_wrap=True)
     memory = record["peak_memory_bytes"] / 2**20

@@ -57,6 +57,7 @@ def prepared(classifier: ImageClassifier, network: nn.Module, record: Mapping[st
     """Return what writes a network as an ordinary checkpoint; the arguments are those of `save_as`."""
     classifier.set_network(network.cpu())
     classifier.fusion = None if record is None else dict(record)
+    classifier.class_names = list((record or {}).get("classes") or []) or None
     content = checkpoint_of(classifier)
     return lambda file: torch.save(content, file)
 
@@ -69,7 +70,7 @@ def save_as(
     Args:
         classifier: A module without a network, whose recipe is saved along; it gets the network.
         network: What to save.
-        record: How it came about, as plain containers.
+        record: How it came about, as plain containers; its `classes`, if it has some, are those of the network.
         path: The file to write or replace.
 
     Raises:

@@ -39,7 +39,7 @@ def test_classes_and_order_are_those_of_torchvision(tmp_path: Path) -> None:
     write_class_folders(tmp_path / "test", 2, offset=12)
     data = set_up(tmp_path, val_fraction=0.0)
     theirs = ImageFolder(str(tmp_path / "train"))
-    assert data.classes == theirs.classes and data.num_classes == 3
+    assert data.class_names == theirs.classes and data.num_classes == 3
     part = data.train_dataloader().dataset
     assert part.labels.tolist() == theirs.targets
     assert torch.equal(part.images, torch.tensor(images)[:, None].expand(-1, 3, -1, -1))
@@ -125,7 +125,7 @@ def test_tiny_imagenet_is_read_as_it_is_published(tmp_path: Path, above: bool) -
     names = write_tiny_imagenet(tmp_path / "tiny-imagenet-200")
     data = TinyImageNetDataModule(str(tmp_path if above else tmp_path / "tiny-imagenet-200"), val_fraction=0.0)
     data.setup()
-    assert (data.classes, data.num_classes, data.image_shape) == (names, 200, (3, 64, 64))
+    assert (data.class_names, data.num_classes, data.image_shape) == (names, 200, (3, 64, 64))
     train, test = data.train_dataloader().dataset, data.test_dataloader().dataset
     assert train.labels.tolist() == list(range(200)) and test.labels.tolist() == list(reversed(range(200)))
     assert (train.images.float() - test.images.flip(0).float()).abs().mean() < 5  # the same images, compressed twice

@@ -333,6 +333,25 @@ def test_several_parents_are_drawn(many):
     assert sum("correspond" in a.get("aria-label", "") for tag, a in document.seen if tag == "svg") == 2
 
 
+def test_the_choice_of_a_network_and_the_trust_in_parents_are_shown(record):
+    scores = {"anchor": 0.51, "matched": 0.3, "union": 0.12345}
+    changes = {"candidates": scores, "chosen": "union", "teacher": "gated", "trust": [0.256, 0.744]}
+    options = {**record["options"], "targets": "auto"}
+    document = read(fusion_report({**record, **changes, "options": options}).html)
+    assert {"Which network was chosen", "Which parents were trusted", "0.1235", "25.6%", "74.4%"} <= {*document.words}
+    assert document.words.index("kept") > document.words.index("0.1235") and document.words.count("kept") == 1
+    alike = {**record, "options": options, "candidates": {}, "chosen": "anchor", "teacher": "mean"}
+    document = read(fusion_report(alike).html)
+    assert "“anchor”, without a comparison" in document.text and "Which parents were trusted" not in document.words
+
+
+def test_files_of_earlier_versions_are_drawn_as_ever(record):
+    older = {k: v for k, v in record.items() if k not in ("classes", "candidates", "chosen", "teacher", "trust")}
+    assert fusion_report(older).html == fusion_report(record).html
+    older["options"] = {**record["options"], "targets": "auto"}
+    assert "Which network was chosen" not in read(fusion_report(older).html).words
+
+
 def test_layers_that_were_only_aligned_are_drawn():
     models, options = [mlp([9, 8, 7, 6], 0), mlp([9, 8, 6], 1)], FusionOptions()
     found = align_layers(models, [vectors(40)], options)

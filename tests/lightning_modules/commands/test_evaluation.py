@@ -58,7 +58,7 @@ class NoSamples:
 
 def test_what_could_not_be_saved_is_refused_before_any_work(monkeypatch):
     parents = [Normed(2, 8).eval(), Own(2, 8).eval()]
-    monkeypatch.setattr(command, "load_parents", lambda paths, data: parents)
+    monkeypatch.setattr(command, "load_parents", lambda *given: (parents, None))
     with pytest.raises(FusionError, match=r"got clafusion_tests.doubled.default .*\(in b.ckpt\)$"):
         command.fuse_and_record(["a.ckpt", "b.ckpt"], NoSamples(), OPTIONS, torch.device("cpu"))
 
