@@ -99,7 +99,7 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
     trust = tuple(teacher.shares(logits).mean(0).tolist())
     if options.targets == "matched":
         return replace(_matched(parts, samples, options, "matched", teacher), trust=trust)
-    if options.targets == "union":
+    if options.targets in ("union", "centroids"):
         return replace(_union(parts, samples, options, teacher), trust=trust)
     anchor = replace(options, anchor_lead=ALONE)
     if options.head == "average" and agreement(logits, parts.columns) >= ALIKE:
@@ -145,7 +145,7 @@ def _matched(
 
 def _union(parts: Parts, samples: Tensor, options: FusionOptions, teacher: Teacher, trial: bool = False) -> Candidate:
     """The parents' neurons side by side, as many of them as the result has room for, refit."""
-    pool = pool_neurons(parts.balanced, samples, options, parts.weights, options.width)
+    pool = pool_neurons(parts.balanced, samples, options, teacher)
     network, structure = room_for(parts.model, parts.structure, {**parts.structure.sizes, **pool.sizes}, samples)
     balanced = replace(parts.balanced, layout=structure.axes)
     moved_average(balanced, structure, parts.maps, parts.weights, options, pool)

@@ -16,7 +16,7 @@ from clafusion.lightning_modules.commands.records import write_results
 from clafusion.lightning_modules.files import sha256
 
 #: What stages did before these options could be given.
-EARLIER = {"teacher": "mean", "gate_temperature": 1.0, "targets": "matched", "width": 1.0}
+EARLIER = {"teacher": "mean", "gate_temperature": 1.0, "targets": "matched", "width": 1.0, "budget": "none"}
 REMEDY = "choose another --output, or move {} away to run this stage again"
 
 
