@@ -1,6 +1,6 @@
 """Networks of another project, fused: MNIST perceptrons that know unequal shares of the classes, on 400 images.
 
-    python benchmarks/peers.py --networks NETWORKS --data MNIST
+    python benchmarks/peers.py NETWORKS MNIST
 
 The networks are those of AndrewSpano/neuron-interpolation-model-fusion (MIT licence), perceptrons 784-256-10 as state
 dicts of `nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))`, in files `mnist_splitK_I.pt` for parent I

@@ -28,6 +28,8 @@ from clafusion.transport.pooling import pool_neurons
 HELD_BACK = 0.2
 #: Parents that give the same answer to a larger share of the samples than this know the same.
 ALIKE = 0.9
+#: With fewer samples than this, means of similar neurons are tried beside single ones: they vary less with the samples.
+FEW = 1000
 #: The lead of an anchor whose features stay as they are.
 ALONE = 1e9
 
@@ -59,7 +61,7 @@ class Candidate:
     """A network that was made.
 
     Attributes:
-        name: what it is: `anchor`, `matched`, `matched, equal` or `union`.
+        name: what it is: `anchor`, `matched`, `matched, equal`, `union` or `centroids`.
         model: the network.
         structure: before its correction.
         corrected: the structure after it.
@@ -111,6 +113,9 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
         "anchor": lambda given, trial: _matched(parts, given, anchor, "anchor", teacher, trial),
         "union": lambda given, trial: _union(parts, given, options, teacher, trial),
     }
+    if len(samples) < FEW:
+        means = replace(options, targets="centroids")
+        makers["centroids"] = lambda given, trial: _union(parts, given, means, teacher, trial)
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(samples), generator=generator).to(samples.device)
     count = max(1, round(HELD_BACK * len(samples)))
@@ -121,7 +126,7 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
         try:
             made = make(samples[given], True)
         except FusionError:
-            if name != "union":  # not every network has neurons that can be pooled
+            if name not in ("union", "centroids"):  # not every network has neurons that can be pooled
                 raise
             continue
         answer = _logits(made.corrected, samples[held]).to(wanted).log_softmax(1)
@@ -150,7 +155,8 @@ def _union(parts: Parts, samples: Tensor, options: FusionOptions, teacher: Teach
     balanced = replace(parts.balanced, layout=structure.axes)
     moved_average(balanced, structure, parts.maps, parts.weights, options, pool)
     targets = Targets(balanced, parts.maps, parts.weights, options, teacher, pool)
-    return Candidate("union", network, structure, correct(network, structure, targets, samples, trial), teacher)
+    name = "centroids" if options.targets == "centroids" else "union"
+    return Candidate(name, network, structure, correct(network, structure, targets, samples, trial), teacher)
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ def room_for(
         return network, on_network(structure, network)
     network = resized(model, structure, sizes)
     name = type(model).__name__
-    advice = "make the deepest parent the anchor, or choose parents of equal widths"
+    advice = "make the deepest parent the anchor, choose parents of equal widths, or keep width 1"
     try:
         result = structure_of(network, samples)
     except FusionError as error:

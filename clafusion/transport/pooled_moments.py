@@ -24,7 +24,7 @@ SAMPLES, SAMPLES_WITH_POSITIONS = 1000, 300
 
 
 def seen_at(balanced: Balanced, spaces: Sequence[str]) -> Seen:
-    """Where the neurons of spaces are observed: behind the layers that write them in all parents that have them."""
+    """The places where neurons are observed: behind the layers that write them in all parents that have them."""
     layers: dict[str, list[tuple[Layer, Unit]]] = {}
     for unit in balanced.structure.units:
         for layer in (*unit.layers, *unit.beside):
@@ -96,7 +96,7 @@ def covariances(balanced: Balanced, seen: Seen, samples: Tensor, options: Fusion
 def sensitivities(
     balanced: Balanced, seen: Seen, samples: Tensor, teacher: Teacher, options: FusionOptions
 ) -> dict[str, Tensor]:
-    r"""How much what the parents say together depends on their neurons: the Fisher information of their activations.
+    r"""The Fisher information of the parents' neurons: how much what they say together depends on them.
 
     With y drawn from the teacher's p(y | x) and d the gradient of log p(y | x) with respect to the activations of all
     parents, :math:`G = E[\sum d d^\top]`, summed over positions and over the places where the neurons are seen. A small

@@ -133,7 +133,7 @@ def _scales(balanced: Balanced, space: str, covariance: Tensor, weights: Sequenc
 def _blocks(
     balanced: Balanced, counts: Mapping[str, list[int]], sizes: Mapping[str, int], known: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What is chosen in blocks: the blocks that are kept, and the neurons in them, as places among those of all."""
+    """The blocks that are kept, and the neurons in them, as places among those of all."""
     structure, kept = balanced.structure, {}
     for top in counts:
         within = [name for name in counts if outermost(structure, name) == top]

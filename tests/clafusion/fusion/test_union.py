@@ -5,7 +5,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from clafusion import FusionOptions, fuse
+from clafusion import FusionError, FusionOptions, fuse
 from clafusion.networks import MLP, VGG, ResNet
 from tests.helpers import accuracy, randomised, relative_error, trained
 from tests.zoo import ZOO
@@ -65,7 +65,6 @@ def test_many_parents_are_at_least_as_good_as_the_anchor_with_a_new_output_layer
 NETWORKS = {
     "vgg": (lambda: VGG([[6], [8, 8]], 4, bias=True, batch_norm=True), (3, 8, 8)),
     "resnet": (lambda: ResNet([2, 1], 6, 4, batch_norm=True), (3, 8, 8)),
-    "vit": (ZOO["torchvision/vit"].make, ZOO["torchvision/vit"].shape),
 }
 
 
@@ -74,16 +73,28 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_widths_from_a_fraction_of_one_parent_to_all_of_both(name, width):
     make, shape = NETWORKS[name]
-    parents = [randomised(make(), seed, torch.float32) if name != "vit" else make().eval() for seed in range(2)]
+    parents = [randomised(make(), seed, torch.float32) for seed in range(2)]
     samples = torch.randn(24, *shape, generator=torch.Generator().manual_seed(0))
     fusion = fuse(parents, [samples], FusionOptions(targets="union", teacher="gated", width=width))
     assert fusion.model(samples).isfinite().all()
-    before, after = fusion.structures[0].sizes, fusion.structure.sizes
-    blocks = {space.parent for space in fusion.structure.spaces.spaces.values()} - {None}
-    for space in fusion.structure.free_spaces:
-        top = fusion.structure.spaces.spaces[space].parent
-        scale = width if top is None else after[top] / before[top]
-        assert after[space] == max(1 if space in blocks else 2, round(scale * before[space]))
+    before = fusion.structures[0].sizes
+    assert all(fusion.structure.sizes[space] == round(width * before[space]) for space in fusion.structure.free_spaces)
+
+
+def test_a_class_with_fixed_widths_is_refused_others():
+    network = ZOO["torchvision/vit"].make().eval()
+    samples = torch.randn(8, *ZOO["torchvision/vit"].shape, generator=torch.Generator().manual_seed(0))
+    options = FusionOptions(targets="union", teacher="gated", width=0.5)
+    with pytest.raises(FusionError, match="Expected VisionTransformer to run at other widths, got .* or keep width 1"):
+        fuse([network, network], [samples], options)
+
+
+@pytest.mark.parametrize("count", [400, 1000])
+def test_means_of_neurons_are_tried_where_there_are_few_samples(count):
+    x, y = torch.randn(count, 6, generator=torch.Generator().manual_seed(0)), torch.arange(count) % 3
+    parents = [trained(MLP(6, [5], 3, bias=True), x[y != k], y[y != k], 20) for k in range(2)]
+    fusion = fuse(parents, [x], FusionOptions(teacher="auto", targets="auto"))
+    assert ("centroids" in fusion.candidates) == (count == 400)
 
 
 def test_layers_are_merged_before_neurons_are_chosen():
