@@ -68,7 +68,8 @@ def _root(metric: Tensor) -> Tensor:
     """A factor F of a positive semidefinite matrix, [n, rank], with F times its transpose the matrix."""
     values, vectors = torch.linalg.eigh(metric)
     kept = values > SMALLEST_EIGENVALUE * values[-1]
-    return vectors[:, kept] * values[kept].sqrt()
+    root: Tensor = vectors[:, kept] * values[kept].sqrt()
+    return root
 
 
 def select_blocks(covariances: Mapping[str, Tensor], inside: Mapping[str, Tensor], count: int) -> Tensor:
