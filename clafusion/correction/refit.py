@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -21,10 +22,12 @@ ROWS_PER_INPUT = 64
 MIN_ROWS_PER_INPUT = 2
 MAX_ENTRIES = 2**24
 #: With fewer observations per input than this the ridge of the output layer is one of these multiples, whichever leaves
-#: it nearest to the teacher on every fifth observation, to which it is not fitted meanwhile.
+#: it nearest to the teacher on observations that it is not fitted to (cross-validation in so many parts).
 FEW_PER_INPUT = 10
 RIDGES = (1.0, 10.0, 100.0, 1000.0)
-HELD_BACK = 5
+FOLDS = 5
+#: With as many observations one of the parts tells.
+ENOUGH = 1000
 #: A refit that leaves more than this much of the error there was is undone.
 WORSE = 1.05
 
@@ -208,11 +211,11 @@ def _refit_head(
         return soft_label_regression(design[rows, 0], probabilities[rows], start, ridge, has_bias, offset[rows])
 
     if len(design) < FEW_PER_INPUT * design.shape[2]:
-        held = torch.arange(len(design), device=design.device) % HELD_BACK == 0
-        errors = {}
-        for one in (multiple * ridge for multiple in RIDGES):
+        errors = dict.fromkeys((multiple * ridge for multiple in RIDGES), 0.0)
+        for one, fold in product(errors, range(FOLDS if len(design) < ENOUGH else 1)):
+            held = torch.arange(len(design), device=design.device) % FOLDS == fold
             said = design[held, 0].double() @ solved(~held, one).T + offset[held]
-            errors[one] = float(-(probabilities[held] * said.log_softmax(1)).sum(1).mean())
+            errors[one] -= float((probabilities[held] * said.log_softmax(1)).sum())
         ridge = min(errors, key=errors.__getitem__)
     _write(parts, solved(slice(None), ridge)[None], system)
 
