@@ -54,9 +54,13 @@ class FusionOptions:
         gate_temperature: of the gate of parents that never agree; the smaller, the more often one parent decides alone.
             The more they agree, the softer it is.
         targets: what hidden layers are refit to: `matched`: every neuron of the anchor and what is like it in the other
-            parents; `union`: neurons chosen among those of all parents; `auto`: whichever gives a network nearer to the
-            teacher on samples that are held back, the anchor with a new output layer among them.
+            parents; `union`: neurons chosen among those of all parents; `centroids`: means of similar neurons of all
+            parents; `auto`: whichever gives a network nearer to the teacher on samples that are held back, the anchor
+            with a new output layer among them.
         width: neurons of the result as a multiple of the anchor's, with targets union.
+        budget: how neurons are shared out among the layers, with targets union. `none`: each has `width` times the
+            anchor's. `parameters` or `macs` (multiply-adds): those are kept that change what the parents say most for
+            what they cost, in all no more than the anchor would with `width` times its neurons in every layer.
         ridge: pull of a refit layer towards the averaged weights, in units of the mean square of its inputs.
         num_samples: unlabelled samples to measure on, at most.
         memory_budget: MiB for the activations that are computed at once, from which the batch follows.
@@ -91,8 +95,9 @@ class FusionOptions:
     anchor_lead: float = 6.0
     teacher: Literal["auto", "mean", "gated"] = "auto"
     gate_temperature: float = 1.0
-    targets: Literal["auto", "matched", "union"] = "auto"
+    targets: Literal["auto", "matched", "union", "centroids"] = "auto"
     width: float = 1.0
+    budget: Literal["none", "parameters", "macs"] = "none"
     ridge: float = 1e-4
     num_samples: int = 2000
     memory_budget: int = 256
@@ -119,8 +124,11 @@ class FusionOptions:
                     f"Expected correction refit with {name} {getattr(self, name)}, got {self.correction}; nothing else "
                     "is fitted to it"
                 )
-        if self.width != 1 and self.targets != "union":
-            raise FusionError(f"Expected targets union with width {self.width}, got {self.targets}")
+        for name, without in (("width", 1.0), ("budget", "none")):
+            if getattr(self, name) != without and self.targets not in ("union", "centroids"):
+                raise FusionError(f"Expected targets union with {name} {getattr(self, name)}, got {self.targets}")
+        if self.width != 1 and self.many != "many_to_one":
+            raise FusionError(f"Expected many many_to_one with width {self.width}, got {self.many}")
         if self.weights is not None:
             if not _are_weights(self.weights):
                 raise FusionError(f"Expected weights of at least 0 with a positive sum, got {list(self.weights)}")

@@ -142,6 +142,7 @@ def test_what_stands_beside_a_published_setting_is_an_option_and_its_value():
         "anchor_lead",
         "memory_budget",
         "teacher",
+        "budget",
         "gate_temperature",
         "targets",
         "width",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -20,6 +21,13 @@ from clafusion.tracing.structure import Structure
 ROWS_PER_INPUT = 64
 MIN_ROWS_PER_INPUT = 2
 MAX_ENTRIES = 2**24
+#: With fewer observations per input than this the ridge of the output layer is one of these multiples, whichever leaves
+#: it nearest to the teacher on observations that it is not fitted to (cross-validation in so many parts).
+FEW_PER_INPUT = 10
+RIDGES = (1.0, 10.0, 100.0, 1000.0)
+FOLDS = 5
+#: With as many observations one of the parts tells.
+ENOUGH = 1000
 #: A refit that leaves more than this much of the error there was is undone.
 WORSE = 1.05
 
@@ -190,13 +198,26 @@ def _is_worse(fused: Cursor, step: Step, wanted: Tensor, base: Tensor, observati
 def _refit_head(
     parts: Sequence[FoldedLayer], design: Tensor, wanted: Tensor, base: Tensor, probabilities: Tensor, ridge: float
 ) -> None:
-    """The head is fitted to the parents' mean logits, and from there to their mean probability."""
+    """The head is fitted to the parents' mean logits, and from there to their teacher's probabilities."""
     has_bias, prior = _has_bias(parts), _prior(parts)
     system = RidgeSystem.of(design, ridge, has_bias)
-    start = system.regress(_by_group(wanted - base, prior), prior)
+    missing = wanted - base
     offset = base.double() - system.apply(prior.double())[0]  # of what else is added to the logits
-    solved = soft_label_regression(design[:, 0], probabilities, start[0], ridge, has_bias, offset)
-    _write(parts, solved[None], system)
+
+    def solved(rows: Tensor | slice, ridge: float) -> Tensor:
+        """The weights that some observations give, [classes, inputs]."""
+        own = RidgeSystem.of(design[rows], ridge, has_bias)
+        start = own.regress(_by_group(missing[rows], prior), prior)[0]
+        return soft_label_regression(design[rows, 0], probabilities[rows], start, ridge, has_bias, offset[rows])
+
+    if len(design) < FEW_PER_INPUT * design.shape[2]:
+        errors = dict.fromkeys((multiple * ridge for multiple in RIDGES), 0.0)
+        for one, fold in product(errors, range(FOLDS if len(design) < ENOUGH else 1)):
+            held = torch.arange(len(design), device=design.device) % FOLDS == fold
+            said = design[held, 0].double() @ solved(~held, one).T + offset[held]
+            errors[one] -= float((probabilities[held] * said.log_softmax(1)).sum())
+        ridge = min(errors, key=errors.__getitem__)
+    _write(parts, solved(slice(None), ridge)[None], system)
 
 
 def _write(parts: Sequence[FoldedLayer], solved: Tensor, system: RidgeSystem) -> None:

@@ -80,7 +80,7 @@ class Targets:
         return features.double() if move is None else move.apply(features.double(), 1)
 
     def _maps(self, k: int) -> Maps:
-        return self.maps[k] if self.pool is None else self.pool.places[k]
+        return self.maps[k] if self.pool is None else {**self.maps[k], **self.pool.places[k]}
 
     def _pooled(self, step: Step) -> bool:
         """Whether the neurons of a step are chosen among those of all parents."""

@@ -26,6 +26,8 @@ from clafusion.transport.pooling import pool_neurons
 
 #: The share of the samples that candidates are compared on.
 HELD_BACK = 0.2
+#: With fewer samples than this, means of similar neurons are tried beside single ones: they vary less with the samples.
+FEW = 1000
 #: The lead of an anchor whose features stay as they are.
 ALONE = 1e9
 
@@ -57,7 +59,7 @@ class Candidate:
     """A network that was made.
 
     Attributes:
-        name: what it is: `anchor`, `matched`, `matched, equal` or `union`.
+        name: what it is: `anchor`, `matched`, `matched, equal`, `union` or `centroids`.
         model: the network.
         structure: before its correction.
         corrected: the structure after it.
@@ -101,7 +103,7 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
     warn_of_doubts(teacher, logits, trust)
     if options.targets == "matched":
         return replace(_matched(parts, samples, options, "matched", teacher), trust=trust)
-    if options.targets == "union":
+    if options.targets in ("union", "centroids"):
         return replace(_union(parts, samples, options, teacher), trust=trust)
     anchor = replace(options, anchor_lead=ALONE)
     if options.head == "average" and agreement(logits, parts.columns) > ALIKE:
@@ -113,6 +115,9 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
         "anchor": lambda given, trial: _matched(parts, given, anchor, "anchor", teacher, trial),
         "union": lambda given, trial: _union(parts, given, options, teacher, trial),
     }
+    if len(samples) < FEW:
+        means = replace(options, targets="centroids")
+        makers["centroids"] = lambda given, trial: _union(parts, given, means, teacher, trial)
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(samples), generator=generator).to(samples.device)
     count = max(1, round(HELD_BACK * len(samples)))
@@ -123,7 +128,7 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
         try:
             made = make(samples[given], True)
         except FusionError:
-            if name != "union":  # not every network has neurons that can be pooled
+            if name not in ("union", "centroids"):  # not every network has neurons that can be pooled
                 raise
             continue
         answer = logits_of(made.corrected, samples[held]).to(wanted).log_softmax(1)
@@ -147,9 +152,10 @@ def _matched(
 
 def _union(parts: Parts, samples: Tensor, options: FusionOptions, teacher: Teacher, trial: bool = False) -> Candidate:
     """The parents' neurons side by side, as many of them as the result has room for, refit."""
-    pool = pool_neurons(parts.balanced, samples, options, parts.weights, options.width)
+    pool = pool_neurons(parts.balanced, samples, options, teacher)
     network, structure = room_for(parts.model, parts.structure, {**parts.structure.sizes, **pool.sizes}, samples)
     balanced = replace(parts.balanced, layout=structure.axes)
     moved_average(balanced, structure, parts.maps, parts.weights, options, pool)
     targets = Targets(balanced, parts.maps, parts.weights, options, teacher, pool)
-    return Candidate("union", network, structure, correct(network, structure, targets, samples, trial), teacher)
+    name = "centroids" if options.targets == "centroids" else "union"
+    return Candidate(name, network, structure, correct(network, structure, targets, samples, trial), teacher)

@@ -43,7 +43,8 @@ class Teacher:
 
     def log_probabilities(self, logits: Sequence[Tensor]) -> Tensor:
         """The logarithm of the common answer, [samples, classes], from the logits of every classifier."""
-        shares = self.shares(logits).to(logits[0].dtype)
+        # One of weight 0 keeps so little that a gradient is defined.
+        shares = self.shares(logits).to(logits[0].dtype).clamp_min(torch.finfo(logits[0].dtype).tiny)
         answers = torch.stack(log_softmaxes(logits, self.columns), 1)
         return (shares.log()[:, :, None] + answers).logsumexp(1)
 

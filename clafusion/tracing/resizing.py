@@ -33,7 +33,7 @@ def room_for(
         return network, on_network(structure, network)
     network = resized(model, structure, sizes)
     name = type(model).__name__
-    advice = "make the deepest parent the anchor, or choose parents of equal widths"
+    advice = "make the deepest parent the anchor, choose parents of equal widths, or keep width 1"
     try:
         result = structure_of(network, samples)
     except FusionError as error:
@@ -60,7 +60,7 @@ def resized(model: nn.Module, structure: Structure, sizes: Mapping[str, int]) ->
     for name, axes in structure.axes.items():
         old = state[name]
         shape = [
-            length if axis is None else _length(length, axis, structure.sizes, sizes)
+            length if axis is None else resized_length(length, axis, structure.sizes, sizes)
             for length, axis in zip(old.shape, axes, strict=True)
         ]
         _replace(network, aliases[name], torch.zeros(shape, dtype=old.dtype, device=old.device))
@@ -94,7 +94,7 @@ def _replace(network: nn.Module, names: Sequence[str], tensor: Tensor) -> None:
             module._buffers[key] = tensor
 
 
-def _length(length: int, axis: Axis, old: Mapping[str, int], new: Mapping[str, int]) -> int:
+def resized_length(length: int, axis: Axis, old: Mapping[str, int], new: Mapping[str, int]) -> int:
     """The length of an axis once its spaces have other sizes; of a grouped weight that of one group stays apart."""
     total = int((axis.of < 0).sum())
     for place, space in enumerate(axis.spaces):

@@ -82,6 +82,15 @@ class Balanced:
         """The parent whose neurons a space of the result has: the anchor, or where it has none the template."""
         return self.anchor if space in self.parents[self.anchor].spaces else self.template
 
+    def holders(self, space: str) -> list[int]:
+        """The parents that have neurons of a space."""
+        return [k for k, parent in enumerate(self.parents) if space in parent.spaces]
+
+    def width(self, k: int, space: str) -> int:
+        """The number of neurons that a parent has of a space."""
+        parent = self.parents[k]
+        return parent.structure.sizes[parent.spaces[space]]
+
     def layer_weights(self, layer: Layer, unit: Unit, weights: Sequence[float]) -> dict[int, float]:
         """The weight of each parent in what a layer should give, where residual streams are shared."""
         if unit.kind == "residual" and not self.joins_stream(layer, unit):

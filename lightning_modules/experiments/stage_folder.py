@@ -21,6 +21,7 @@ EARLIER = {
     "settings.options.gate_temperature": 1.0,
     "settings.options.targets": "matched",
     "settings.options.width": 1.0,
+    "settings.options.budget": "none",
     "settings.teacher": "mean",
     "settings.gate_temperature": 1.0,
 }

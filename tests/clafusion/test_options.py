@@ -34,6 +34,8 @@ def test_every_field_is_documented():
         ({"teacher": "gated", "correction": "repair"}, "correction refit with teacher gated, got repair"),
         ({"targets": "union", "correction": "none"}, "correction refit with targets union, got none"),
         ({"width": 0.5}, "targets union with width 0.5, got matched"),
+        ({"budget": "macs"}, "targets union with budget macs, got matched"),
+        ({"width": 0.5, "targets": "union", "many": "iterative"}, "many many_to_one with width 0.5, got iterative"),
         ({"width": 0.0, "targets": "union"}, "positive width, got 0.0"),
         ({"gate_temperature": -1.0}, "positive gate_temperature, got -1.0"),
     ],
@@ -52,8 +54,8 @@ def test_options_are_frozen():
 def test_choices_are_accepted_and_others_refused(name):
     for value in LITERALS[name]:
         # Every correction but none needs one map per stream; what is fitted to something needs refit.
-        correction = {} if name in ("teacher", "targets") else {"correction": "none"}
-        assert getattr(FusionOptions(**{**correction, name: value}), name) == value
+        needed = {"teacher": {}, "targets": {}, "budget": {"targets": "union"}}.get(name, {"correction": "none"})
+        assert getattr(FusionOptions(**{**needed, name: value}), name) == value
     for wrong in ("nonsense", None, 1, [LITERALS[name][0]]):
         with pytest.raises(FusionError, match=f"Expected {name} to be one of {', '.join(LITERALS[name])}, got"):
             FusionOptions(**{name: wrong})

@@ -171,7 +171,8 @@ def test_a_fusion_of_knowledge_stands_beside_its_controls(name, scale):
     assert {row.name: row.role for row in stages.contestants}["joint"] == "control"
     options = {variant: how.options for variant, how in cells(experiment.fusions).items()}
     assert options["default"] == FusionOptions() and options["anchor"].targets == "matched"
-    assert options["anchor"].anchor_lead == 1e9 and (options["mean"].teacher, options["mean"].targets) == ("mean", "matched")
+    assert options["anchor"].anchor_lead == 1e9
+    assert (options["mean"].teacher, options["mean"].targets) == ("mean", "matched")
     short, long = (stage for stage in stages.stages if stage.kind == "distil")
     assert 4 * short.recipe.epochs == long.recipe.epochs and 4 * short.recipe.milestones[0] == long.recipe.milestones[0]
     # What is distilled is what is fused, on the same images: the recipe has no data of its own.
