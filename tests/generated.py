@@ -28,6 +28,8 @@ from tests.invariance import permuted_copy
 
 CLASSES = 4
 TOLERANCE = 1e-4
+#: Of `targets=union`: neurons stand for others as far as a ridge regression on 40 samples tells.
+POOLED_TOLERANCE = 1e-2
 
 
 class Apply(nn.Module):
@@ -473,6 +475,11 @@ WAYS = {
 }
 
 
+def tolerance(way: str) -> float:
+    """The largest relative error that is allowed."""
+    return POOLED_TOLERANCE if way == "union" else TOLERANCE
+
+
 def fused_if_pooled(models: list[nn.Module], samples: Tensor, options: FusionOptions) -> nn.Module | None:
     """The fused network; None where `targets=union` is refused, which not every network allows."""
     try:
@@ -494,7 +501,7 @@ def itself(model: nn.Module, samples: Tensor, seed: int) -> str:
     expected = model(samples)
     for name, options in WAYS.items():
         fused = fused_if_pooled([model, model], samples, options)
-        if fused is not None and not (error := relative(fused(samples), expected)) <= TOLERANCE:
+        if fused is not None and not (error := relative(fused(samples), expected)) <= tolerance(name):
             return f"with itself, {name}: {error:.1e}"
     return ""
 
@@ -508,7 +515,7 @@ def reordered(model: nn.Module, samples: Tensor, seed: int) -> str:
         return f"a permuted copy is another function: {error:.1e}"
     for name in ("none", "matched", "union"):
         fused = fused_if_pooled([model, other], samples, WAYS[name])
-        if fused is not None and not (error := relative(fused(samples), expected)) <= TOLERANCE:
+        if fused is not None and not (error := relative(fused(samples), expected)) <= tolerance(name):
             return f"with a permuted copy, {name}: {error:.1e}"
     return ""
 

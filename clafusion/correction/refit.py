@@ -210,7 +210,7 @@ def _refit_head(
         start = own.regress(_by_group(missing[rows], prior), prior)[0]
         return soft_label_regression(design[rows, 0], probabilities[rows], start, ridge, has_bias, offset[rows])
 
-    if len(design) < FEW_PER_INPUT * design.shape[2]:
+    if FOLDS <= len(design) < FEW_PER_INPUT * design.shape[2]:
         errors = dict.fromkeys((multiple * ridge for multiple in RIDGES), 0.0)
         for one, fold in product(errors, range(FOLDS if len(design) < ENOUGH else 1)):
             held = torch.arange(len(design), device=design.device) % FOLDS == fold

@@ -7,6 +7,8 @@ samples that no layer was fitted to tells which.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,8 @@ from clafusion.transport.pooling import pool_neurons
 
 #: The share of the samples that candidates are compared on.
 HELD_BACK = 0.2
+#: Of fewer samples than this too few can be held back.
+COMPARABLE = 10
 #: With fewer samples than this, means of similar neurons are tried beside single ones: they vary less with the samples.
 FEW = 1000
 #: The lead of an anchor whose features stay as they are.
@@ -92,35 +96,34 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
         UserWarning: of a parent that answers by chance, or that the teacher hardly ever trusts.
     """
     if options.correction != "refit":
-        return _matched(parts, samples, options, "matched", None)
+        return _matched(parts, options, "matched", None, samples)
     if options.targets == "matched" and options.teacher == "mean":
         teacher = Teacher(parts.weights, None, parts.columns)
-        return replace(_matched(parts, samples, options, "matched", teacher), trust=parts.weights)
+        return replace(_matched(parts, options, "matched", teacher, samples), trust=parts.weights)
     logits = [logits_of(parent.structure, samples) for parent in parts.balanced.parents]
     kind = "mean" if options.head != "average" else options.teacher
     teacher = teacher_of(logits, parts.weights, kind, options.gate_temperature, parts.columns)
     trust = tuple(teacher.shares(logits).mean(0).tolist())
     warn_of_doubts(teacher, logits, trust)
     if options.targets == "matched":
-        return replace(_matched(parts, samples, options, "matched", teacher), trust=trust)
+        return replace(_matched(parts, options, "matched", teacher, samples), trust=trust)
     if options.targets in ("union", "centroids"):
-        return replace(_union(parts, samples, options, teacher), trust=trust)
-    anchor = replace(options, anchor_lead=ALONE)
-    if options.head == "average" and agreement(logits, parts.columns) > ALIKE:
-        return replace(_matched(parts, samples, anchor, "anchor", teacher), trust=trust)
-    equal = replace(options, anchor_lead=1.0)
-    makers: dict[str, Callable[[Tensor, bool], Candidate]] = {
-        "matched": lambda given, trial: _matched(parts, given, options, "matched", teacher, trial),
-        "matched, equal": lambda given, trial: _matched(parts, given, equal, "matched, equal", teacher, trial),
-        "anchor": lambda given, trial: _matched(parts, given, anchor, "anchor", teacher, trial),
-        "union": lambda given, trial: _union(parts, given, options, teacher, trial),
-    }
-    if len(samples) < FEW:
-        means = replace(options, targets="centroids")
-        makers["centroids"] = lambda given, trial: _union(parts, given, means, teacher, trial)
+        return replace(_union(parts, options, teacher, samples), trust=trust)
+    alike = options.head == "average" and agreement(logits, parts.columns) > ALIKE
+    if alike or len(samples) < COMPARABLE:
+        anchor = replace(options, anchor_lead=ALONE)
+        return replace(_matched(parts, anchor, "anchor", teacher, samples), trust=trust)
+    return replace(_nearest(parts, samples, options, teacher, logits), trust=trust)
+
+
+def _nearest(
+    parts: Parts, samples: Tensor, options: FusionOptions, teacher: Teacher, logits: Sequence[Tensor]
+) -> Candidate:
+    """The candidate that is nearest to the teacher on samples that are held back, made anew of all samples."""
+    makers = _makers(parts, options, teacher, few=len(samples) < FEW)
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(samples), generator=generator).to(samples.device)
-    count = max(1, round(HELD_BACK * len(samples)))
+    count = round(HELD_BACK * len(samples))
     held, given = order[:count].sort().values, order[count:].sort().values
     wanted = teacher.log_probabilities([one[held] for one in logits])
     scores: dict[str, float] = {}
@@ -135,11 +138,24 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
         terms = torch.where(wanted.isfinite(), wanted.exp() * (wanted - answer), 0.0)
         scores[name] = float(terms.sum(1).mean())
     best = min(scores, key=lambda name: scores[name])
-    return replace(makers[best](samples, False), trust=trust, scores=scores)
+    return replace(makers[best](samples, False), scores=scores)
+
+
+def _makers(
+    parts: Parts, options: FusionOptions, teacher: Teacher, few: bool
+) -> dict[str, Callable[[Tensor, bool], Candidate]]:
+    """By name what makes each candidate of samples; the second argument says whether it is a trial."""
+    made: dict[str, Callable[[Tensor, bool], Candidate]] = {}
+    for name, lead in (("matched", options.anchor_lead), ("matched, equal", 1.0), ("anchor", ALONE)):
+        made[name] = partial(_matched, parts, replace(options, anchor_lead=lead), name, teacher)
+    pooled: tuple[Literal["union", "centroids"], ...] = ("union", "centroids") if few else ("union",)
+    for targets in pooled:
+        made[targets] = partial(_union, parts, replace(options, targets=targets), teacher)
+    return made
 
 
 def _matched(
-    parts: Parts, samples: Tensor, options: FusionOptions, name: str, teacher: Teacher | None, trial: bool = False
+    parts: Parts, options: FusionOptions, name: str, teacher: Teacher | None, samples: Tensor, trial: bool = False
 ) -> Candidate:
     """The moved average, corrected; of a trial the room stays as it is, and no warning is given."""
     network, structure = parts.model, parts.structure
@@ -150,7 +166,7 @@ def _matched(
     return Candidate(name, network, structure, correct(network, structure, targets, samples, trial), teacher)
 
 
-def _union(parts: Parts, samples: Tensor, options: FusionOptions, teacher: Teacher, trial: bool = False) -> Candidate:
+def _union(parts: Parts, options: FusionOptions, teacher: Teacher, samples: Tensor, trial: bool = False) -> Candidate:
     """The parents' neurons side by side, as many of them as the result has room for, refit."""
     pool = pool_neurons(parts.balanced, samples, options, teacher)
     network, structure = room_for(parts.model, parts.structure, {**parts.structure.sizes, **pool.sizes}, samples)
