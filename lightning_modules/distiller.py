@@ -9,7 +9,7 @@ from clafusion import FusionOptions
 from clafusion.distillation import Reduction, check_distillation, distillation_loss
 from clafusion.ensemble import Ensemble, Space
 from clafusion.errors import FusionError
-from clafusion.lightning_modules.checkpoints.reading import load_fusion, load_parent
+from clafusion.lightning_modules.checkpoints.reading import load_classes, load_fusion, load_parent
 from clafusion.lightning_modules.classifier import Batch, ImageClassifier
 from clafusion.lightning_modules.compatibility import ImageData, check_images, load_alike, resumes_from
 from clafusion.lightning_modules.files import sha256
@@ -140,6 +140,8 @@ class Distiller(ImageClassifier):
             )
         self.set_network(load_parent(self.student).float().train())
         self.fusion = load_fusion(self.student)
+        for names in load_classes([self.student]) or []:
+            self.class_names = names
 
     def _load_teacher(self) -> nn.Module:
         """The teacher, or the teachers as one, on the device and in the precision of the training."""

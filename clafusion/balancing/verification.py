@@ -43,11 +43,12 @@ def _passed(structure: Structure, unit: Unit, stream: Tensor, few: Tensor) -> Te
 
     def fetch(name: str) -> Tensor:
         tensor = tensors[name].detach()
+        tensor = tensor.to(stream.dtype) if tensor.is_floating_point() else tensor
         if name in unit.closing:
-            tensor = torch.zeros_like(tensor)
-        elif unit.kind == "plain" and name in unit.parameters:
-            tensor = identity_value(name, unit.layers[0], structure, size, tensor)
-        return tensor.to(stream.dtype) if tensor.is_floating_point() else tensor
+            return torch.zeros_like(tensor)
+        if unit.kind == "plain" and name in unit.parameters:
+            return identity_value(name, unit.layers[0], structure, size, tensor)
+        return tensor
 
     # Sizes that depend on the number of samples are read off the network's input.
     runner, entry = GraphRunner(structure.capture, fetch), structure.capture.entry

@@ -168,7 +168,8 @@ def _logits_node(output: fx.Node, program: ExportedProgram) -> fx.Node:
     leaves = pytree.tree_leaves(output.args)
     values = [leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
     logits = logits_of(pytree.tree_unflatten(values, program.call_spec.out_spec))
-    return next(leaf for leaf, value in zip(leaves, values, strict=True) if value is logits)
+    found: fx.Node = next(leaf for leaf, value in zip(leaves, values, strict=True) if value is logits)
+    return found
 
 
 def shell(model: nn.Module) -> nn.Module:

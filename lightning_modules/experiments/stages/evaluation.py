@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clafusion import Ensemble, average
 from clafusion.lightning_modules.checkpoints.reading import load_parent
 from clafusion.lightning_modules.classifier import ImageClassifier
+from clafusion.lightning_modules.commands.evaluation import Widened
 from clafusion.lightning_modules.compatibility import ImageData
 from clafusion.lightning_modules.experiments.context import RunContext
 from clafusion.lightning_modules.experiments.stages.base import Draft, EvaluationResult, Stage, files_of
@@ -115,29 +116,8 @@ class EvaluateStage(Stage):
             temperature = self.gate.gate_temperature
             return Ensemble(networks, self.weights, "gated", samples, temperature, self.classes)
         if self.classes is not None:
-            return Widened(networks[0], self.classes[0], data.num_classes)
+            return Widened(networks[0], torch.tensor(self.classes[0]), data.num_classes)
         return networks[0]
-
-
-class Widened(nn.Module):
-    """A network that knows some of the data's classes, with an output for each of them.
-
-    Args:
-        network: Kept as it is.
-        classes: The labels that its outputs stand for.
-        count: The number of classes of the data.
-    """
-
-    def __init__(self, network: nn.Module, classes: Sequence[int], count: int) -> None:
-        super().__init__()
-        self.network, self.classes, self.count = network, tuple(classes), count
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits `[N, classes]`, minus infinity for those that the network does not know."""
-        logits: Tensor = self.network(images)
-        widened = logits.new_full((len(logits), self.count), -torch.inf)
-        widened[:, self.classes] = logits
-        return widened
 
 
 def _plain(weights: Sequence[float] | None) -> list[float] | None:

@@ -7,20 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, cast
 
-import torch
-
-from clafusion import Fusion, FusionOptions, fuse, map_units
+from clafusion import FusionOptions, map_units
 from clafusion.alignment.layer_maps import align_stages
 from clafusion.alignment.parents import template_of, trace_all, trace_as
 from clafusion.balancing.correspondence import correspond
 from clafusion.balancing.insertion import check_insertable
 from clafusion.errors import FusionError
-from clafusion.fusion.record import FusionRecord
-from clafusion.lightning_modules.checkpoints.reading import load_parent
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.commands.fuse import fuse_and_record
 from clafusion.lightning_modules.commands.outputs import save_as
-from clafusion.lightning_modules.commands.records import parent_files, peak_memory, seeds, versions, write_results
+from clafusion.lightning_modules.commands.records import peak_memory, seeds, versions, write_results
 from clafusion.lightning_modules.commands.transfer import Combine, TransferSettings
 from clafusion.lightning_modules.compatibility import ImageData, load_alike
 from clafusion.lightning_modules.distributed import on_rank_zero
@@ -89,13 +85,9 @@ class FuseStage(Stage):
             paths, data = [str(path) for path in inputs.values()], cast(ImageData, context.data)
             with steps(context.quiet) as step:
                 device = strategy.root_device
-                if self.classes is None:
-                    fusion, record = fuse_and_record(
-                        paths, data, self.options, device, report=context.report, step=step
-                    )
-                else:
-                    step(f"fusing {len(paths)} networks")
-                    fusion, record = _fuse_label_sets(paths, data, self.options, device, self.classes)
+                fusion, record = fuse_and_record(
+                    paths, data, self.options, device, classes=self.classes, report=context.report, step=step
+                )
             save_as(ImageClassifier(), fusion.model, record, folder / "fused.ckpt")
             for name in self.balanced:
                 balanced = fusion.balanced_parent(list(inputs).index(name))
@@ -169,19 +161,6 @@ class TransferStage(Stage):
             return cost
 
         return on_rank_zero(context.trainer.strategy, compute)
-
-
-def _fuse_label_sets(
-    paths: list[str], data: ImageData, options: FusionOptions, device: torch.device, classes: list[list[int]]
-) -> tuple[Fusion, FusionRecord]:
-    """Fuse networks of different classes; return the fusion and its record, as `fuse_and_record` does."""
-    parents = [load_parent(path).to(device) for path in paths]
-    started = time.perf_counter()
-    batches = [batch.to(device) for batch in data.alignment_batches(options.num_samples, options.seed)]
-    fusion = fuse(parents, batches, options, classes)
-    cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory(device)}
-    record = {"parents": parent_files(paths), **fusion.summary(), **cost, "seeds": seeds(options)}
-    return fusion, cast(FusionRecord, {**record, "versions": versions()})
 
 
 def _structures(draft: Draft, classes: list[list[int]] | None) -> list[Structure]:
