@@ -114,7 +114,7 @@ def template_of(structures: Sequence[Structure], options: FusionOptions) -> int:
         word = "deepest" if options.balance == "insert" else "shallowest"
         depths = [[len(stage) for stage in structure.stages] for structure in structures]
         raise FusionError(f"Expected one parent to be {word} in every stage, got stages of {depths} units")
-    return max(candidates, key=lambda k: _fingerprint(structures[k]))
+    return max(candidates, key=lambda k: structures[k].rank)
 
 
 def _contains(structures: Sequence[Structure], k: int, options: FusionOptions) -> bool:
@@ -136,9 +136,3 @@ def _pair_either_way(one: Structure, other: Structure, k: int) -> None:
         pair_stages(other, one, "parent 0")
     except FusionError:
         pair_stages(one, other, f"parent {k}")
-
-
-def _fingerprint(structure: Structure) -> tuple[int, float]:
-    """Rank networks by what they are and not by where they stand, so that the order of the parents does not matter."""
-    tensors = [tensor.detach() for tensor in structure.capture.tensors.values()]
-    return sum(tensor.numel() for tensor in tensors), sum(float(tensor.double().sum()) for tensor in tensors)

@@ -43,9 +43,10 @@ class Teacher:
 
     def log_probabilities(self, logits: Sequence[Tensor]) -> Tensor:
         """The logarithm of the common answer, [samples, classes], from the logits of every classifier."""
-        # One of weight 0 keeps so little that a gradient is defined.
-        shares = self.shares(logits).to(logits[0].dtype).clamp_min(torch.finfo(logits[0].dtype).tiny)
-        answers = torch.stack(log_softmaxes(logits, self.columns), 1)
+        heard = [k for k, weight in enumerate(self.weights) if weight > 0]
+        # The logarithm of a share that has underflowed would have no gradient.
+        shares = self.shares(logits)[:, heard].to(logits[0].dtype).clamp_min(torch.finfo(logits[0].dtype).tiny)
+        answers = torch.stack(log_softmaxes(logits, self.columns), 1)[:, heard]
         return (shares.log()[:, :, None] + answers).logsumexp(1)
 
     def to(self, device: torch.device) -> "Teacher":

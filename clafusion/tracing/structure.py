@@ -138,6 +138,12 @@ class Structure:
         return tuple(layer for unit in self.units for layer in unit.layers)
 
     @cached_property
+    def rank(self) -> tuple[int, float]:
+        """What orders networks by what they are and not by where they stand: parameters, and their sum."""
+        tensors = [tensor.detach() for tensor in self.capture.tensors.values()]
+        return sum(tensor.numel() for tensor in tensors), sum(float(tensor.double().sum()) for tensor in tensors)
+
+    @cached_property
     def unit_of(self) -> Mapping[str, Unit]:
         """The unit of every layer, by the layer's name."""
         return {layer.name: unit for unit in self.units for layer in unit.layers}

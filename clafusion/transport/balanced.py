@@ -83,8 +83,9 @@ class Balanced:
         return self.anchor if space in self.parents[self.anchor].spaces else self.template
 
     def holders(self, space: str) -> list[int]:
-        """The parents that have neurons of a space."""
-        return [k for k, parent in enumerate(self.parents) if space in parent.spaces]
+        """The parents that have neurons of a space, in an order that does not depend on that of the parents."""
+        found = [k for k, parent in enumerate(self.parents) if space in parent.spaces]
+        return sorted(found, key=lambda k: self.parents[k].structure.rank)
 
     def width(self, k: int, space: str) -> int:
         """The number of neurons that a parent has of a space."""

@@ -73,7 +73,7 @@ def covariances(balanced: Balanced, seen: Seen, samples: Tensor, options: Fusion
     wanted: dict[tuple[str, int, int, int], tuple[Observation, Observation]] = {}
     for space, places in seen.items():
         for number, place in enumerate(places):
-            for i, j in combinations_with_replacement(place, 2):
+            for i, j in combinations_with_replacement(sorted(place), 2):
                 wanted[space, number, i, j] = (place[i], place[j])
     runners = balanced.runners
     moments = paired_moments(runners, wanted, samples, batch_size(runners, options.memory_budget))

@@ -33,8 +33,8 @@ def test_every_field_is_documented():
     [
         ({"teacher": "gated", "correction": "repair"}, "correction refit with teacher gated, got repair"),
         ({"targets": "union", "correction": "none"}, "correction refit with targets union, got none"),
-        ({"width": 0.5}, "targets union with width 0.5, got matched"),
-        ({"budget": "macs"}, "targets union with budget macs, got matched"),
+        ({"width": 0.5}, "targets union with width 0.5, got auto"),
+        ({"budget": "macs"}, "targets union with budget macs, got auto"),
         ({"width": 0.5, "targets": "union", "many": "iterative"}, "many many_to_one with width 0.5, got iterative"),
         ({"width": 0.0, "targets": "union"}, "positive width, got 0.0"),
         ({"gate_temperature": -1.0}, "positive gate_temperature, got -1.0"),

@@ -213,7 +213,7 @@ def _(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (Calls(lambda x: x + torch.zeros(len(x), 4)), "any number of samples, got Calls, whose graph would hold for 2"),
+        (Calls(lambda x: x + torch.zeros(len(x), 4)), "any number of samples, got Calls, whose graph would hold for 3"),
         (Controlled(), "torch.export can capture, got Controlled"),
         (
             Calls(lambda x: doubled(x)),

@@ -304,7 +304,7 @@ REFUSED = {
         r"the same number of classes, got \[4, 4, 4, 7, 4, 4\]; choose others",
     ),
     "inputs": (
-        [mlp([5]), mlp([5], inputs=9)], GOOD, {}, r"parent 1: Expected samples that MLP accepts, got .* \[3, 12\]",
+        [mlp([5]), mlp([5], inputs=9)], GOOD, {}, r"parent 1: Expected samples that MLP accepts, got .* \[2, 12\]",
     ),
     "operation": (
         [mlp([5]), nn.Sequential(nn.Linear(12, 5), Sorting(), nn.Linear(5, 4)).double()], GOOD, {},
