@@ -67,14 +67,14 @@ class EvaluateStage(Stage):
     def _combinations(cls, draft: Draft) -> Iterator["EvaluateStage"]:
         """Yield one stage for each combination of the parents, and each kind of weights that the fusions have.
 
-        The parents have a gate where a fusion has one.
+        The parents have a gate where a fusion is told to have one.
         """
         inputs, classes = files_of(draft.networks, draft.parents), draft.label_sets(draft.parents)
         described = [draft.architectures[name] for name in draft.parents]
         alike = classes is None and all(other == described[0] for other in described)
         fusions = cells(draft.experiment.fusions)
         weights_of = {variant: how.weights for variant, how in fusions.items()} or {"": None}
-        gated = {variant: how for variant, how in fusions.items() if how.teacher != "mean"}
+        gated = {variant: how for variant, how in fusions.items() if how.teacher == "gated"}
         gates = {v: GateSettings(how.gate_temperature, how.num_samples, how.seed) for v, how in gated.items()}
         combinations: list[Combination] = ["ensemble", "naive average"] if alike else ["ensemble"]
         for combination in combinations:

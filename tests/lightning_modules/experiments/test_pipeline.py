@@ -319,6 +319,8 @@ def test_folders_of_the_first_version_are_recognised(done, monkeypatch):
 def test_an_experiment_that_the_first_version_finished_is_finished(tmp_path, monkeypatch, capsys):
     folder = ROOT / "tests/reference/first_version"
     config = yaml.safe_load((folder / "tiny.yaml").read_text())
+    for how in (*config["experiment"]["fusions"].values(), *config["experiment"]["transfers"].values()):
+        how.update(teacher="mean", targets="matched")  # the defaults then
     shutil.copytree(folder / "experiment", tmp_path / "experiment")
     before = accuracies(tmp_path / "experiment")
     monkeypatch.setitem(globals(), "EXPERIMENT", config["experiment"])
