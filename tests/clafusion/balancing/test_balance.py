@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from clafusion import FusionError, insert_identities, networks, trace
+from clafusion import FusionError, fuse, insert_identities, networks, trace
 from clafusion.balancing.correspondence import correspond
+from clafusion.tracing import comparison
 from clafusion.tracing.execution import GraphRunner
 from tests import helpers
-from tests.helpers import foreign, images, mlp, relative_error, resnet, vectors, vgg
+from tests.helpers import NORMED_PAIRS, foreign, images, mlp, relative_error, resnet, vectors, vgg
 
 FLAGS = [{"bias": bias, "batch_norm": norm} for bias in (False, True) for norm in (False, True)]
 
@@ -282,3 +283,12 @@ def test_refuses_networks_that_do_not_fit(deep, shallow, example, message):
 def test_refuses_a_network_without_layers():
     with pytest.raises(FusionError, match="ReLU to say which samples it takes, got none"):
         insert_identities(nn.ReLU(), mlp([5]), [(0,)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_identity_is_one_in_the_precision_of_the_check(dtype, monkeypatch):
+    """On an accelerator that is double, in which a variance of 1 - eps in single is another one."""
+    make, samples = NORMED_PAIRS["mlp"]
+    monkeypatch.setattr(comparison, "working_precision", lambda *tensors: torch.float64)
+    parents = [model.to(dtype) for model in make()]
+    assert fuse(parents, [samples]).model(samples.to(dtype)).isfinite().all()

@@ -78,6 +78,16 @@ def test_auto_takes_a_gate_where_classifiers_disagree():
     assert teacher_of([logits[0], 2 * logits[0]], (0.5, 0.5), "auto", 1.0).gate is None
 
 
+def test_a_gate_is_the_softer_the_more_the_classifiers_agree():
+    logits, _ = experts()
+    often = [logits[0], torch.where(torch.arange(len(logits[0]))[:, None] % 2 == 0, logits[0], logits[1])]
+    temperatures = [teacher_of(one, (0.5, 0.5), "gated", 3.0).gate.temperature for one in (logits, often)]
+    shares = [agreement(one) for one in (logits, often)]
+    assert temperatures == pytest.approx([3.0 / (1 - share**2) for share in shares]) and shares[0] < shares[1]
+    same = teacher_of([logits[0], logits[0]], (0.5, 0.5), "gated", 1.0)
+    assert same.shares([logits[0], logits[0]]) == pytest.approx(0.5)
+
+
 def test_a_lower_temperature_decides_more():
     logits, _ = experts()
     shares = [Gate.learn(logits, temperature).shares(logits).max(1).values.mean() for temperature in (4.0, 1.0, 0.25)]
