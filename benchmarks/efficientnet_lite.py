@@ -22,8 +22,9 @@ from clafusion import Ensemble, FusionOptions, fuse
 VARIANTS = {
     "none": FusionOptions(correction="none"),
     "repair": FusionOptions(correction="repair"),
-    "control: anchor's features": FusionOptions(anchor_lead=1e9),
-    "refit": FusionOptions(),
+    "control: anchor's features": FusionOptions(targets="matched", anchor_lead=1e9),
+    "matched": FusionOptions(targets="matched"),
+    "default": FusionOptions(),
 }
 
 
