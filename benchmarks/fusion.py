@@ -57,7 +57,7 @@ def options_of(name: str, num_samples: int) -> FusionOptions:
     """The options by the name of the correction, or the published ones."""
     if name == "paper":
         return FusionOptions.paper(num_samples=num_samples)
-    return FusionOptions(correction=name, num_samples=num_samples)  # type: ignore[arg-type]
+    return FusionOptions(correction=name, targets="matched", num_samples=num_samples)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
