@@ -34,13 +34,14 @@ def tracking(tracker: Tracker) -> Iterator[None]:
 
     Example:
         >>> import torch
-        >>> from clafusion import fuse
+        >>> from clafusion import FusionOptions, fuse
         >>> from clafusion.networks import MLP
         >>> def say(items, words, total):
         ...     print(f"{words}: {total}")
         ...     return items
         >>> with tracking(say):
-        ...     fusion = fuse([MLP(8, [6, 5, 4], 3), MLP(8, [6, 4], 3)], [torch.randn(32, 8)])
+        ...     parents = [MLP(8, [6, 5, 4], 3), MLP(8, [6, 4], 3)]
+        ...     fusion = fuse(parents, [torch.randn(32, 8)], FusionOptions(targets="matched"))
         measuring neurons: 1
         matching neurons: 3
         refitting layers: 4

@@ -139,7 +139,7 @@ class Structure:
 
     @cached_property
     def rank(self) -> tuple[int, float]:
-        """What orders networks by what they are and not by where they stand: parameters, and their sum."""
+        """Its place among networks, by what they are and not by where they stand: parameters, and their sum."""
         tensors = [tensor.detach() for tensor in self.capture.tensors.values()]
         return sum(tensor.numel() for tensor in tensors), sum(float(tensor.double().sum()) for tensor in tensors)
 
