@@ -24,16 +24,20 @@ def fisher(heads, sizes, activations, weights):
     )
 
 
-def measured(parents, samples, weights):
+def measured(parents, samples, weights, space):
+    """The Fisher information of the neurons of a space, those of the first parent first."""
     balanced = fuse(parents, [samples[:20]], FusionOptions(correction="none")).balancing
     seen = seen_at(balanced, balanced.structure.free_spaces)
-    return sensitivities(balanced, seen, samples, Teacher(weights), FusionOptions(seed=1))
+    found = sensitivities(balanced, seen, samples, Teacher(weights), FusionOptions(seed=1))[space]
+    owners = torch.cat([torch.full((balanced.width(k, space),), k) for k in balanced.holders(space)])
+    order = owners.argsort(stable=True)
+    return found[order][:, order]
 
 
 def test_the_fisher_information_of_perceptrons():
     parents = [randomised(MLP(5, [4], 3, bias=True)), randomised(MLP(5, [3], 3, bias=True), 1)]
     sample = torch.randn(1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = measured(parents, torch.cat([sample] * 4000), (0.3, 0.7))["fc1"]
+    found = measured(parents, torch.cat([sample] * 4000), (0.3, 0.7), "fc1")
     with torch.no_grad():
         hidden = torch.cat([parent.fc1(sample).relu()[0] for parent in parents])[:, None]
     heads = [lambda one, parent=parent: parent.fc2(one[:, 0]) for parent in parents]
@@ -51,7 +55,7 @@ def convolutional(channels, seed):
 def test_positions_are_added_up():
     parents = [convolutional(3, 0), convolutional(2, 1)]
     sample = torch.randn(1, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = measured(parents, torch.cat([sample] * 2000), (0.5, 0.5))["0"]
+    found = measured(parents, torch.cat([sample] * 2000), (0.5, 0.5), "0")
     with torch.no_grad():
         hidden = torch.cat([parent[:2](sample)[0] for parent in parents]).flatten(1)
     heads = [lambda one, parent=parent: parent[2:](one.reshape(1, -1, 4, 4))[0] for parent in parents]
