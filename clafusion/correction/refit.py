@@ -204,9 +204,8 @@ def _refit_head(
     missing = wanted - base
     offset = base.double() - system.apply(prior.double())[0]  # of what else is added to the logits
 
-    def solved(rows: Tensor | slice, ridge: float) -> Tensor:
-        """The weights that some observations give, [classes, inputs]."""
-        own = RidgeSystem.of(design[rows], ridge, has_bias)
+    def solved(own: RidgeSystem, rows: Tensor | slice, ridge: float) -> Tensor:
+        """The weights that some observations give, whose system is `own`, [classes, inputs]."""
         start = own.regress(_by_group(missing[rows], prior), prior)[0]
         return soft_label_regression(design[rows, 0], probabilities[rows], start, ridge, has_bias, offset[rows])
 
@@ -214,10 +213,12 @@ def _refit_head(
         errors = dict.fromkeys((multiple * ridge for multiple in RIDGES), 0.0)
         for one, fold in product(errors, range(FOLDS if len(design) < ENOUGH else 1)):
             held = torch.arange(len(design), device=design.device) % FOLDS == fold
-            said = design[held, 0].double() @ solved(~held, one).T + offset[held]
+            others = solved(RidgeSystem.of(design[~held], one, has_bias), ~held, one)
+            said = design[held, 0].double() @ others.T + offset[held]
             errors[one] -= float((probabilities[held] * said.log_softmax(1)).sum())
         ridge = min(errors, key=errors.__getitem__)
-    _write(parts, solved(slice(None), ridge)[None], system)
+        system = RidgeSystem.of(design, ridge, has_bias)
+    _write(parts, solved(system, slice(None), ridge)[None], system)
 
 
 def _write(parts: Sequence[FoldedLayer], solved: Tensor, system: RidgeSystem) -> None:

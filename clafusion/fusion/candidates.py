@@ -105,15 +105,16 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
     teacher = teacher_of(logits, parts.weights, kind, options.gate_temperature, parts.columns)
     trust = tuple(teacher.shares(logits).mean(0).tolist())
     warn_of_doubts(teacher, logits, trust)
-    if options.targets == "matched":
-        return replace(_matched(parts, options, "matched", teacher, samples), trust=trust)
-    if options.targets in ("union", "centroids"):
-        return replace(_union(parts, options, teacher, samples), trust=trust)
     alike = options.head == "average" and agreement(logits, parts.columns) > ALIKE
-    if alike or len(samples) < COMPARABLE:
-        anchor = replace(options, anchor_lead=ALONE)
-        return replace(_matched(parts, anchor, "anchor", teacher, samples), trust=trust)
-    return replace(_nearest(parts, samples, options, teacher, logits), trust=trust)
+    if options.targets == "matched":
+        made = _matched(parts, options, "matched", teacher, samples)
+    elif options.targets in ("union", "centroids"):
+        made = _union(parts, options, teacher, samples)
+    elif alike or len(samples) < COMPARABLE:
+        made = _matched(parts, replace(options, anchor_lead=ALONE), "anchor", teacher, samples)
+    else:
+        made = _nearest(parts, samples, options, teacher, logits)
+    return replace(made, trust=trust)
 
 
 def _nearest(
@@ -173,5 +174,4 @@ def _union(parts: Parts, options: FusionOptions, teacher: Teacher, samples: Tens
     balanced = replace(parts.balanced, layout=structure.axes)
     moved_average(balanced, structure, parts.maps, parts.weights, options, pool)
     targets = Targets(balanced, parts.maps, parts.weights, options, teacher, pool)
-    name = "centroids" if options.targets == "centroids" else "union"
-    return Candidate(name, network, structure, correct(network, structure, targets, samples, trial), teacher)
+    return Candidate(options.targets, network, structure, correct(network, structure, targets, samples, trial), teacher)

@@ -345,15 +345,22 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
+def carry_out(experiment: dict[str, Any], output: Path, limit_train: int) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """Run an experiment; return the folder of its only seed and the rows of its table."""
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    data = DigitsDataModule(limit_train=limit_train, batch_size=16)
+    results = run_pipeline(FusionTrainer(devices=1, **quiet), ImageClassifier(), data, experiment, output=str(output))
+    assert results["failures"] == []
+    [seed] = results["seeds"]
+    return output / f"seed_{seed}", {row["name"]: row for row in results["networks"]}
+
+
 @pytest.fixture(scope="module")
 def carried_out(tmp_path_factory) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """The folder of a tiny experiment and the rows of its table."""
-    output = tmp_path_factory.mktemp("experiments") / "tiny"
-    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    data = DigitsDataModule(limit_train=80, batch_size=16)
-    results = run_pipeline(FusionTrainer(devices=1, **quiet), ImageClassifier(), data, TINY, output=str(output))
-    assert results["seeds"] == [5] and results["failures"] == []
-    return output / "seed_5", {row["name"]: row for row in results["networks"]}
+    """A tiny experiment."""
+    folder, rows = carry_out(TINY, tmp_path_factory.mktemp("experiments") / "tiny", 80)
+    assert folder.name == "seed_5"
+    return folder, rows
 
 
 def test_the_table_names_every_cell(carried_out):
@@ -418,13 +425,10 @@ KNOWING: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def knowing(tmp_path_factory) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """The folder of a tiny experiment whose parents know other classes, and the rows of its table."""
-    output = tmp_path_factory.mktemp("experiments") / "knowing"
-    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    data = DigitsDataModule(limit_train=200, batch_size=16)
-    results = run_pipeline(FusionTrainer(devices=1, **quiet), ImageClassifier(), data, KNOWING, output=str(output))
-    assert results["failures"] == []
-    return output / "seed_0", {row["name"]: row for row in results["networks"]}
+    """A tiny experiment whose parents know other classes."""
+    folder, rows = carry_out(KNOWING, tmp_path_factory.mktemp("experiments") / "knowing", 200)
+    assert folder.name == "seed_0"
+    return folder, rows
 
 
 def test_parents_of_other_label_sets_are_compared_on_all_classes(knowing):
