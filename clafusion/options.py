@@ -9,6 +9,8 @@ from clafusion.errors import FusionError
 
 #: The least value of what is counted.
 LEAST = {"pin_first": 0, "pin_last": 0, "anchor": 0, "anchor_lead": 1, "num_samples": 2, "memory_budget": 1}
+#: A lead with which the hidden layers are the anchor's.
+ALONE = 1e9
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,11 @@ class FusionOptions:
             if not _are_weights(self.weights):
                 raise FusionError(f"Expected weights of at least 0 with a positive sum, got {list(self.weights)}")
             object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
+
+    @property
+    def only_anchor(self) -> bool:
+        """Whether the hidden layers are those of the anchor, as they are."""
+        return self.correction == "refit" and self.targets == "matched" and self.anchor_lead >= ALONE
 
     @property
     def anchor_index(self) -> int:

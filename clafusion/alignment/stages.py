@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from clafusion.errors import FusionError
+from clafusion.tracing.signatures import Signature
 from clafusion.tracing.structure import Structure, Unit
 
 #: Per stage of the deep network (the head last), for every unit of the shallow one the unit that it stands for.
@@ -32,28 +33,36 @@ def pair_stages(deep: Structure, shallow: Structure, called: str = "the second n
         pairs: list[StagePair] = list(zip(ours, theirs, strict=True))
         if all(a[0].kind == b[0].kind for a, b in pairs):
             return pairs
-    rows = _rows(deep, theirs)
+    rows = _rows(deep, shallow)
     if rows is None:
         kinds = [", ".join(stage[0].kind for stage in stages) for stages in (ours, theirs)]
+        firm = [unit.name for stage in ours[:-1] for unit in stage if not unit.insertable]
+        behind = f"; no identity can stand in place of {firm[-1]!r} there" if firm and len(ours) > len(theirs) else ""
         raise FusionError(
             f"Expected networks with the same stages, got {len(theirs)} ({kinds[1]}) in {called} and {len(ours)} "
-            f"({kinds[0]}) in the other"
+            f"({kinds[0]}) in the other{behind}"
         )
     return [(stage, theirs[rows.index(row)] if row in rows else ()) for row, stage in enumerate(ours)]
 
 
-def _rows(deep: Structure, theirs: Sequence[tuple[Unit, ...]]) -> list[int] | None:
+def _rows(deep: Structure, shallow: Structure) -> list[int] | None:
     """The stage of the deep network for each of the shallow one's; None if these do not fit in."""
-    reached: dict[int, list[int]] = {0: []}  # stages of the shallow network so far, and where they went
+    theirs = shallow.stages
+    # By how many stages of the shallow network are placed, and what must lie before the next one of them because it
+    # lies before a stage of the deep network that it lacks: where they were placed.
+    reached: dict[tuple[int, Signature], list[int]] = {(0, ()): []}
     for row, stage in enumerate(deep.stages):
-        following: dict[int, list[int]] = {}
-        for count, rows in reached.items():
+        between = deep.transitions[stage[0].name].signature
+        following: dict[tuple[int, Signature], list[int]] = {}
+        for (count, before), rows in reached.items():
             if count < len(theirs) and _alike(stage, theirs[count]):
-                following.setdefault(count + 1, [*rows, row])
-            if all(unit.insertable for unit in stage) and not deep.transitions[stage[0].name].nodes:
-                following.setdefault(count, rows)
+                moved = not between and shallow.transitions[theirs[count][0].name].signature == before
+                if not before or moved:
+                    following.setdefault((count + 1, ()), [*rows, row])
+            if all(unit.insertable for unit in stage) and not (before and between):
+                following.setdefault((count, before or between), rows)
         reached = following
-    return reached.get(len(theirs))
+    return reached.get((len(theirs), ()))
 
 
 def _alike(ours: Sequence[Unit], theirs: Sequence[Unit]) -> bool:

@@ -39,9 +39,9 @@ def correspond(template: Structure, parent: Structure, alignment: Alignment, cal
     """
     units = matched_units(template, parent, alignment, called)
     draft = _Draft(template, parent, called)
-    for ours, theirs in pair_stages(template, parent, called):
-        if theirs:
-            draft.add_transition(ours[0], theirs[0])
+    stages = pair_stages(template, parent, called)
+    for number, (ours, _) in enumerate(stages):
+        draft.add_transition(ours[0], next(theirs[0] for _, theirs in stages[number:] if theirs))
         for unit in ours:
             if unit.name in units:
                 draft.add_unit(unit, units[unit.name])
@@ -110,8 +110,10 @@ class _Draft:
         self.identities: dict[str, str] = {}
 
     def add_transition(self, unit: Unit, other: Unit) -> None:
-        """Pair the operations before the first unit of a stage, whether the parent has that unit or an identity."""
+        """Pair the operations before a stage with those before the parent's next unit, which may lack the stage."""
         ours, theirs = self.template.transitions[unit.name], self.parent.transitions[other.name]
+        if not ours.nodes and (not theirs.nodes or theirs.nodes[0] in self.nodes.values()):
+            return
         if ours.signature != theirs.signature:
             a, b = first_difference(ours.signature, theirs.signature)
             raise FusionError(

@@ -65,19 +65,20 @@ def correct(
         add_missing_biases(model)
         if len(list(model.parameters())) != before:
             structure = structure_of(model, samples)
-    if options.correction == "refit" and targets.pool is None:
+    if options.correction == "refit" and targets.pool is None and not options.only_anchor:
         _average_with_lead(structure, targets)
     one_by_one = [alone(unit, layer) for unit in structure.units for layer in unit.layers if layer.weight is not None]
-    steps = steps_of(structure) if options.correction == "refit" else one_by_one
+    fitted = [step for step in steps_of(structure) if targets.is_fitted(step)]
+    steps = fitted if options.correction == "refit" else one_by_one
     layers = tracked(_layer_by_layer(structure, steps, targets, samples), _WORDS[options.correction], len(steps))
     notes = [line for line in layers if line]
     if not quiet:
-        _tell(notes, structure)
+        _tell(notes, [] if options.only_anchor else _left_alone(structure))
     check_finite(state_of(model), f"the fused network after {options.correction}", structure.axes)
     return structure
 
 
-def _tell(notes: Sequence[str], structure: Structure) -> None:
+def _tell(notes: Sequence[str], left_alone: Sequence[str]) -> None:
     """Warn of what a correction could not do."""
     _warn(
         [line for line in notes if " for the " in line],
@@ -85,7 +86,7 @@ def _tell(notes: Sequence[str], structure: Structure) -> None:
         "rest, pass more samples",
     )
     _warn(
-        [*(line for line in notes if " for the " not in line), *_left_alone(structure)],
+        [*(line for line in notes if " for the " not in line), *left_alone],
         "Expected layers and norms that can be corrected, got {}; this stays averaged, everything else is corrected",
     )
 

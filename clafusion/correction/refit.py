@@ -10,7 +10,7 @@ from torch import Tensor
 from clafusion.correction.affine import FoldedLayer, design_rows
 from clafusion.correction.steps import Step, row_places
 from clafusion.correction.targets import Targets
-from clafusion.statistics.regression import RidgeSystem, rectified_regression, soft_label_regression
+from clafusion.statistics.regression import BLOCK, RidgeSystem, rectified_regression, soft_label_regression
 from clafusion.statistics.samples import rows
 from clafusion.teachers.teacher import Teacher
 from clafusion.tracing.execution import Cursor
@@ -199,26 +199,46 @@ def _refit_head(
     parts: Sequence[FoldedLayer], design: Tensor, wanted: Tensor, base: Tensor, probabilities: Tensor, ridge: float
 ) -> None:
     """The head is fitted to the parents' mean logits, and from there to their teacher's probabilities."""
-    has_bias, prior = _has_bias(parts), _prior(parts)
+    prior, has_bias = _prior(parts), _has_bias(parts)
     system = RidgeSystem.of(design, ridge, has_bias)
     missing = wanted - base
     offset = base.double() - system.apply(prior.double())[0]  # of what else is added to the logits
-
-    def solved(own: RidgeSystem, rows: Tensor | slice, ridge: float) -> Tensor:
-        """The weights that some observations give, whose system is `own`, [classes, inputs]."""
-        start = own.regress(_by_group(missing[rows], prior), prior)[0]
-        return soft_label_regression(design[rows, 0], probabilities[rows], start, ridge, has_bias, offset[rows])
-
     if FOLDS <= len(design) < FEW_PER_INPUT * design.shape[2]:
-        errors = dict.fromkeys((multiple * ridge for multiple in RIDGES), 0.0)
-        for one, fold in product(errors, range(FOLDS if len(design) < ENOUGH else 1)):
-            held = torch.arange(len(design), device=design.device) % FOLDS == fold
-            others = solved(RidgeSystem.of(design[~held], one, has_bias), ~held, one)
-            said = design[held, 0].double() @ others.T + offset[held]
-            errors[one] -= float((probabilities[held] * said.log_softmax(1)).sum())
-        ridge = min(errors, key=errors.__getitem__)
+        ridge = _validated_ridge(design[:, 0], missing, probabilities, offset, prior, ridge, has_bias)
         system = RidgeSystem.of(design, ridge, has_bias)
-    _write(parts, solved(system, slice(None), ridge)[None], system)
+    start = system.regress(_by_group(missing, prior), prior)
+    _write(parts, soft_label_regression(design, probabilities[None], start, ridge, has_bias, offset[None]), system)
+
+
+def _validated_ridge(
+    x: Tensor, missing: Tensor, probabilities: Tensor, offset: Tensor, prior: Tensor, ridge: float, intercept: bool
+) -> float:
+    """The multiple of a ridge that leaves the output layer nearest to the teacher, by cross-validation.
+
+    Args:
+        x: inputs of the output layer, [observations, inputs].
+        missing: what its present weights lack of the parents' mean logits, [observations, classes].
+        probabilities: those of the teacher, [observations, classes].
+        offset: what is added to the layer's outputs, [observations, classes].
+        prior: its present weights, [1, classes, inputs].
+        ridge: to be multiplied.
+        intercept: whether the last input is the constant one.
+    """
+    parts = torch.arange(len(x) // FOLDS * FOLDS, device=x.device).reshape(-1, FOLDS).T
+    tried = list(product(RIDGES, range(FOLDS if len(x) < ENOUGH else 1)))
+    errors = dict.fromkeys(RIDGES, 0.0)
+    at_once = max(1, BLOCK // x.numel())
+    for first in range(0, len(tried), at_once):
+        multiples, folds = zip(*tried[first : first + at_once], strict=True)
+        held = parts[list(folds)]  # [trials, observations]
+        given = torch.stack([torch.cat([*parts[:fold], *parts[fold + 1 :]]) for fold in folds])
+        ridges, design = ridge * torch.tensor(multiples, dtype=torch.float64, device=x.device), x[given].transpose(0, 1)
+        start = RidgeSystem.of(design, ridges, intercept).regress(missing[given], prior.expand(len(folds), -1, -1))
+        weights = soft_label_regression(design, probabilities[given], start, ridges, intercept, offset[given])
+        said = (x[held].double() @ weights.mT + offset[held]).log_softmax(-1)
+        for multiple, error in zip(multiples, -(probabilities[held] * said).sum((1, 2)), strict=True):
+            errors[multiple] += float(error)
+    return ridge * min(errors, key=errors.__getitem__)
 
 
 def _write(parts: Sequence[FoldedLayer], solved: Tensor, system: RidgeSystem) -> None:

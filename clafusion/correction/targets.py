@@ -40,6 +40,15 @@ class Targets:
         """Whether a step gives the logits."""
         return step.node == self.balanced.structure.capture.logits
 
+    def gives_logits(self, step: Step) -> bool:
+        """Whether a step gives the logits, or what only moves such as pooling make the logits of."""
+        axis = self.balanced.structure.written(step.last)
+        return self.is_head(step) or (axis is not None and self.balanced.structure.output in axis.spaces)
+
+    def is_fitted(self, step: Step) -> bool:
+        """Whether a step is refit: hidden ones are not where they are to be the anchor's."""
+        return not self.options.only_anchor or self.gives_logits(step)
+
     def shares(self, step: Step) -> dict[int, float]:
         """The share of each parent in the target of a step, summing to one; a parent that lacks it has none."""
         anchor = self.balanced.anchor
@@ -50,7 +59,7 @@ class Targets:
         layer = step.last
         owned = self.balanced.layer_weights(layer, step.unit, self.weights)
         owned = {k: weight for k, weight in owned.items() if step.node in self.balanced.parents[k].nodes}
-        return self.led(owned, not self.is_head(step) and not self._writes_logits(step))
+        return self.led(owned, not self.gives_logits(step))
 
     def led(self, owned: dict[int, float], hidden: bool = True) -> dict[int, float]:
         """Weights of some parents as shares, with the lead of the anchor where something hidden is refit."""
@@ -88,10 +97,6 @@ class Targets:
         if self.pool is None or found is None:
             return False
         return any(space in self.pool.sizes for space in found[1].spaces)
-
-    def _writes_logits(self, step: Step) -> bool:
-        axis = self.balanced.structure.written(step.last)
-        return axis is not None and self.balanced.structure.output in axis.spaces
 
 
 def _axis(structure: Structure, node: str, dim: int) -> Axis | None:

@@ -99,11 +99,13 @@ def _shares(balanced: Balanced, unit: Unit, name: str, weights: Sequence[float],
     identities averaged into U as well, the branch would shrink by the square of its owners' weight.
     """
     everybody = range(len(balanced.parents))
-    inside = balanced.inner_weights(unit, weights)
     axes = balanced.layout[name]
     writes_logits = bool(axes) and axes[0] is not None and balanced.structure.output in axes[0].spaces
     if options.head == "anchor" and writes_logits:
         return [float(k == balanced.anchor) for k in everybody]
+    if options.only_anchor and not writes_logits:
+        weights = [float(k == balanced.anchor) for k in everybody]
+    inside = balanced.inner_weights(unit, weights)
     whole = inside == dict(enumerate(weights))
     if unit.kind != "residual" or whole:
         return list(weights)

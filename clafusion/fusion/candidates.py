@@ -17,7 +17,7 @@ from clafusion.correction.correct import correct
 from clafusion.correction.targets import Targets
 from clafusion.errors import FusionError
 from clafusion.fusion.averaging import moved_average
-from clafusion.options import FusionOptions
+from clafusion.options import ALONE, FusionOptions
 from clafusion.statistics.samples import logits_of
 from clafusion.teachers.doubts import warn_of_doubts
 from clafusion.teachers.teacher import ALIKE, Teacher, agreement, teacher_of
@@ -32,8 +32,6 @@ HELD_BACK = 0.2
 COMPARABLE = 10
 #: With fewer samples than this, means of similar neurons are tried beside single ones: they vary less with the samples.
 FEW = 1000
-#: The lead of an anchor whose features stay as they are.
-ALONE = 1e9
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +109,7 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
     elif options.targets in ("union", "centroids"):
         made = _union(parts, options, teacher, samples)
     elif alike or len(samples) < COMPARABLE:
-        made = _matched(parts, replace(options, anchor_lead=ALONE), "anchor", teacher, samples)
+        made = _matched(parts, replace(options, targets="matched", anchor_lead=ALONE), "anchor", teacher, samples)
     else:
         made = _nearest(parts, samples, options, teacher, logits)
     return replace(made, trust=trust)
@@ -148,7 +146,7 @@ def _makers(
     """By name what makes each candidate of samples; the second argument says whether it is a trial."""
     made: dict[str, Callable[[Tensor, bool], Candidate]] = {}
     for name, lead in (("matched", options.anchor_lead), ("matched, equal", 1.0), ("anchor", ALONE)):
-        made[name] = partial(_matched, parts, replace(options, anchor_lead=lead), name, teacher)
+        made[name] = partial(_matched, parts, replace(options, targets="matched", anchor_lead=lead), name, teacher)
     pooled: tuple[Literal["union", "centroids"], ...] = ("union", "centroids") if few else ("union",)
     for targets in pooled:
         made[targets] = partial(_union, parts, replace(options, targets=targets), teacher)

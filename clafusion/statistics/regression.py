@@ -51,12 +51,12 @@ class RidgeSystem:
     kernel: Tensor | None
 
     @classmethod
-    def of(cls, x: Tensor, ridge: float, intercept: bool) -> "RidgeSystem":
+    def of(cls, x: Tensor, ridge: float | Tensor, intercept: bool) -> "RidgeSystem":
         """Factorise the system of a design.
 
         Args:
             x: [observations, groups, inputs].
-            ridge: the penalty in units of the sum of squares of an average input.
+            ridge: the penalty in units of the sum of squares of an average input; one for all groups or [groups].
             intercept: whether the last input is the constant one.
 
         Raises:
@@ -67,7 +67,8 @@ class RidgeSystem:
         check_features(total, squares)
         mean = total / count if intercept else torch.zeros_like(total)
         # A layer whose input is dead keeps its weights.
-        penalty = (max(ridge, MIN_RIDGE) * squares.mean(1)).clamp_min(torch.finfo(torch.float64).eps * max(count, 1))
+        least = torch.as_tensor(ridge, dtype=torch.float64, device=x.device).clamp_min(MIN_RIDGE)
+        penalty = (least * squares.mean(1)).clamp_min(torch.finfo(torch.float64).eps * max(count, 1))
         kernel = None
         if 2 * count < inputs:
             kernel = _observation_gram(x[:, :, :inputs], intercept)
@@ -187,7 +188,7 @@ def soft_label_regression(
     x: Tensor,
     probabilities: Tensor,
     prior: Tensor,
-    ridge: float,
+    ridge: float | Tensor,
     intercept: bool,
     offset: Tensor | float = 0.0,
 ) -> Tensor:
@@ -197,24 +198,24 @@ def soft_label_regression(
     half the Gram matrix, so that each step solves the same factorised system, and none increases the objective.
 
     Args:
-        x: inputs, [observations, inputs].
-        probabilities: [observations, classes], rows sum to one.
-        prior: weights to start from and to be pulled towards, [classes, inputs].
+        x: inputs, [observations, groups, inputs]; each group is a regression of its own.
+        probabilities: [groups, observations, classes], rows sum to one.
+        prior: weights to start from and to be pulled towards, [groups, classes, inputs].
         ridge: as in `RidgeSystem.of`.
         intercept: whether the last input is the constant one.
-        offset: what else is added to the logits, [observations, classes].
+        offset: what else is added to the logits, [groups, observations, classes].
 
     Returns:
-        [classes, inputs], float64.
+        [groups, classes, inputs], float64.
     """
     # Half the Gram matrix plus the penalty is half of this system.
-    system = RidgeSystem.of(x.double()[:, None, :], 2 * ridge, intercept)
-    prior = prior.double()[None]
+    system = RidgeSystem.of(x.double(), 2 * ridge, intercept)
+    prior = prior.double()
     base, coefficients = system.apply(prior) + offset, system.nothing(prior)
     for _ in range(SOFT_LABEL_STEPS):
         error = probabilities - (base + system.outputs(coefficients)).softmax(-1)
         coefficients = coefficients + system.step(2 * error, coefficients)
-    return system.weights(prior, coefficients)[0]
+    return system.weights(prior, coefficients)
 
 
 def _blocks(x: Tensor) -> Iterator[Tensor]:

@@ -63,7 +63,8 @@ class Gate:
         gate = cls(means, deviations, nothing[:, :-1], nothing[:, -1], temperature)
         standard, scores = gate._scores(doubles)
         design = torch.cat([standard, torch.ones_like(standard[:, :1])], 1)
-        found = soft_label_regression(design, (scores / temperature).softmax(1), nothing, RIDGE, intercept=True)
+        shares = (scores / temperature).softmax(1)
+        found = soft_label_regression(design[:, None], shares[None], nothing[None], RIDGE, intercept=True)[0]
         return cls(means, deviations, found[:, :-1], found[:, -1], temperature)
 
     def to(self, device: torch.device) -> "Gate":

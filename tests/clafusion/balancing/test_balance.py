@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from clafusion import FusionError, fuse, insert_identities, networks, trace
+from clafusion import FusionError, FusionOptions, fuse, insert_identities, networks, trace
 from clafusion.balancing.correspondence import correspond
 from clafusion.tracing import comparison
 from clafusion.tracing.execution import GraphRunner
@@ -198,7 +198,35 @@ def test_the_first_layer_of_a_stage_can_be_inserted():
     assert relative_error(network, shallow, example) < 1e-12
 
 
+def convolutional(hidden, seed=0, flat=False):
+    """Two convolutions and a head of Linear layers, on pooled or on flattened features of 2 x 2 positions."""
+    pool = [nn.Flatten()] if flat else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    widths = [5 * (4 if flat else 1), *hidden]
+    pairs = zip(widths, widths[1:], strict=False)
+    head = [layer for ins, outs in pairs for layer in (nn.Linear(ins, outs), nn.ReLU(), nn.Dropout())]
+    body = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(), nn.MaxPool2d(2)]
+    return helpers.randomised(nn.Sequential(*body, *pool, *head, nn.Linear(widths[-1], 4)), seed)
+
+
+@pytest.mark.parametrize("hidden", [[7], [7, 6]])
+def test_a_head_of_several_layers_can_be_inserted_behind_the_pooling(hidden):
+    deep, shallow, example = convolutional(hidden), convolutional([], 1), images(4, 8)
+    alignment = [(0,), (0,), (), (0,)]
+    network = insert_identities(shallow, deep, alignment, example)
+    assert relative_error(network, shallow, example) < 1e-12
+    fusion = fuse([shallow, deep], [images(60, 8)], FusionOptions(correction="none", weights=(1, 0)))
+    assert fusion.alignments[0] == tuple(alignment)
+    assert relative_error(fusion.model, shallow, example) < 1e-12
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deepest", [0, 1])
+def test_refuses_a_head_of_several_layers_behind_flattened_positions(deepest):
+    parents = [convolutional([7] if k == deepest else [], k, flat=True) for k in range(2)]
+    with pytest.raises(FusionError, match=f"in parent {1 - deepest} and 4 .*; no identity can stand in place of '6'"):
+        fuse(parents, [images(60, 8)])
 
 
 def gelu(depth, seed=0):

@@ -62,6 +62,30 @@ def test_many_parents_are_at_least_as_good_as_the_anchor_with_a_new_output_layer
     assert len(union.trust) == len(parents) and union.teacher is not None and union.teacher.gate is not None
 
 
+def test_a_network_with_one_linear_layer_beside_one_with_several_and_overlapping_labels():
+    x, y = digits()
+    x = x.reshape(-1, 1, 8, 8)
+
+    def network(width: int, head: list[nn.Module], labels: range, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        body = [nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+        model = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head)
+        own = (y[:900] >= labels[0]) & (y[:900] <= labels[-1])
+        return trained(model, x[:900][own], y[:900][own] - labels[0], 150)
+
+    known = [range(5), range(3, 10)]
+    parents = [
+        network(20, [nn.Linear(20, 5)], known[0], 0),
+        network(16, [nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 7)], known[1], 1),
+    ]
+    pairs = zip(parents, known, strict=True)
+    best = max((parent(x[1300:]).argmax(1) + own[0] == y[1300:]).double().mean() for parent, own in pairs)
+    for order in (slice(None), slice(None, None, -1)):
+        fusion = fuse(parents[order], [x[900:1300]], FusionOptions(num_samples=400), classes=known[order])
+        assert fusion.classes == tuple(range(10))
+        assert accuracy(fusion.model, x[1300:], y[1300:]) > best + 0.1
+
+
 NETWORKS = {
     "vgg": (lambda: VGG([[6], [8, 8]], 4, bias=True, batch_norm=True), (3, 8, 8)),
     "resnet": (lambda: ResNet([2, 1], 6, 4, batch_norm=True), (3, 8, 8)),

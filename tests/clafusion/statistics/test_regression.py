@@ -343,6 +343,11 @@ def soft_labels(count=150, classes=4, seed=0, intercept=True):
     return x[:, 0], (2 * normal(count, classes, seed=seed + 5)).softmax(1), prior[0]
 
 
+def soft_regress(x, probabilities, prior, ridge, intercept):
+    """The regression of a single group."""
+    return soft_label_regression(x[:, None], probabilities[None], prior[None], ridge, intercept)[0]
+
+
 def soft_objective(weight, x, probabilities, prior, ridge, intercept=True) -> torch.Tensor:
     free = x.shape[1] - intercept
     pull = ridge * x[:, :free].square().sum(0).mean()
@@ -355,7 +360,7 @@ def soft_objective(weight, x, probabilities, prior, ridge, intercept=True) -> to
 @pytest.mark.parametrize("seed", range(2))
 def test_soft_label_regression_ends_where_the_gradient_is_zero(seed, ridge, intercept):
     x, probabilities, prior = soft_labels(seed=seed, intercept=intercept)
-    weight = soft_label_regression(x, probabilities, prior, ridge, intercept).requires_grad_(True)
+    weight = soft_regress(x, probabilities, prior, ridge, intercept).requires_grad_(True)
     objective = soft_objective(weight, x, probabilities, prior, ridge, intercept)
     objective.backward()
     start = prior.clone().requires_grad_(True)
@@ -365,12 +370,20 @@ def test_soft_label_regression_ends_where_the_gradient_is_zero(seed, ridge, inte
     assert objective.item() == pytest.approx(least, rel=1e-9)
 
 
+def test_groups_are_regressions_of_their_own():
+    problems, ridges = [soft_labels(seed=seed) for seed in range(3)], [1e-3, 0.1, 10.0]
+    apart = [soft_regress(*one, ridge, True) for one, ridge in zip(problems, ridges, strict=True)]
+    x, probabilities, priors = (torch.stack(many) for many in zip(*problems, strict=True))
+    together = soft_label_regression(x.transpose(0, 1), probabilities, priors, torch.tensor(ridges), True)
+    assert torch.allclose(together, torch.stack(apart), atol=1e-7)
+
+
 def test_soft_label_regression_never_goes_up(monkeypatch):
     x, probabilities, prior = soft_labels()
     objectives = []
     for steps in (0, 1, 2, 3, 5, 10, 30, 100):
         monkeypatch.setattr(regression, "SOFT_LABEL_STEPS", steps)
-        weight = soft_label_regression(x, probabilities, prior, 1e-4, True)
+        weight = soft_regress(x, probabilities, prior, 1e-4, True)
         objectives.append(float(soft_objective(weight, x, probabilities, prior, 1e-4)))
     assert all(later <= earlier + 1e-9 for earlier, later in zip(objectives, objectives[1:], strict=False))
     assert objectives[0] > 1.5 * objectives[-1]
@@ -379,7 +392,7 @@ def test_soft_label_regression_never_goes_up(monkeypatch):
 @pytest.mark.parametrize("count", [2, 150])
 def test_a_start_that_is_right_stays(count):
     x, _, prior = soft_labels(count)
-    weight = soft_label_regression(x, (x @ prior.T).softmax(1), prior, 1e-4, True)
+    weight = soft_regress(x, (x @ prior.T).softmax(1), prior, 1e-4, True)
     assert torch.allclose(weight, prior, atol=1e-10)
 
 
@@ -388,4 +401,4 @@ def test_the_iterations_return_float64(dtype):
     x, target, offset, prior = rectified_problem()
     x, target, offset = (tensor.to(dtype) for tensor in (x, target, offset))
     assert rectify(x, target, offset, prior, 1e-4).dtype == torch.float64
-    assert soft_label_regression(x[:, 0], target[0].softmax(1), prior[0], 1e-4, True).dtype == torch.float64
+    assert soft_regress(x[:, 0], target[0].softmax(1), prior[0], 1e-4, True).dtype == torch.float64
