@@ -131,6 +131,7 @@ class Fusion:
         }
 
 
+@torch.inference_mode(False)  # where the caller's is on, no gradient could be taken to choose neurons by
 @torch.no_grad()
 def fuse(
     models: Sequence[nn.Module],

@@ -15,6 +15,7 @@ _CANDIDATES = {
     "matched": "the anchor's neurons, each with what is like it in the other parents",
     "matched, equal": "likewise, with all parents at their weights",
     "union": "neurons chosen among those of all parents",
+    "centroids": "means of similar neurons of all parents",
 }
 _MEASURES = {"variance_ratio": "variance ratio", "cka": "linear CKA"}
 

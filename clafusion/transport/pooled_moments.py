@@ -152,7 +152,7 @@ def _gradients(
     outputs: dict[tuple[int, str], Tensor] = {}
     logits = []
     for k, runner in enumerate(runners):
-        batch, end = as_input(chunk, runner.capture).detach().requires_grad_(), runner.capture.logits
+        batch, end = as_input(chunk, runner.capture).clone().requires_grad_(), runner.capture.logits
         names = [node for owner, node in wanted if owner == k]
         for name, value in runner.observe(batch, {*names, end}):
             outputs[k, name] = value

@@ -2,12 +2,12 @@ r"""Neurons of all parents in one pool, of which the result keeps those that tel
 
 Where parents know different things, no neuron of one stands for a neuron of the other. Instead of one neuron of the
 result for each of the anchor's, which is to be like its partners, the result then has *chosen* neurons of any parent.
-Of each space, with C the covariance of all parents' neurons over unlabelled samples, neurons are chosen one by one so
-that as little as possible of C is left once the chosen ones have explained what they can (`selection`); or the result
-has the means of clusters of them (`centroids`).
+Of each space, with C the covariance of all parents' neurons over unlabelled samples and G their Fisher information
+(how much what the parents say depends on them), neurons are chosen one by one so that tr(G C) of what the chosen ones
+do not explain is as small as possible (`selection`); or the result has the means of clusters of them (`centroids`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -53,7 +53,7 @@ def pool_neurons(balanced: Balanced, samples: Tensor, options: FusionOptions, te
         balanced: the parents.
         samples: unlabelled inputs.
         options: `targets` (whether `centroids` are made), `width`, `budget`, `memory_budget` and `seed` are read.
-        teacher: what the parents say together; by its weights their neurons count.
+        teacher: what the parents say together.
 
     Raises:
         FusionError: if neurons of several spaces are along several dimensions of one output, blocks differ in size, or
@@ -72,23 +72,19 @@ def pool_neurons(balanced: Balanced, samples: Tensor, options: FusionOptions, te
     if unseen is not None:
         raise FusionError(f"Expected to observe the neurons of {unseen!r} for targets=union, got no place where")
     sizes = {name: min(uniform[name], sum(counts[name])) for name in counts}
-    if options.budget == "none":
-        importance = {name: _scales(balanced, name, known[name], teacher.weights) for name in alone}
-        orders = {name: selection(known[name], importance[name], sizes[name])[0] for name in alone}
-    else:
-        importance = sensitivities(balanced, {name: seen[name] for name in alone}, judges, teacher, options)
-        found = {name: selection(known[name], importance[name], sum(counts[name])) for name in alone}
-        orders = {name: order for name, (order, _) in found.items()}
+    importance = sensitivities(balanced, {name: seen[name] for name in alone}, judges, teacher, options)
+    most = {name: sizes[name] if options.budget == "none" else sum(counts[name]) for name in alone}
+    found = {name: selection(known[name], importance[name], most[name]) for name in alone}
+    if options.budget != "none":
         total_of = partial(_TOTALS[options.budget], structure)
         sizes = sizes_within(total_of(uniform), total_of, sizes, {name: gains for name, (_, gains) in found.items()})
     one_by_one = _read_one_by_one(structure)
     maps = {name: as_maps(kept, known.get(name), sum(counts[name])) for name, kept in blocks.items()}
     for name in alone:
         if options.targets == "centroids" and name not in one_by_one:
-            weights = importance[name] if importance[name].ndim == 1 else importance[name].diagonal()
-            maps[name] = centroids(known[name], weights, sizes[name], options.seed)
+            maps[name] = centroids(known[name], importance[name].diagonal(), sizes[name], options.seed)
         else:
-            maps[name] = as_maps(orders[name][: sizes[name]], known[name], sum(counts[name]))
+            maps[name] = as_maps(found[name][0][: sizes[name]], known[name], sum(counts[name]))
     return _pool_of(balanced, counts, maps)
 
 
@@ -120,14 +116,6 @@ def _read_one_by_one(structure: Structure) -> frozenset[str]:
     """The spaces whose neurons are read one by one or in groups."""
     axes = [structure.written(layer) for layer in structure.layers if layer.kind in _ONE_BY_ONE]
     return frozenset(space for axis in axes if axis is not None for space in axis.spaces)
-
-
-def _scales(balanced: Balanced, space: str, covariance: Tensor, weights: Sequence[float]) -> Tensor:
-    """The importance of each neuron: equal for all parents, whatever the scale of their features, times its weight."""
-    owners = balanced.holders(space)
-    variances = covariance.diagonal().split([balanced.width(k, space) for k in owners])
-    pairs = zip(variances, [weights[k] for k in owners], strict=True)
-    return torch.cat([torch.full_like(one, weight / max(float(one.mean()), 1e-30)) for one, weight in pairs])
 
 
 def _blocks(

@@ -138,3 +138,14 @@ def test_the_output_layer_is_moved_and_fitted_by_the_same_map(head):
     samples = torch.randn(300, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     fused = fuse([network, permuted], [samples], FusionOptions(targets="union", head=head)).model
     assert relative_error(fused, network, samples) < 1e-4
+
+
+def test_neurons_are_chosen_by_gradients_in_inference_mode_too():
+    def fused() -> Tensor:
+        parents = [randomised(MLP(8, hidden, 3, bias=True), seed) for seed, hidden in enumerate([[6], [5, 4]])]
+        samples = torch.randn(300, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        return fuse(parents, [samples], FusionOptions(targets="union", teacher="gated")).model(samples[:5]).detach()
+
+    expected = fused()
+    with torch.inference_mode():
+        assert torch.equal(fused(), expected)
