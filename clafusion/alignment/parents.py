@@ -132,7 +132,7 @@ def _contains(structures: Sequence[Structure], k: int, options: FusionOptions) -
 
 def _pair_either_way(one: Structure, other: Structure, k: int) -> None:
     """Refuse two parents of which neither has the stages of the other; the message is on the one with fewer."""
-    ways = [(one, other, f"parent {k}"), (other, one, "parent 0")]
+    ways = [(other, one, "parent 0"), (one, other, f"parent {k}")]
     first, last = sorted(ways, key=lambda way: len(way[0].stages))
     try:
         pair_stages(*first)

@@ -36,8 +36,8 @@ def pair_stages(deep: Structure, shallow: Structure, called: str = "the second n
     rows = _rows(deep, shallow)
     if rows is None:
         kinds = [", ".join(stage[0].kind for stage in stages) for stages in (ours, theirs)]
-        firm = [unit.name for stage in ours[:-1] for unit in stage if not unit.insertable]
-        behind = f"; no identity can stand in place of {firm[-1]!r} there" if firm and len(ours) > len(theirs) else ""
+        firm = [unit.name for stage in ours[len(theirs) - 1 : -1] for unit in stage if not unit.insertable]
+        behind = f"; no identity can stand in place of {firm[0]!r} there" if firm else ""
         raise FusionError(
             f"Expected networks with the same stages, got {len(theirs)} ({kinds[1]}) in {called} and {len(ours)} "
             f"({kinds[0]}) in the other{behind}"

@@ -113,7 +113,7 @@ def _shares(balanced: Balanced, unit: Unit, name: str, weights: Sequence[float],
         return [weights[k] if k in inside else 0.0 for k in everybody]
     total = sum(inside.values())
     if total == 0:
-        return [float(k == min(inside)) for k in everybody]
+        return [float(k in inside) / len(inside) for k in everybody]
     return [inside.get(k, 0.0) / total for k in everybody]
 
 

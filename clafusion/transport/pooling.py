@@ -26,6 +26,8 @@ from clafusion.transport.selection import as_maps, select_blocks, selection
 from clafusion.transport.widths import multiply_adds_of, parameters_of, sizes_within, uniform_sizes
 
 _TOTALS = {"parameters": parameters_of, "macs": multiply_adds_of}
+#: How much every neuron counts at least, relative to the mean: what the parents say may depend on few directions.
+_FLOOR = 1e-3
 #: Kinds of layers in which a neuron reads one neuron, or those of its group, and cannot be a mean of others.
 _ONE_BY_ONE = ("depthwise", "grouped")
 
@@ -72,7 +74,10 @@ def pool_neurons(balanced: Balanced, samples: Tensor, options: FusionOptions, te
     if unseen is not None:
         raise FusionError(f"Expected to observe the neurons of {unseen!r} for targets=union, got no place where")
     sizes = {name: min(uniform[name], sum(counts[name])) for name in counts}
-    importance = sensitivities(balanced, {name: seen[name] for name in alone}, judges, teacher, options)
+    fisher = sensitivities(balanced, {name: seen[name] for name in alone}, judges, teacher, options)
+    importance = {
+        name: one + _FLOOR * one.diagonal().mean() * torch.eye(len(one)).to(one) for name, one in fisher.items()
+    }
     most = {name: sizes[name] if options.budget == "none" else sum(counts[name]) for name in alone}
     found = {name: selection(known[name], importance[name], most[name]) for name in alone}
     if options.budget != "none":

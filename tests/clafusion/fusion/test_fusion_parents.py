@@ -320,7 +320,7 @@ REFUSED = {
     ),
     "stages": (
         [vgg([[4]]), vgg([[4], [4]])], [images(8, 8)], {},
-        r"the same stages, got 3 \(.*\) in parent 1 and 2 \(.*\) in the other",
+        r"the same stages, got 2 \(.*\) in parent 0 and 3 \(.*\) in the other$",
     ),
     "no deepest": (
         [resnet([2, 1]), resnet([1, 2])], [images(8, 8)], {},
