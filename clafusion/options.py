@@ -49,7 +49,7 @@ class FusionOptions:
         anchor_lead: how many times its weight the anchor counts in what hidden layers are refit to, against one other
             parent (against more, as much more for each of them); the output layer is fitted to what all parents
             predict, at their weights. With 1 the features are the mean of the parents', which one layer can only
-            approximate; the larger, the closer they are to the anchor's.
+            approximate; the larger, the closer they are to the anchor's; with 1e9 they are the anchor's as they are.
         teacher: what all parents say together, which the output layer is refit to: the `mean` of their probabilities;
             `gated`: for every sample those of the parents that know it (`Gate`), which it takes where they know
             different things; `auto`: gated unless they agree on more than nine of ten samples.

@@ -203,6 +203,16 @@ def test_the_order_does_not_matter_when_another_than_the_anchor_is_the_deepest()
     assert max(largest_difference(result, results[0]) for result in results[1:]) < 1e-12
 
 
+def test_matched_neurons_are_tried_where_those_of_all_are_no_better_than_the_anchors():
+    found = fuse([resnet([1, 1], 0), resnet([2, 1], 2)], [images(16, 8)]).candidates
+    pooled = {name: found[name] for name in ("union", "centroids")}
+    assert found["anchor"] < min(pooled.values()) and found.keys() - pooled.keys() == {
+        "anchor",
+        "matched",
+        "matched, equal",
+    }
+
+
 def test_the_order_does_not_matter_when_several_others_are_the_deepest():
     a, b, c = resnet([1, 1], 0), resnet([2, 1], 1), resnet([2, 1], 2)
     results = [fuse(order, [images(16, 8)]).model for order in ([a, b, c], [a, c, b])]

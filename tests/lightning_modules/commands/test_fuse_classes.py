@@ -141,7 +141,7 @@ def test_parents_that_know_other_classes_become_one_that_knows_all_by_name(folde
 
 def test_the_record_says_which_network_was_chosen_and_who_was_trusted(united):
     record = json.loads((united.parent / "fusion.json").read_text())
-    assert set(record["candidates"]) == {"anchor", "matched", "matched, equal", "union", "centroids"}
+    assert set(record["candidates"]) == {"anchor", "union", "centroids"}
     assert record["chosen"] == min(record["candidates"], key=record["candidates"].get)
     assert record["teacher"] == "gated" and sum(record["trust"]) == pytest.approx(1)
     page = (united.parent / "report.html").read_text()
