@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torchvision.models.swin_transformer import SwinTransformer
 
 from clafusion import FusionOptions, fuse
 from clafusion.tracing.exporting import logits_of
@@ -59,3 +60,17 @@ def test_a_permuted_copy_is_recovered(name):
     assert float((logits_of(other(samples)) - expected).abs().max() / expected.abs().max()) < TOLERANCE
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert float((got - expected).abs().max() / expected.abs().max()) < TOLERANCE
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_swins_of_unequal_depth_match_shifted_windows_with_shifted_ones():
+    torch.manual_seed(0)
+    settings = {"patch_size": [4, 4], "embed_dim": 16, "num_heads": [2, 4], "window_size": [4, 4], "num_classes": 5}
+    deep, shallow = (SwinTransformer(depths=[blocks, 2], **settings).eval() for blocks in (4, 2))
+    samples = torch.randn(40, 3, 32, 32)
+    fusion = fuse([shallow, deep], [samples], FusionOptions(correction="none", weights=(1, 0)))
+    # Attention and perceptron of every block by turns; the windows of every second block are shifted.
+    plain, _, shifted, _ = fusion.alignments[0][2]
+    assert plain in (0, 4) and shifted in (2, 6)
+    assert torch.allclose(fusion.model(samples), shallow(samples), atol=1e-5)
