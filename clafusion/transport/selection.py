@@ -9,8 +9,6 @@ from torch import Tensor
 #: Ridge of the reconstruction of the other neurons from the chosen ones, and the least rest that can be chosen, both
 #: relative to the variance.
 RIDGE, LEAST = 1e-4, 1e-7
-#: Directions of a metric with less than this share of the largest eigenvalue do not count.
-SMALLEST_EIGENVALUE = 1e-8
 
 
 def selection(
@@ -18,12 +16,14 @@ def selection(
 ) -> tuple[Tensor, Tensor]:
     r"""Neurons, or groups of them, that explain most of what all neurons do; the first ones explain most.
 
-    With A the covariance, G the metric and B = A root(G), the next neuron is
+    With A what is left of the covariance once the chosen neurons have explained what they can, and G the metric, the
+    next neuron is the one that lessens tr(G A) most (column subset selection by pivoted elimination):
 
-    .. math:: \arg\max_i \lVert B_i \rVert^2 / A_{ii}, \qquad
-        A \leftarrow A - a_i a_i^\top / A_{ii}, \qquad B \leftarrow B - a_i b_i^\top / A_{ii}
+    .. math:: \arg\max_i (A G A)_{ii} / A_{ii}, \qquad A \leftarrow A - a_i a_i^\top / A_{ii}
 
-    which minimises tr(G A) of what is left of the covariance A (column subset selection by pivoted elimination).
+    Of A only the diagonal is kept, and of the product its own: with :math:`p = A_{ii}` and :math:`c = A G a_i`,
+
+    .. math:: (A G A)_{jj} \leftarrow (A G A)_{jj} - 2 a_{ij} c_j / p + a_{ij}^2 \, a_i^\top G a_i / p^2
 
     Args:
         covariance: of all neurons, [n, n].
@@ -35,17 +35,19 @@ def selection(
         The chosen groups, and by how much each of them lessens tr(G A), at least 0, both [count].
     """
     groups = torch.arange(len(covariance), device=covariance.device) if groups is None else groups
-    rest = covariance.clone()
-    reach = covariance * importance.sqrt() if importance.ndim == 1 else covariance @ _root(importance)
-    before = rest.diagonal().clone()
+    weighted = covariance * importance if importance.ndim == 1 else covariance @ importance
+    reach = (weighted * covariance).sum(1)
+    before = covariance.diagonal().clone()
+    left = before.clone()
     floor = RIDGE * 1e-2 * float(before.mean()) + 1e-30
     number = int(groups.max()) + 1
-    open_groups = torch.ones(number, dtype=torch.bool, device=rest.device)
+    open_groups = torch.ones(number, dtype=torch.bool, device=left.device)
+    # A = covariance - explained @ explained.T, of which the first columns are filled in.
+    explained, filled = covariance.new_zeros(len(covariance), len(covariance)), 0
     chosen: list[int] = []
     gained: list[float] = []
     for _ in range(min(count, number)):
-        left = rest.diagonal()
-        gains = torch.where(left > LEAST * before + 1e-30, reach.square().sum(1) / (left + floor), 0.0)
+        gains = torch.where(left > LEAST * before + 1e-30, reach.clamp_min(0) / (left + floor), 0.0)
         score = gains.new_zeros(number).index_add_(0, groups, gains)
         score[~open_groups] = -math.inf
         best = int(score.argmax())
@@ -57,19 +59,16 @@ def selection(
         chosen.append(best)
         open_groups[best] = False
         for i in (groups == best).nonzero().flatten().tolist():
-            column, row, pivot = rest[:, i].clone(), reach[i].clone(), float(rest[i, i])
-            if pivot > LEAST * float(before[i]) + 1e-30:
-                rest.addr_(column, column, alpha=-1 / (pivot + floor))
-                reach.addr_(column, row, alpha=-1 / (pivot + floor))
+            if float(left[i]) > LEAST * float(before[i]) + 1e-30:
+                known, pivot = explained[:, :filled], float(left[i]) + floor
+                column = covariance[:, i] - known @ known[i]
+                metric = importance * column if importance.ndim == 1 else importance @ column
+                product = covariance @ metric - known @ (known.T @ metric)
+                reach += column * (column * (column @ metric) / pivot - 2 * product) / pivot
+                left -= column.square() / pivot
+                explained[:, filled] = column / math.sqrt(pivot)
+                filled += 1
     return torch.tensor(chosen, device=covariance.device), covariance.new_tensor(gained)
-
-
-def _root(metric: Tensor) -> Tensor:
-    """A factor F of a positive semidefinite matrix, [n, rank], with F times its transpose the matrix."""
-    values, vectors = torch.linalg.eigh(metric)
-    kept = values > SMALLEST_EIGENVALUE * values[-1]
-    root: Tensor = vectors[:, kept] * values[kept].sqrt()
-    return root
 
 
 def select_blocks(covariances: Mapping[str, Tensor], inside: Mapping[str, Tensor], count: int) -> Tensor:

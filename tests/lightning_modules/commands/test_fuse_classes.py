@@ -186,7 +186,7 @@ def test_the_command_line_may_name_the_classes(folders, parents, united, tmp_pat
     given = ["fuse", *parents, *data(folders["all"]), *UNITED, "--report", "false", *QUIET]
     run(*given, "--classes", "[[cat, dog], [car, truck]]", "-o", tmp_path / "named.ckpt")
     shown = capsys.readouterr().out
-    assert re.search(r"chosen: .*; divergence from what the parents say together: matched \d", shown)
+    assert re.search(r"chosen: .*; divergence from what the parents say together: anchor \d", shown)
     assert re.search(r"trusted: parent 1 \d+%, parent 2 \d+% of the samples", shown)
     ours, theirs = load_parent(tmp_path / "named.ckpt").state_dict(), load_parent(united).state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
