@@ -78,15 +78,17 @@ def pool_neurons(balanced: Balanced, samples: Tensor, options: FusionOptions, te
     importance = {
         name: one + _FLOOR * one.diagonal().mean() * torch.eye(len(one)).to(one) for name, one in fisher.items()
     }
-    most = {name: sizes[name] if options.budget == "none" else sum(counts[name]) for name in alone}
-    found = {name: selection(known[name], importance[name], most[name]) for name in alone}
-    if options.budget != "none":
+    clustered = set(alone) - _read_one_by_one(structure) if options.targets == "centroids" else set()
+    if options.budget == "none":
+        ordered = [name for name in alone if name not in clustered]
+        found = {name: selection(known[name], importance[name], sizes[name]) for name in ordered}
+    else:
+        found = {name: selection(known[name], importance[name], sum(counts[name])) for name in alone}
         total_of = partial(_TOTALS[options.budget], structure)
         sizes = sizes_within(total_of(uniform), total_of, sizes, {name: gains for name, (_, gains) in found.items()})
-    one_by_one = _read_one_by_one(structure)
     maps = {name: as_maps(kept, known.get(name), sum(counts[name])) for name, kept in blocks.items()}
     for name in alone:
-        if options.targets == "centroids" and name not in one_by_one:
+        if name in clustered:
             maps[name] = centroids(known[name], importance[name].diagonal(), sizes[name], options.seed)
         else:
             maps[name] = as_maps(found[name][0][: sizes[name]], known[name], sum(counts[name]))
