@@ -179,7 +179,7 @@ def test_a_bar_shows_how_far_a_fusion_is(mlp_checkpoints, monkeypatch):
         Progress, "update", lambda self, *_, **new: shown.append(new["count"]) or update(self, *_, **new)
     )
     monkeypatch.setattr(Console, "is_terminal", True)
-    run(*fuse_arguments(mlp_checkpoints))
+    run(*fuse_arguments(mlp_checkpoints), "--fusion.targets", "matched")
     assert shown[0] == "fusing 2 networks"
     for words, layers in (("matching neurons", 4), ("refitting layers", 5)):
         at = shown.index(words)
