@@ -84,17 +84,19 @@ def main(photographs: str, samples: int = 400, held_out: int = 400, size: int = 
     ensembles = {"mean": Ensemble(parents), "gated": Ensemble(parents, space="gated", samples=given)}
     together = {name: answers(ensemble, held) for name, ensemble in ensembles.items()}
 
-    def show(name: str, network: nn.Module, seconds: float = 0.0) -> None:
+    def show(name: str, network: nn.Module, cost: str = "") -> None:
         own = answers(network, held)
-        shares = [f"{name} {100 * float((own == said).float().mean()):.1f}" for name, said in together.items()]
-        print(f"{name}: {', '.join(shares)}" + (f" ({seconds:.0f} CPU s)" if seconds else ""), flush=True)
+        shares = [f"{kind} {100 * float((own == said).float().mean()):.1f}" for kind, said in together.items()]
+        print(f"{name}: {', '.join(shares)}{cost}", flush=True)
 
-    for name, network in (*zip(("lite1", "lite0"), parents, strict=True), ("gated ensemble", ensembles["gated"])):
-        show(name, network)
+    show("lite1", parents[0])
+    show("lite0", parents[1])
+    show("gated ensemble", ensembles["gated"])
     for name, options in VARIANTS.items():
         start = time.process_time()
         fusion = fuse(parents, [given], options)
-        show(f"fused, {name} ({fusion.chosen})", fusion.model, time.process_time() - start)
+        cost = f" ({time.process_time() - start:.0f} CPU s)"
+        show(f"fused, {name} ({fusion.chosen})", fusion.model, cost)
 
 
 if __name__ == "__main__":

@@ -67,9 +67,11 @@ def correct(
             structure = structure_of(model, samples)
     if options.correction == "refit" and targets.pool is None and not options.only_anchor:
         _average_with_lead(structure, targets)
-    one_by_one = [alone(unit, layer) for unit in structure.units for layer in unit.layers if layer.weight is not None]
-    fitted = [step for step in steps_of(structure) if targets.is_fitted(step)]
-    steps = fitted if options.correction == "refit" else one_by_one
+    if options.correction == "refit":
+        steps = [step for step in steps_of(structure) if targets.is_fitted(step)]
+    else:
+        layered = [(unit, layer) for unit in structure.units for layer in unit.layers]
+        steps = [alone(unit, layer) for unit, layer in layered if layer.weight is not None]
     layers = tracked(_layer_by_layer(structure, steps, targets, samples), _WORDS[options.correction], len(steps))
     notes = [line for line in layers if line]
     if not quiet:

@@ -112,7 +112,7 @@ def best_candidate(parts: Parts, samples: Tensor, options: FusionOptions) -> Can
     elif options.targets in ("union", "centroids"):
         made = _union(parts, options, teacher, samples)
     elif alike or len(samples) < COMPARABLE:
-        made = _matched(parts, replace(options, targets="matched", anchor_lead=ALONE), "anchor", teacher, samples)
+        made = _matched_makers(parts, options, teacher)["anchor"](samples, False)
     else:
         made = _nearest(parts, samples, options, teacher, logits)
     return replace(made, trust=trust)
@@ -137,7 +137,9 @@ def _nearest(
         answer = logits_of(make(samples[given], True).corrected, samples[held]).to(wanted).log_softmax(1)
         return float(torch.where(wanted.isfinite(), wanted.exp() * (wanted - answer), 0.0).sum(1).mean())
 
-    matched, pooled = _makers(parts, options, teacher, few=len(samples) < FEW)
+    matched = _matched_makers(parts, options, teacher)
+    kinds: tuple[Literal["union", "centroids"], ...] = ("union", "centroids") if len(samples) < FEW else ("union",)
+    pooled: dict[str, Maker] = {kind: partial(_union, parts, replace(options, targets=kind), teacher) for kind in kinds}
     scores["anchor"] = divergence(matched["anchor"])
     for name, make in pooled.items():
         with suppress(FusionError):  # not every network has neurons that can be pooled
@@ -148,15 +150,11 @@ def _nearest(
     return replace((matched | pooled)[best](samples, False), scores=scores)
 
 
-def _makers(
-    parts: Parts, options: FusionOptions, teacher: Teacher, few: bool
-) -> tuple[dict[str, Maker], dict[str, Maker]]:
-    """By name what makes candidates with a neuron for each of the anchor's, and of those of all parents."""
-    matched: dict[str, Maker] = {}
-    for name, lead in (("anchor", ALONE), ("matched", options.anchor_lead), ("matched, equal", 1.0)):
-        matched[name] = partial(_matched, parts, replace(options, targets="matched", anchor_lead=lead), name, teacher)
-    kinds: tuple[Literal["union", "centroids"], ...] = ("union", "centroids") if few else ("union",)
-    return matched, {kind: partial(_union, parts, replace(options, targets=kind), teacher) for kind in kinds}
+def _matched_makers(parts: Parts, options: FusionOptions, teacher: Teacher) -> dict[str, Maker]:
+    """By name what makes candidates with a neuron for each of the anchor's."""
+    leads = (("anchor", ALONE), ("matched", options.anchor_lead), ("matched, equal", 1.0))
+    chosen = {name: replace(options, targets="matched", anchor_lead=lead) for name, lead in leads}
+    return {name: partial(_matched, parts, one, name, teacher) for name, one in chosen.items()}
 
 
 def _matched(

@@ -75,9 +75,8 @@ def pool_neurons(balanced: Balanced, samples: Tensor, options: FusionOptions, te
         raise FusionError(f"Expected to observe the neurons of {unseen!r} for targets=union, got no place where")
     sizes = {name: min(uniform[name], sum(counts[name])) for name in counts}
     fisher = sensitivities(balanced, {name: seen[name] for name in alone}, judges, teacher, options)
-    importance = {
-        name: one + _FLOOR * one.diagonal().mean() * torch.eye(len(one)).to(one) for name, one in fisher.items()
-    }
+    floors = {name: _FLOOR * one.diagonal().mean() for name, one in fisher.items()}
+    importance = {name: one + floors[name].expand(len(one)).diag() for name, one in fisher.items()}
     clustered = set(alone) - _read_one_by_one(structure) if options.targets == "centroids" else set()
     if options.budget == "none":
         ordered = [name for name in alone if name not in clustered]
