@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from clafusion.errors import FusionError
+from clafusion.statistics.batches import Inputs, inputs_of
 from clafusion.statistics.memory import samples_at_once
 from clafusion.tracing.execution import GraphRunner, as_input
 from clafusion.tracing.spaces import Axis
@@ -19,28 +20,26 @@ CPU_CHUNK, ACCELERATOR_CHUNK = 64, 1024
 REUSED_BYTES = 32 * 2**20
 
 
-def collect(batches: Iterable[Any], num_samples: int) -> Tensor:
+def collect(batches: Iterable[Any], num_samples: int, inputs: Inputs = None) -> Tensor:
     """The first `num_samples` inputs as one tensor.
 
     Args:
-        batches: tensors [batch, ...] or tuples that begin with one (labels are ignored); read once, and no further
-            than needed.
+        batches: as `inputs_of` takes them (labels are ignored); read once, and no further than needed.
         num_samples: how many at most.
+        inputs: which part of a batch the networks take; see `inputs_of`.
 
     Raises:
-        FusionError: if there is not at least one batch, or a batch is no tensor, or a value is not finite.
+        FusionError: if there is not at least one batch, or a batch has no inputs, or a value is not finite.
     """
     parts: list[Tensor] = []
     missing = num_samples
     for batch in batches:
-        inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
-        if not isinstance(inputs, Tensor) or inputs.ndim < 2:
-            raise FusionError(f"Expected batches of samples [batch, ...], got {type(inputs).__name__}; pass tensors")
-        if parts and inputs.shape[1:] != parts[0].shape[1:]:
+        part = inputs_of(batch, inputs)
+        if parts and part.shape[1:] != parts[0].shape[1:]:
             raise FusionError(
-                f"Expected samples of one shape, got {list(parts[0].shape[1:])} and {list(inputs.shape[1:])}"
+                f"Expected samples of one shape, got {list(parts[0].shape[1:])} and {list(part.shape[1:])}"
             )
-        parts.append(inputs[:missing].detach())
+        parts.append(part[:missing].detach())
         missing -= len(parts[-1])
         if missing <= 0:
             break

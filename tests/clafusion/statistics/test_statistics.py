@@ -229,9 +229,12 @@ def test_collect_gives_what_there_is_when_there_is_less():
     ("batches", "message"),
     [
         ([], "Expected at least one batch of samples, got none"),
-        ([{"image": torch.zeros(2, 3)}], r"batches of samples \[batch, ...\], got dict; pass tensors"),
-        ([[1.0, 2.0]], r"batches of samples \[batch, ...\], got float"),
-        ([[]], r"batches of samples \[batch, ...\], got list; pass tensors"),
+        (
+            [{"label": torch.zeros(2).long()}],
+            r"batches of samples \[batch, ...\], got dict with 'label'; say with `inputs`",
+        ),
+        ([[1.0, 2.0]], r"batches of samples \[batch, ...\], got list of float, float"),
+        ([[]], r"batches of samples \[batch, ...\], got list of nothing"),
         (torch.zeros(4), r"batches of samples \[batch, ...\], got Tensor"),
         ([torch.zeros(4)], r"batches of samples \[batch, ...\], got Tensor"),
         ([torch.zeros(2, 3), torch.zeros(2, 4)], r"samples of one shape, got \[3\] and \[4\]"),
