@@ -40,7 +40,9 @@ def seen_at(balanced: Balanced, spaces: Sequence[str]) -> Seen:
 
 
 def _nodes(balanced: Balanced, space: str, owners: Sequence[int], layers: Sequence[tuple[Layer, Unit]]) -> list[str]:
-    main = [pair for pair in layers if not pair[0].shortcut] or list(layers)
+    # A shortcut is seen in the sum with its branch; alone where the branch has an activation of its own before the sum.
+    totals = {layer.total for layer, _ in layers if not layer.shortcut}
+    main = [pair for pair in layers if not pair[0].shortcut or pair[0].total not in totals]
     common = [layer for layer, unit in main if set(owners) <= balanced.owners[unit.name].keys()]
     result: dict[str, None] = {}
     for layer in common or [layer for layer, _ in main]:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-#: Ridge of the reconstruction of the other neurons from the chosen ones, and the least rest that can be chosen, both
-#: relative to the variance.
-RIDGE, LEAST = 1e-4, 1e-7
+#: Ridge of the reconstruction of the other neurons from the chosen ones, relative to their mean variance.
+RIDGE = 1e-4
+#: The share of a neuron's variance that must be left for it to tell more than the chosen ones do; rounding leaves less.
+LEAST = 1e-6
 
 
 def selection(
@@ -25,6 +26,9 @@ def selection(
 
     .. math:: (A G A)_{jj} \leftarrow (A G A)_{jj} - 2 a_{ij} c_j / p + a_{ij}^2 \, a_i^\top G a_i / p^2
 
+    Where the chosen neurons explain all others, those follow that are least like any of them: a linear combination of
+    others is none any more behind an activation, but a copy stays one.
+
     Args:
         covariance: of all neurons, [n, n].
         importance: of each, at least 0, [n], the diagonal of G; or G itself, positive semidefinite, [n, n].
@@ -39,7 +43,7 @@ def selection(
     reach = (weighted * covariance).sum(1)
     before = covariance.diagonal().clone()
     left = before.clone()
-    floor = RIDGE * 1e-2 * float(before.mean()) + 1e-30
+    least = LEAST * before + 1e-30
     number = int(groups.max()) + 1
     open_groups = torch.ones(number, dtype=torch.bool, device=left.device)
     # A = covariance - explained @ explained.T, of which the first columns are filled in.
@@ -47,28 +51,36 @@ def selection(
     chosen: list[int] = []
     gained: list[float] = []
     for _ in range(min(count, number)):
-        gains = torch.where(left > LEAST * before + 1e-30, reach.clamp_min(0) / (left + floor), 0.0)
+        gains = torch.where(left > least, reach.clamp_min(0) / left, 0.0)
         score = gains.new_zeros(number).index_add_(0, groups, gains)
         score[~open_groups] = -math.inf
         best = int(score.argmax())
         gained.append(float(score[best]))
-        if gained[-1] <= 0:  # nothing is left to explain: the liveliest of the others
-            score = before.new_zeros(number).index_add_(0, groups, before)
+        if gained[-1] <= 0:
+            taken = ~open_groups[groups]
+            score = before.new_zeros(number).index_add_(0, groups, before * _unlike(covariance, taken))
             score[~open_groups] = -math.inf
             best = int(score.argmax())
         chosen.append(best)
         open_groups[best] = False
         for i in (groups == best).nonzero().flatten().tolist():
-            if float(left[i]) > LEAST * float(before[i]) + 1e-30:
-                known, pivot = explained[:, :filled], float(left[i]) + floor
+            if left[i] > least[i]:
+                known, pivot = explained[:, :filled], left[i].clone()
                 column = covariance[:, i] - known @ known[i]
                 metric = importance * column if importance.ndim == 1 else importance @ column
                 product = covariance @ metric - known @ (known.T @ metric)
                 reach += column * (column * (column @ metric) / pivot - 2 * product) / pivot
                 left -= column.square() / pivot
-                explained[:, filled] = column / math.sqrt(pivot)
+                explained[:, filled] = column / pivot.sqrt()
                 filled += 1
     return torch.tensor(chosen, device=covariance.device), covariance.new_tensor(gained)
+
+
+def _unlike(covariance: Tensor, taken: Tensor) -> Tensor:
+    """How far each neuron is from being one of those that are taken: one less the highest squared correlation, [n]."""
+    scale = covariance.diagonal().clamp_min(1e-30)
+    likeness = covariance[:, taken].square() / torch.outer(scale, scale[taken])
+    return 1 - likeness.amax(1) if taken.any() else torch.ones_like(scale)
 
 
 def select_blocks(covariances: Mapping[str, Tensor], inside: Mapping[str, Tensor], count: int) -> Tensor:

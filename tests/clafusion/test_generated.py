@@ -7,8 +7,8 @@ import torch
 
 from tests import generated
 
-#: Seeds that are tried here; many more by hand: `python -m tests.generated --count 1000`.
-SEEDS = range(24)
+#: Seeds that are tried here, the last of which were wrong once; many more by hand: `python -m tests.generated`.
+SEEDS = (*range(24), 30033, 30092, 30104)
 
 
 @pytest.mark.slow

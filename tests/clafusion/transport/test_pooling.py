@@ -36,6 +36,17 @@ def test_a_neuron_is_not_chosen_beside_its_copy():
     assert sorted((chosen % 4).tolist()) == [0, 1, 2, 3]
 
 
+def test_a_combination_of_others_is_chosen_before_a_copy():
+    """Behind an activation it is one no more; a copy stays one."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(300, 3, generator=generator).double()
+    features = torch.cat([features, features @ torch.randn(3, 2, generator=generator).double()], 1)
+    covariance = torch.cat([features, features], 1).T.cov()
+    chosen, gained = selection(covariance, torch.ones(10).double(), 5)
+    assert sorted((chosen % 5).tolist()) == [0, 1, 2, 3, 4]
+    assert (gained[:3] > 0).all() and (gained[3:] == 0).all()
+
+
 def test_groups_are_chosen_whole():
     covariance = torch.diag(torch.tensor([1.0, 1.0, 5.0, 0.1, 2.0, 2.0])).double()
     chosen = selection(covariance, torch.ones(6).double(), 2, torch.tensor([0, 0, 1, 1, 2, 2]))[0]
