@@ -78,7 +78,7 @@ def bar(progress: bool | None, delay: float = DELAY) -> Iterator[Step]:
     Nothing is shown where a tracker is told of the work already, such as that of a bar around this one.
 
     Args:
-        progress: whether to show it; None: on a terminal and in a notebook (with ipywidgets).
+        progress: whether to show it; None: on a terminal, and in a notebook with ipywidgets.
         delay: seconds before it appears.
     """
     told = _tracker.get() is not None
@@ -96,10 +96,13 @@ def _console(progress: bool | None) -> "Console | None":
     """What to draw on; None where nobody sees it."""
     from rich.console import Console
 
-    console = Console(stderr=True, force_terminal=progress, force_interactive=progress)
-    # Without ipywidgets a notebook shows nothing but rich's warning.
-    in_notebook = console.is_jupyter and find_spec("ipywidgets") is not None
-    return console if console.is_interactive or in_notebook else None
+    console = Console(stderr=True)
+    if console.is_jupyter:
+        # Without ipywidgets a notebook shows nothing but rich's advice to install them.
+        return console if progress or find_spec("ipywidgets") else None
+    if progress:
+        return Console(stderr=True, force_terminal=True, force_interactive=True)
+    return console if console.is_interactive else None
 
 
 @contextmanager

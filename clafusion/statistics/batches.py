@@ -126,9 +126,9 @@ def _chosen(batch: Any, inputs: str | int | Callable[[Any], Any]) -> Any:
 
 
 def _as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
-    """A copy, since a tensor cannot share the memory of each array."""
+    """A copy, since a tensor cannot share the memory of a read-only array or a view that runs backward."""
     try:
-        return torch.tensor(array)
+        return torch.tensor(np.ascontiguousarray(array))
     except TypeError as error:
         raise FusionError(f"Expected arrays of numbers, got one of {array.dtype}; convert them") from error
 
