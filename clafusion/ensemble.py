@@ -1,16 +1,18 @@
 """The prediction ensemble: the baseline that a fused network is measured against."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from clafusion.alignment.parents import parents_of
 from clafusion.errors import FusionError
 from clafusion.options import normalized
 from clafusion.statistics.samples import chunks
 from clafusion.teachers.label_sets import Label, check_classes, columns_of, placed, union_of
 from clafusion.teachers.teacher import Teacher, teacher_of
+from clafusion.tracing.outputs import logits_in
 
 Space = Literal["probability", "logits", "gated", "auto"]
 
@@ -19,7 +21,7 @@ class Ensemble(nn.Module):
     """Several classifiers that answer as one.
 
     Args:
-        models: classifiers returning logits [samples, classes]; kept as they are, not copied.
+        models: classifiers returning logits [samples, classes], as `fuse` takes them; kept as they are, not copied.
         weights: per model, at least 0 with a positive sum; None: equal.
         space: `probability`: logarithm of the weighted mean of the softmax; `logits`: weighted mean of the logits;
             `gated`: logarithm of a mean of the softmax whose weights are those of each sample (`Gate`), for models that
@@ -44,7 +46,7 @@ class Ensemble(nn.Module):
 
     def __init__(
         self,
-        models: Sequence[nn.Module],
+        models: Iterable[nn.Module],
         weights: Sequence[float] | None = None,
         space: Space = "probability",
         samples: Tensor | None = None,
@@ -59,7 +61,7 @@ class Ensemble(nn.Module):
         if classes is not None and space == "logits":
             raise FusionError("Expected another space for models of different classes, got logits")
         self.space = space
-        self.models = nn.ModuleList(models)
+        self.models = nn.ModuleList(parents_of(models, "Ensemble([a, b])"))
         self.weights = normalized(weights, len(self.models))
         self.columns, self.count = None, 0
         if classes is not None:
@@ -84,7 +86,7 @@ class Ensemble(nn.Module):
 
     def _outputs(self, x: Tensor) -> list[Tensor]:
         """The logits of every model, in the columns of its classes among those of all."""
-        outputs = [model(x) for model in self.models]
+        outputs = [logits_in(model(x)) for model in self.models]
         if self.columns is None:
             return outputs
         return [placed(one, own, self.count) for one, own in zip(outputs, self.columns, strict=True)]

@@ -25,6 +25,7 @@ from clafusion.lightning_modules.checkpoints.reading import (
 from clafusion.lightning_modules.compatibility import ImageData, check_images, label_places
 from clafusion.teachers.label_sets import Label
 from clafusion.tracing.example import with_input_shape
+from clafusion.tracing.outputs import logits_in
 
 Batch = tuple[Tensor, Tensor]
 
@@ -164,8 +165,7 @@ class ImageClassifier(LightningModule):
         """The logits `[N, classes]` of images `[N, C, H, W]`."""
         if self._channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        logits: Tensor = self._network()(images)
-        return logits
+        return logits_in(self._network()(images))
 
     def setup(self, stage: str) -> None:
         """Check that the data fits the network, before anything is computed."""

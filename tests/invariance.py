@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from clafusion.tracing.exporting import Capture, export_graph, logits_of
+from clafusion.tracing.exporting import Capture, export_graph
+from clafusion.tracing.outputs import logits_in
 from clafusion.tracing.spaces import Axis, Spaces, find_spaces
 from clafusion.tracing.structure import Structure
 
@@ -117,7 +118,7 @@ def run(capture: Capture, tensors: Mapping[str, Tensor], samples: Tensor) -> Ten
     entries = [node for node in capture.graph.nodes if node.op == "placeholder"]
     inputs = [tensors[capture.names[node.name]] if node.name in capture.names else samples for node in entries]
     module = fx.GraphModule(nn.Module(), capture.graph)
-    return logits_of(fx.Interpreter(module).run(*inputs))
+    return logits_in(fx.Interpreter(module).run(*inputs))
 
 
 def check(

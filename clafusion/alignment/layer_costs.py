@@ -1,7 +1,6 @@
 """The dissimilarity of each layer of one network to each layer of another, stage by stage."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +8,13 @@ from torch import Tensor, nn
 from clafusion.alignment.similarity import MIN_SAMPLES, cca, cka_from_hsic, gram, hsic_sums
 from clafusion.alignment.stages import StagePair, check_same_stages
 from clafusion.errors import FusionError
+from clafusion.statistics.batches import Batches, Inputs
 from clafusion.statistics.moments import Moments
 from clafusion.statistics.samples import chunks, collect, quick_size
 from clafusion.tracing.execution import GraphRunner, as_input
 from clafusion.tracing.reading import structure_of
 from clafusion.tracing.structure import Structure, Unit
-from clafusion.tracking import tracked
+from clafusion.tracking import bar, tracked
 from clafusion.transport.solvers import ground_cost, transport_plan
 
 #: Stages by number.
@@ -26,20 +26,25 @@ MEASURES = ("cka", "cca", "wasserstein", "neurons", "index")
 def layer_costs(
     deep: nn.Module,
     shallow: nn.Module,
-    batches: Iterable[Any],
+    batches: Batches,
     measure: str = "cka",
     debiased: bool = True,
     num_samples: int = 500,
+    *,
+    inputs: Inputs = None,
+    progress: bool | None = None,
 ) -> list[Tensor]:
     """The dissimilarity of every unit of one network to every unit of another, per stage.
 
     Args:
         deep: a network; left as it is.
         shallow: another with the same stages; left as it is.
-        batches: unlabelled samples, [batch, ...] each; read once.
+        batches: unlabelled samples, as for `fuse`.
         measure: `cka`, `cca`, `wasserstein`, `neurons` or `index`, as in `FusionOptions.layer_measure`.
         debiased: use the debiased estimator of CKA, streamed; the biased one and CCA see all samples at once.
         num_samples: samples to use, at most.
+        inputs: the part of a batch that the networks take, as for `fuse`.
+        progress: whether to show a bar, as for `fuse`.
 
     Returns:
         For every stage, the head included, a matrix [units of deep, units of shallow], float64.
@@ -47,11 +52,12 @@ def layer_costs(
     Raises:
         FusionError: if the networks have other stages, or there are too few samples.
     """
-    samples = collect(batches, num_samples)
-    a, b = structure_of(deep, samples), structure_of(shallow, samples)
-    check_same_stages(a, b)
-    pairs = dict(enumerate(zip(a.stages, b.stages, strict=True)))
-    return list(stage_costs(a, b, samples, pairs, measure, debiased).values())
+    with bar(progress):
+        samples = collect(batches, num_samples, inputs)
+        a, b = structure_of(deep, samples), structure_of(shallow, samples)
+        check_same_stages(a, b)
+        pairs = dict(enumerate(zip(a.stages, b.stages, strict=True)))
+        return list(stage_costs(a, b, samples, pairs, measure, debiased).values())
 
 
 def stage_costs(

@@ -1,7 +1,8 @@
 """The map between the layers of two parents, stage by stage, and the costs that it was chosen by."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,13 +10,15 @@ from torch import Tensor, nn
 
 from clafusion.alignment.dynamic_programming import align, chain, clamp_pins, is_forced, random_map
 from clafusion.alignment.layer_costs import stage_costs
-from clafusion.alignment.parents import check_parents, template_of, trace_all, with_anchor
+from clafusion.alignment.parents import check_parents, parents_of, template_of, trace_all, with_anchor
 from clafusion.alignment.stages import FORBIDDEN, Alignment, StagePair, allowed, pair_stages
 from clafusion.errors import FusionError
 from clafusion.options import FusionOptions
+from clafusion.statistics.batches import Batches, Inputs
 from clafusion.statistics.memory import within_memory
 from clafusion.statistics.samples import collect
 from clafusion.tracing.structure import Structure
+from clafusion.tracking import bar
 
 #: Per stage a matrix of layer dissimilarities [deep, shallow]; None: not measured, since the map is forced.
 StageCosts = tuple[Tensor | None, ...]
@@ -53,7 +56,12 @@ class LayerAlignment:
 
 @torch.no_grad()
 def align_layers(
-    models: Sequence[nn.Module], batches: Iterable[Any], options: FusionOptions | None = None
+    models: Iterable[nn.Module],
+    batches: Batches,
+    options: FusionOptions | None = None,
+    *,
+    inputs: Inputs = None,
+    progress: bool | None = None,
 ) -> LayerAlignment:
     """Align the layers of networks as `fuse` does, without fusing, and measure every stage: forced maps, too.
 
@@ -61,6 +69,8 @@ def align_layers(
         models: at least two networks, as for `fuse`; left as they are.
         batches: unlabelled samples, as for `fuse`.
         options: those of `fuse`; None: the defaults.
+        inputs: the part of a batch that the networks take, as for `fuse`.
+        progress: whether to show a bar, as for `fuse`.
 
     Returns:
         The map and the costs of every stage of every parent.
@@ -75,18 +85,17 @@ def align_layers(
         >>> maps.alignments[1], [list(cost.shape) for cost in maps.costs[1]]
         (((0, 2), (0,)), [[3, 2], [1, 1]])
     """
+    parents = parents_of(models, "align_layers([a, b], batches)")
     options = FusionOptions() if options is None else options
-    models = list(models)
-    check_parents(models, options)
-    if options.many == "iterative" and len(models) > 2:
+    check_parents(parents, options)
+    if options.many == "iterative" and len(parents) > 2:
         raise FusionError(
             "Expected many=many_to_one to align layers alone, got iterative: there each parent is aligned to what was "
             "fused before; fuse, or choose many_to_one"
         )
-    samples = collect(batches, options.num_samples)
 
-    def measure() -> LayerAlignment:
-        structures = trace_all(models, samples)
+    def measure(samples: Tensor) -> LayerAlignment:
+        structures = trace_all(parents, samples)
         anchored = with_anchor(structures, samples, options)
         template = template_of(structures, anchored)
         pairs = [deep_and_shallow(structures[template], structure, anchored) for structure in structures]
@@ -95,7 +104,9 @@ def align_layers(
         units = tuple(tuple(tuple(unit.name for unit in stage) for stage in one.stages) for one in structures)
         return LayerAlignment(template, units, alignments, costs, len(samples))
 
-    return within_memory(measure)
+    with bar(progress) as step:
+        step(f"aligning the layers of {len(parents)} networks")
+        return within_memory(partial(measure, collect(batches, options.num_samples, inputs)))
 
 
 def as_lists(costs: StageCosts) -> list[list[list[float]] | None]:

@@ -1,6 +1,6 @@
 """The parents as they come: checked, traced, and compared in depth."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,31 @@ from clafusion.teachers.teacher import log_softmaxes, teacher_of
 from clafusion.tracing.parameters import state_of
 from clafusion.tracing.reading import structure_of
 from clafusion.tracing.structure import Structure
+
+
+def parents_of(models: Iterable[nn.Module], call: str) -> list[nn.Module]:
+    """Return the networks in a list that a user gave.
+
+    Args:
+        models: the list, or anything else with networks.
+        call: how the function is called, for the message.
+
+    Raises:
+        FusionError: if it is one network, a mapping, or holds something else.
+    """
+    if isinstance(models, Mapping | nn.ModuleDict):
+        raise FusionError(f"Expected a list of models, got {type(models).__name__}; write list(models.values())")
+    alone = isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
+    if alone or isinstance(models, str) or not isinstance(models, Iterable):
+        raise FusionError(f"Expected a list of models, got {type(models).__name__}; write {call}")
+    found = list(models)
+    for number, model in enumerate(found):
+        if not isinstance(model, nn.Module):
+            raise FusionError(
+                f"Expected models as torch.nn.Module, got {type(model).__name__} for parent {number}; build the "
+                "network, or read its file with clafusion.load_network"
+            )
+    return found
 
 
 def check_parents(models: Sequence[nn.Module], options: FusionOptions) -> None:

@@ -11,7 +11,7 @@ from clafusion.errors import FusionError
 from clafusion.tracing.comparison import TOLERANCE, difference, few_of
 from clafusion.tracing.example import example_for
 from clafusion.tracing.execution import as_input
-from clafusion.tracing.exporting import logits_of
+from clafusion.tracing.outputs import logits_in
 from clafusion.tracing.parameters import load_state, state_of
 from clafusion.tracing.reading import structure_of
 from clafusion.tracing.resizing import room_for
@@ -68,7 +68,7 @@ def inserted(
             state.update(_identity(unit, a, room.capture.tensors, zero_branches))
     load_state(network, {**state_of(network), **state})
     few = as_input(few_of(samples), b.capture)
-    error = difference(b.run(few), logits_of(network(few)))
+    error = difference(b.run(few), logits_in(network(few)))
     if not error <= TOLERANCE.get(few.dtype, 1e-3):
         raise FusionError(
             f"Expected inserted layers to leave the network's function as it is, got logits that differ by {error:.1e} "

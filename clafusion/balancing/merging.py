@@ -1,7 +1,6 @@
 """Balancing by merging: the deep network shrinks to the shallow one's depth, layers folded into their successors."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from clafusion.alignment.stages import Alignment
 from clafusion.balancing.correspondence import matched_units
 from clafusion.errors import FusionError
+from clafusion.statistics.batches import Batches, Inputs
 from clafusion.statistics.samples import check_features, chunks, collect
 from clafusion.tracing.execution import GraphRunner, as_input
 from clafusion.tracing.parameters import State, load_state, state_of
@@ -22,9 +22,11 @@ def merge_layers(
     deep: nn.Module,
     shallow: nn.Module,
     alignment: Alignment,
-    batches: Iterable[Any],
+    batches: Batches,
     relu: str = "sum",
     num_samples: int = 500,
+    *,
+    inputs: Inputs = None,
 ) -> nn.Module:
     """Shrink a chain of Linear layers to the depth of another one.
 
@@ -35,10 +37,11 @@ def merge_layers(
         deep: the network to shrink; left as it is.
         shallow: the network whose depth (and layer names) the result has; left as it is.
         alignment: per stage, the unit of `deep` that each unit of `shallow` stands for.
-        batches: unlabelled samples, read once.
+        batches: unlabelled samples, as for `fuse`.
         relu: per neuron `sum` (1 where the sum over samples is positive), `majority` (1 where it is active in at
             least half of them) or `average` (the share in which it is active).
         num_samples: samples to use, at most.
+        inputs: the part of a batch that the networks take, as for `fuse`.
 
     Returns:
         A network of the class of `shallow`, with the widths of the matched layers of `deep`, in eval mode.
@@ -46,7 +49,7 @@ def merge_layers(
     Raises:
         FusionError: if the networks do not fit, or a layer to be merged is no Linear with ReLU.
     """
-    samples = collect(batches, num_samples)
+    samples = collect(batches, num_samples, inputs)
     a, b = structure_of(deep, samples), structure_of(shallow, samples)
     return merged(shallow, a, b, alignment, samples, relu)
 

@@ -4,7 +4,6 @@ Source: the transfer of heterogeneous networks in CLAFusion (Nguyen et al. 2023,
 cross-layer alignment in the place of a chain of layers.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,12 +19,14 @@ from clafusion.errors import FusionError
 from clafusion.filter_transfer.filters import fitted_state
 from clafusion.formats.files import describe, restore
 from clafusion.options import FusionOptions
+from clafusion.statistics.batches import Batches, Inputs
 from clafusion.statistics.samples import collect
 from clafusion.tracing.example import example_for, example_of
 from clafusion.tracing.exporting import operation_of
 from clafusion.tracing.parameters import independent_copy, load_state, state_of
 from clafusion.tracing.structure import Structure, Unit
 from clafusion.tracing.units import LAYERS, NORMS
+from clafusion.tracking import bar
 
 MappingName = Literal["optimal", "chain", "random"]
 
@@ -56,12 +57,14 @@ def transfer(
     source: nn.Module,
     target: nn.Module,
     mapping: MappingName | UnitMap = "optimal",
-    batches: Iterable[Any] | None = None,
+    batches: Batches | None = None,
     *,
     classifier: bool = False,
     shortcuts: bool = False,
     reinitialize: bool = False,
     options: FusionOptions | None = None,
+    inputs: Inputs = None,
+    progress: bool | None = None,
 ) -> nn.Module:
     r"""Write the filters of a trained network into another of different depth and width.
 
@@ -80,13 +83,14 @@ def transfer(
         target: the network whose architecture, and whose other weights, the result has; left as it is.
         mapping: the map of every stage: `optimal`, the cross-layer alignment on layer costs; `chain`, the k-th unit to
             the k-th; `random`, from `options.seed`; or what `map_units` returned.
-        batches: unlabelled samples, [batch, ...] each, that both networks take; read once, up to `options.num_samples`.
-            `optimal` needs them.
+        batches: unlabelled samples that both networks take, as for `fuse`; `optimal` needs them.
         classifier: whether the head is transferred as well, label by label.
         shortcuts: whether the projections of matched residual units are transferred too, where both have one.
         reinitialize: draw all that is not transferred anew, from `options.seed`, instead of keeping the target's.
         options: `layer_measure`, `debiased`, `pin_first`, `pin_last`, `num_samples` and `seed` are read; None: the
             defaults. The pins hold for `optimal`, the leading ones for `random` too.
+        inputs: the part of a batch that the networks take, as for `fuse`.
+        progress: whether to show a bar, as for `fuse`.
 
     Returns:
         A network of the class of the target, in eval mode.
@@ -104,9 +108,10 @@ def transfer(
         True
     """
     options = FusionOptions() if options is None else options
-    samples = None if batches is None else collect(batches, options.num_samples)
-    a, b = _structures(source, target, samples)
-    found = mapping if isinstance(mapping, UnitMap) else _map_structures(a, b, mapping, samples, options)
+    with bar(progress):
+        samples = None if batches is None else collect(batches, options.num_samples, inputs)
+        a, b = _structures(source, target, samples)
+        found = mapping if isinstance(mapping, UnitMap) else _map_structures(a, b, mapping, samples, options)
     stages = zip(_checked(found, a, b), a.stages, b.stages, strict=True)
     chosen = [(ours[i], theirs[j]) for pairs, theirs, ours in stages for i, j in pairs]
     if classifier:
@@ -124,8 +129,11 @@ def map_units(
     source: nn.Module,
     target: nn.Module,
     mapping: MappingName = "optimal",
-    batches: Iterable[Any] | None = None,
+    batches: Batches | None = None,
     options: FusionOptions | None = None,
+    *,
+    inputs: Inputs = None,
+    progress: bool | None = None,
 ) -> UnitMap:
     """The map that `transfer` goes by, without a transfer; the arguments are those of `transfer`.
 
@@ -135,13 +143,16 @@ def map_units(
         mapping: `optimal`, `chain` or `random`.
         batches: unlabelled samples; `optimal` needs them.
         options: how to measure; None: the defaults.
+        inputs: the part of a batch that the networks take, as for `fuse`.
+        progress: whether to show a bar, as for `fuse`.
 
     Raises:
         FusionError: as `transfer`.
     """
     options = FusionOptions() if options is None else options
-    samples = None if batches is None else collect(batches, options.num_samples)
-    return _map_structures(*_structures(source, target, samples), mapping, samples, options)
+    with bar(progress):
+        samples = None if batches is None else collect(batches, options.num_samples, inputs)
+        return _map_structures(*_structures(source, target, samples), mapping, samples, options)
 
 
 def _structures(source: nn.Module, target: nn.Module, samples: Tensor | None) -> tuple[Structure, Structure]:

@@ -1,10 +1,11 @@
 """The fused parameters: every parent moved onto the anchor's neurons, then averaged."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from clafusion.alignment.parents import parents_of
 from clafusion.errors import FusionError
 from clafusion.options import FusionOptions, normalized
 from clafusion.statistics.samples import check_finite
@@ -117,7 +118,7 @@ def _shares(balanced: Balanced, unit: Unit, name: str, weights: Sequence[float],
     return [inside.get(k, 0.0) / total for k in everybody]
 
 
-def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None) -> nn.Module:
+def average(models: Iterable[nn.Module], weights: Sequence[float] | None = None) -> nn.Module:
     """The plain average of networks of one architecture, parameter by parameter: the naive baseline.
 
     Args:
@@ -130,8 +131,9 @@ def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None)
     Raises:
         FusionError: if names or shapes of the parameters differ.
     """
-    shares = normalized(weights, len(models))
-    states = [state_of(model) for model in models]
+    parents = parents_of(models, "average([a, b])")
+    shares = normalized(weights, len(parents))
+    states = [state_of(model) for model in parents]
     for state in states[1:]:
         for name in (*states[0], *state):
             shapes = [list(s[name].shape) if name in s else "none" for s in (states[0], state)]
@@ -145,4 +147,4 @@ def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None)
         else value
         for name, value in states[0].items()
     }
-    return load_state(independent_copy(models[0]), averaged)
+    return load_state(independent_copy(parents[0]), averaged)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.alignment.layer_maps import StageCosts, align_stages, as_lists, deep_and_shallow, measure_stages
-from clafusion.alignment.parents import check_parents, template_of, trace_all, trace_as, with_anchor
+from clafusion.alignment.parents import check_parents, parents_of, template_of, trace_all, trace_as, with_anchor
 from clafusion.alignment.stages import Alignment
 from clafusion.balancing.balance import balance
 from clafusion.balancing.insertion import inserted
@@ -24,6 +24,7 @@ from clafusion.fusion.record import FusionSummary
 from clafusion.fusion.verification import check_free, check_maps, check_moved, check_outputs
 from clafusion.networks.families import FAMILIES
 from clafusion.options import FusionOptions, normalized
+from clafusion.statistics.batches import Batches, Inputs
 from clafusion.statistics.memory import within_memory
 from clafusion.statistics.samples import collect
 from clafusion.teachers.label_sets import Label, check_classes, columns_of, union_of
@@ -32,6 +33,7 @@ from clafusion.tracing.example import example_of, with_input_shape
 from clafusion.tracing.parameters import independent_copy
 from clafusion.tracing.reading import structure_of
 from clafusion.tracing.structure import Structure
+from clafusion.tracking import bar
 from clafusion.transport.balanced import Balanced, Maps
 from clafusion.transport.neuron_maps import neuron_maps
 
@@ -134,20 +136,27 @@ class Fusion:
 @torch.inference_mode(False)  # where the caller's is on, no gradient could be taken to choose neurons by
 @torch.no_grad()
 def fuse(
-    models: Sequence[nn.Module],
-    batches: Iterable[Any],
+    models: Iterable[nn.Module],
+    batches: Batches,
     options: FusionOptions | None = None,
     classes: Sequence[Sequence[Label]] | None = None,
+    *,
+    inputs: Inputs = None,
+    progress: bool | None = None,
 ) -> Fusion:
     """Fuse trained networks of different depth and width into one (CLAFusion, Nguyen et al. 2023).
 
     Args:
         models: at least two networks that `trace` understands, with the same input and classes; left as they are.
-        batches: unlabelled samples: tensors [batch, ...], or tuples that begin with one, such as a DataLoader yields;
-            read once, up to `options.num_samples` samples.
+        batches: unlabelled samples: a tensor or an array [samples, ...]; a data set of PyTorch or Hugging Face, read in
+            its order; or batches, such as a DataLoader, a list or a generator yields: tensors, arrays, or tuples and
+            mappings that hold one. They are read once, up to `options.num_samples` samples.
         options: how; None: the defaults.
         classes: per parent the labels that its outputs stand for, whole numbers or words, if they are not the same; the
             outputs of the result stand for the labels of all, sorted (`Fusion.classes`).
+        inputs: the part of a batch that the networks take: a key, a place, or a function of the batch. None: the first
+            of a tuple; of a mapping the entry `pixel_values`, `image`, `x` or the like, or its only floating tensor.
+        progress: whether to show a bar on standard error; None: on a terminal and in a notebook, after a second.
 
     Returns:
         The fused network, with the anchor's widths and the template's depth, and how it came about.
@@ -158,14 +167,25 @@ def fuse(
     Example:
         >>> from clafusion.networks import MLP
         >>> a, b = MLP(8, [6, 5, 4], num_classes=3), MLP(8, [6, 4], num_classes=3)
-        >>> fusion = fuse([a, b], [torch.randn(64, 8)])
+        >>> fusion = fuse([a, b], torch.randn(64, 8))
         >>> fusion.model(torch.randn(2, 8)).shape
         torch.Size([2, 3])
     """
+    parents = parents_of(models, "fuse([a, b], batches)")
     options = FusionOptions() if options is None else options
-    models = list(models)
-    check_parents(models, options)
-    samples = collect(batches, options.num_samples)
+    check_parents(parents, options)
+    with bar(progress) as step:
+        step(f"fusing {len(parents)} networks")
+        return _fuse(parents, collect(batches, options.num_samples, inputs), options, classes)
+
+
+def _fuse(
+    models: Sequence[nn.Module],
+    samples: Tensor,
+    options: FusionOptions,
+    classes: Sequence[Sequence[Label]] | None,
+) -> Fusion:
+    """`fuse` on samples that were collected, with as many of them at once as memory allows."""
     if len(samples) < 2:
         raise FusionError(f"Expected at least 2 samples to measure on, got {len(samples)}; pass more")
     weights = normalized(options.weights, len(models))

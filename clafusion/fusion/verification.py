@@ -14,7 +14,7 @@ from clafusion.errors import FusionError
 from clafusion.statistics.samples import all_finite
 from clafusion.tracing.comparison import TOLERANCE, difference, exact_outputs, few_of, first_wrong, in_words
 from clafusion.tracing.execution import GraphRunner, as_input
-from clafusion.tracing.exporting import logits_of
+from clafusion.tracing.outputs import logits_in
 from clafusion.tracing.parameters import axis_move, copied_rows, move
 from clafusion.tracing.structure import Structure
 from clafusion.transport.balanced import Balanced, Correspondence, Maps
@@ -154,7 +154,7 @@ def check_outputs(model: nn.Module, structure: Structure, samples: Tensor) -> No
         samples: inputs.
     """
     few = as_input(few_of(samples), structure.capture)
-    logits, expected = logits_of(model(few)), structure.run(few)
+    logits, expected = logits_in(model(few)), structure.run(few)
     if not all_finite(logits):
         outputs = dict(GraphRunner(structure.capture).observe(few, [layer.node for layer in structure.layers]))
         layer = next((layer for layer in structure.layers if not all_finite(outputs[layer.node])), structure.layers[-1])

@@ -1,13 +1,12 @@
 """The samples that everything is measured on: collected, checked, cut into chunks."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from clafusion.errors import FusionError
-from clafusion.statistics.batches import Inputs, inputs_of
+from clafusion.statistics.batches import Batches, Inputs, batches_of, inputs_of
 from clafusion.statistics.memory import samples_at_once
 from clafusion.tracing.execution import GraphRunner, as_input
 from clafusion.tracing.spaces import Axis
@@ -20,11 +19,11 @@ CPU_CHUNK, ACCELERATOR_CHUNK = 64, 1024
 REUSED_BYTES = 32 * 2**20
 
 
-def collect(batches: Iterable[Any], num_samples: int, inputs: Inputs = None) -> Tensor:
+def collect(batches: Batches, num_samples: int, inputs: Inputs = None) -> Tensor:
     """The first `num_samples` inputs as one tensor.
 
     Args:
-        batches: as `inputs_of` takes them (labels are ignored); read once, and no further than needed.
+        batches: in any form that `batches_of` takes (labels are ignored); read once, and no further than needed.
         num_samples: how many at most.
         inputs: which part of a batch the networks take; see `inputs_of`.
 
@@ -33,7 +32,7 @@ def collect(batches: Iterable[Any], num_samples: int, inputs: Inputs = None) -> 
     """
     parts: list[Tensor] = []
     missing = num_samples
-    for batch in batches:
+    for batch in batches_of(batches, num_samples):
         part = inputs_of(batch, inputs)
         if parts and part.shape[1:] != parts[0].shape[1:]:
             raise FusionError(

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.errors import FusionError
-from clafusion.tracing.exporting import Capture, logits_of, shell
+from clafusion.tracing.exporting import Capture, shell
+from clafusion.tracing.outputs import logits_in
 
 #: The shape of a sample, which a network may carry as an attribute of this name.
 INPUT_SHAPE = "clafusion_input"
@@ -84,7 +85,7 @@ def _agree(expected: Tensor, actual: Tensor) -> bool:
 def output_for(network: nn.Module, samples: Tensor) -> Tensor | None:
     """The logits for some samples; None if the network does not take them."""
     try:
-        return logits_of(network(samples))
+        return logits_in(network(samples))
     except Exception:  # whatever the network's own code raises
         return None
 

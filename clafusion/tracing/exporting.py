@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.utils import _pytree as pytree
 
-from clafusion.errors import FusionError
+from clafusion.errors import FusionError, first_line
+from clafusion.tracing.outputs import logits_in
 
 aten = torch.ops.aten
 #: Samples that a network is exported with: others than it is compared with its graph on, so that a graph which holds
@@ -106,7 +108,7 @@ def export_graph(model: nn.Module, example: Tensor) -> Capture:
     _fold_constants(graph, parameters, names, tensors)
     _make_functional(graph)
     output = next(node for node in graph.nodes if node.op == "output")
-    logits = _logits_node(output, program)
+    [logits] = pytree.tree_leaves(output.args)
     output.args = (logits,)
     graph.eliminate_dead_code()
     for node in [node for node in graph.nodes if node.op == "placeholder" and node.name in names and not node.users]:
@@ -153,23 +155,23 @@ def _check_signature(model: nn.Module) -> None:
 
 
 def _exported(model: nn.Module, example: Tensor) -> ExportedProgram:
+    network = shell(model)
+    forward = network.forward
+
+    @wraps(forward)
+    def logits(*inputs: Any) -> Tensor:
+        return logits_in(forward(*inputs))
+
+    # Of a result of any other type torch.export would have to be told what is in it.
+    network.forward = logits
     try:
         with _LOCK, warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return export(shell(model), (example,), dynamic_shapes=({0: Dim.AUTO},), strict=False)
+            return export(network, (example,), dynamic_shapes=({0: Dim.AUTO},), strict=False)
     except Exception as error:  # torch.export and the network's own code raise many types
         raise FusionError(
             f"Expected a network that torch.export can capture, got {type(model).__name__}: {first_line(error)}"
         ) from error
-
-
-def _logits_node(output: fx.Node, program: ExportedProgram) -> fx.Node:
-    """The node that gives the logits, in what the network returns made of tensors without data."""
-    leaves = pytree.tree_leaves(output.args)
-    values = [leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
-    logits = logits_of(pytree.tree_unflatten(values, program.call_spec.out_spec))
-    found: fx.Node = next(leaf for leaf, value in zip(leaves, values, strict=True) if value is logits)
-    return found
 
 
 def shell(model: nn.Module) -> nn.Module:
@@ -186,28 +188,6 @@ def bare(copied: nn.Module) -> nn.Module:
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             getattr(module, name).clear()
     return copied.train().eval()
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in what a network returns: a tensor, the first of several, or `logits` of a mapping or an object.
-
-    Raises:
-        FusionError: if there is no tensor [samples, classes].
-    """
-    found = output
-    if not isinstance(found, Tensor):
-        named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-        found = named if isinstance(named, Tensor) else next(iter(leaves), None)
-    if not isinstance(found, Tensor) or found.ndim != 2:
-        shape = list(found.shape) if isinstance(found, Tensor) else type(output).__name__
-        raise FusionError(f"Expected a network that returns logits [samples, classes], got {shape}")
-    return found
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _inline(graph: fx.Graph, module: fx.GraphModule) -> None:

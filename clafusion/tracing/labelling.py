@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from clafusion.errors import FusionError
+from clafusion.errors import FusionError, first_line
 from clafusion.tracing.calls import call_of, constants_of, operation_name, place_of, resolved, shape_of, tensors_in
-from clafusion.tracing.exporting import Capture, first_line, operation_of
+from clafusion.tracing.exporting import Capture, operation_of
 from clafusion.tracing.labels import Labels, Value
 from clafusion.tracing.rules import rule_of
 

@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from clafusion.errors import FusionError
+from clafusion.errors import FusionError, first_line
 from clafusion.tracing.execution import GraphRunner
-from clafusion.tracing.exporting import Capture, export_graph, first_line, logits_of, shell
+from clafusion.tracing.exporting import Capture, export_graph, shell
 from clafusion.tracing.fingerprints import fingerprint
+from clafusion.tracing.outputs import logits_in
 from clafusion.tracing.parameters import state_of
 from clafusion.tracing.spaces import find_spaces
 from clafusion.tracing.structure import Structure
@@ -34,12 +35,13 @@ def _logits(model: nn.Module, example: Tensor) -> Tensor:
     network = shell(model)
     try:
         with torch.no_grad():
-            return logits_of(network(example.clone()))
+            output = network(example.clone())
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         raise FusionError(
             f"Expected samples that {type(model).__name__} accepts, got a batch of shape {list(example.shape)}: "
             f"{first_line(error)}"
         ) from error
+    return logits_in(output)
 
 
 def _check_same(captured: Capture, expected: Tensor, example: Tensor, name: str) -> None:

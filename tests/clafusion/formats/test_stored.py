@@ -17,7 +17,7 @@ from clafusion import FusionError, describe, load_network, restore, save_network
 from clafusion.formats.files import captured, snapshot
 from clafusion.formats.stored import StoredNetwork
 from clafusion.formats.stored_operations import OPERATIONS, TRAINING, overload_of
-from clafusion.tracing.exporting import logits_of
+from clafusion.tracing.outputs import logits_in
 from tests.helpers import REFERENCE, large
 
 HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 32}
@@ -146,7 +146,7 @@ def test_networks_of_other_libraries_round_trip(library: str, name: str, tmp_pat
     loaded = load_network(tmp_path / "net")
     assert isinstance(loaded, StoredNetwork)
     with torch.no_grad():
-        expected = logits_of(network(images(5, size)))
+        expected = logits_in(network(images(5, size)))
         assert expected.std() > 0 and same(loaded(images(5, size)), expected)
     check_names(loaded, network)
     check_gradients(loaded, network, images(2, size))
@@ -167,7 +167,7 @@ def check_names(loaded: nn.Module, network: nn.Module) -> None:
 def check_gradients(loaded: nn.Module, network: nn.Module, samples: Tensor) -> None:
     for one in (loaded, network):
         one.zero_grad()
-        logits_of(one(samples)).square().sum().backward()
+        logits_in(one(samples)).square().sum().backward()
     theirs, ours = dict(network.named_parameters()), dict(loaded.named_parameters())
     reached = [name for name, one in theirs.items() if one.grad is not None]
     assert reached and all(ours[name].grad is not None for name in reached)
@@ -181,7 +181,7 @@ def check_training(loaded: nn.Module, network: nn.Module, samples: Tensor) -> No
     for one in (loaded, network):
         one.train()
         torch.manual_seed(3)
-        outputs.append(logits_of(one(samples)).detach())
+        outputs.append(logits_in(one(samples)).detach())
     assert torch.allclose(*outputs, rtol=1e-4, atol=1e-5)
     own, ours = network.state_dict(), loaded.state_dict()
     for name in own:
@@ -224,7 +224,7 @@ def test_other_precisions(library: str, name: str, dtype: torch.dtype, tmp_path:
     samples = images(2, size).to(dtype)
     with torch.no_grad():
         # Attention takes its fast path in the network itself, which rounds elsewhere.
-        expected = logits_of(network.to(dtype)(samples)).double()
+        expected = logits_in(network.to(dtype)(samples)).double()
         bound = {torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
         assert (loaded(samples).double() - expected).abs().max() <= bound * expected.abs().max()
     assert loaded(samples).dtype == dtype

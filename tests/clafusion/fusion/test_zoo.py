@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models.swin_transformer import SwinTransformer
 
 from clafusion import FusionOptions, fuse
-from clafusion.tracing.exporting import logits_of
+from clafusion.tracing.outputs import logits_in
 from clafusion.tracing.reading import structure_of
 from tests.helpers import large
 from tests.invariance import permuted_copy
@@ -56,8 +56,8 @@ def test_a_permuted_copy_is_recovered(name):
         warnings.simplefilter("ignore")
         other = permuted_copy(model, structure_of(model, samples))
         fused = fuse([model, other], [samples], FusionOptions(correction="none", features="preactivations")).model
-    expected, got = logits_of(model(samples)), logits_of(fused(samples))
-    assert float((logits_of(other(samples)) - expected).abs().max() / expected.abs().max()) < TOLERANCE
+    expected, got = logits_in(model(samples)), logits_in(fused(samples))
+    assert float((logits_in(other(samples)) - expected).abs().max() / expected.abs().max()) < TOLERANCE
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert float((got - expected).abs().max() / expected.abs().max()) < TOLERANCE
 

@@ -44,6 +44,7 @@ def test_what_the_user_names(batch, inputs):
         ({"left": X}, "right", "Expected inputs='right' to be in each batch, got dict with 'left'"),
         ((X, LABELS), 2, "Expected inputs=2 to be in each batch, got tuple of Tensor, Tensor"),
         (X.numpy(), "x", "Expected inputs='x' to be in each batch, got ndarray of shape"),
+        (X, 1, "Expected inputs=1 to be in each batch, got Tensor of shape"),
         ((X, LABELS), 1, "got tuple of Tensor, Tensor; say with"),
         ("words", None, "got str; say with"),
         (np.zeros(4), None, r"got ndarray of shape \[4\]; say"),
