@@ -29,12 +29,12 @@ class DecodingDataModule(ImageDataModule):
     only the images that are drawn are decoded.
 
     Args:
-        in_memory: Whether all images are decoded at once and held in memory. `auto`: if those of the three parts take no
-            more than a third of the memory that is free, shared by the processes of the machine.
-        on_error: What is done about a training image that cannot be read. `raise`: the command ends. `replace`: the next
-            image of the same class in the training part stands in for it, so that batches, steps and processes stay as
-            they are; a warning names and counts each such file. Validation and test images are never replaced, because
-            accuracies and predictions would be those of other images.
+        in_memory: Whether all images are decoded at once and held in memory. `auto`: if those of the three parts take
+            no more than a third of the memory that is free, which the processes on a machine share.
+        on_error: What is done about a training image that cannot be read. `raise`: the command ends. `replace`: the
+            next image of the same class in the training part stands in for it, so that batches, steps and processes
+            stay as they are; a warning names and counts each such file. Validation and test images are never replaced,
+            because accuracies and predictions would be those of other images.
         **kwargs: The arguments of `ImageDataModule`.
 
     Attributes:
@@ -45,9 +45,7 @@ class DecodingDataModule(ImageDataModule):
         FusionError: An argument is of the wrong type or out of range.
     """
 
-    def __init__(
-        self, in_memory: bool | Literal["auto"] = "auto", on_error: OnError = "raise", **kwargs: Any
-    ) -> None:
+    def __init__(self, in_memory: bool | Literal["auto"] = "auto", on_error: OnError = "raise", **kwargs: Any) -> None:
         if type(in_memory) is not bool and in_memory != "auto":
             raise FusionError(f"Expected in_memory to be auto, true or false, got {in_memory!r}; change in_memory")
         if on_error not in get_args(OnError):

@@ -1,7 +1,6 @@
 """The base of all image data modules: three disjoint parts of what a subclass reads, preprocessed on the device."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,9 +31,9 @@ class ImageDataModule(LoadingDataModule):
     Args:
         batch_size: Images per training batch.
         eval_batch_size: Images per batch of validation, test and prediction.
-        num_workers: Worker processes per loader. None: 0 for images in memory, where that is usually fastest (a GPU then
-            holds them in its own memory, if they fit into a quarter of it); for images that are decoded on demand one
-            for each core, shared by the processes of the machine, and 8 at most.
+        num_workers: Worker processes per loader. None: 0 for images in memory, where that is usually fastest (a GPU
+            then holds them in its own memory, if they fit into a quarter of it); for images that are decoded on demand
+            one for each core, shared by the processes of the machine, and 8 at most.
         val_fraction: Share of each class of the training set held out for validation, in `[0, 1)`.
         split_seed: Selects the validation images, and the order in which `skip_train` and `limit_train` count.
         augment: Whether training images are cropped at random (padding 4) and flipped horizontally.

@@ -34,9 +34,7 @@ def refuse(failure: Unreadable) -> None:
     Raises:
         FusionError: Always.
     """
-    raise FusionError(
-        f"Expected an image in {failure.path}, got {failure.reason}; remove the file or put it right"
-    )
+    raise FusionError(f"Expected an image in {failure.path}, got {failure.reason}; remove the file or put it right")
 
 
 class ResumableLoader(DataLoader[Any]):

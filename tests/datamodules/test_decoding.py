@@ -29,7 +29,7 @@ SIZE = 8
 KNOWLEDGE: list[dict[str, Any]] = [
     {},
     {"label_set": [2, 0], "limit_train": 9, "skip_train": 2},
-    {"split": {"kind": "size", "fraction": 0.5, "part": "B"}, "domain": {"kind": "rotate", "degrees": 90, "share": 0.5}},
+    {"split": {"kind": "size", "fraction": 0.5}, "domain": {"kind": "rotate", "degrees": 90, "share": 0.4}},
     {"domain": {"kind": "invert", "share": 0.4}, "pad_to": 12},
 ]
 
@@ -149,7 +149,7 @@ def test_images_are_held_where_they_fit_into_a_third_of_the_free_memory(folder, 
 
 def test_too_many_images_to_hold_are_refused_with_their_size(folder):
     data = ready(folder, True, size=2**21)
-    with pytest.raises(FusionError, match=r"Expected [\d,]+ MiB of memory for 21 images, got less; .*--data.in_memory auto"):
+    with pytest.raises(FusionError, match=r"Expected [\d,]+ MiB of memory for 21 images, got less; .*in_memory auto"):
         data.train_dataloader()
 
 
@@ -191,7 +191,7 @@ def training_files(folder: Path) -> list[str]:
 def test_an_unreadable_image_ends_an_epoch_by_its_name_alone(folder, workers):
     broken(folder, training_files(folder)[5])
     loader = ready(folder, False, num_workers=workers).train_dataloader()
-    with pytest.raises(FusionError, match="^Expected an image in .*, got cannot identify.*; remove the file") as refusal:
+    with pytest.raises(FusionError, match="^Expected an image in .*, got cannot identify.*; remove") as refusal:
         list(loader)
     assert "\n" not in str(refusal.value)
 
@@ -317,7 +317,8 @@ def test_a_training_on_demand_that_is_killed_ends_as_one_in_memory(folder, tmp_p
     command += ["--data", "ImageFolderDataModule", "--data.data_dir", str(folder), "--data.size", str(SIZE)]
     command += ["--data.batch_size", "4", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2"]
     command += ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
-    command += ["--trainer.save_every_n_steps", "1"] + (["--config", "configs/trainer/ddp.yaml"] if processes > 1 else [])
+    command += ["--trainer.save_every_n_steps", "1"]
+    command += ["--config", "configs/trainer/ddp.yaml"] if processes > 1 else []
     on_demand = [*command, "--data.in_memory", "false", "--data.num_workers", str(workers)]
     on_demand += ["--trainer.default_root_dir", "killed", "--trainer.callbacks+=processes.KillAt"]
     on_demand += ["--trainer.callbacks.batches=[2]", f"--trainer.callbacks.folder={tmp_path}"]
