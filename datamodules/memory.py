@@ -44,7 +44,7 @@ def _of_address_space() -> int:
         if limit == resource.RLIM_INFINITY:
             return sys.maxsize
         return limit - int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    except (ImportError, OSError):
+    except (ImportError, AttributeError, OSError):
         return sys.maxsize
 
 
