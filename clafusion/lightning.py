@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
     from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
     from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
-    from pytorch_lightning.utilities.rank_zero import rank_zero_only
+    from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
     from pytorch_lightning.utilities.seed import isolate_rng
     from pytorch_lightning.utilities.types import OptimizerLRScheduler
 else:
@@ -53,7 +53,7 @@ else:
         f"{PACKAGE}.strategies.launchers": "_MultiProcessingLauncher",
         f"{PACKAGE}.trainer.connectors.checkpoint_connector": "_CheckpointConnector",
         f"{PACKAGE}.utilities.exceptions": "MisconfigurationException SIGTERMException",
-        f"{PACKAGE}.utilities.rank_zero": "rank_zero_only",
+        f"{PACKAGE}.utilities.rank_zero": "rank_zero_info rank_zero_only",
         f"{PACKAGE}.utilities.seed": "isolate_rng",
         f"{PACKAGE}.utilities.types": "OptimizerLRScheduler",
         f"{FABRIC}.plugins": "TorchCheckpointIO",
@@ -90,6 +90,7 @@ __all__ = [
     "cluster_environment",
     "data_settings",
     "isolate_rng",
+    "rank_zero_info",
     "rank_zero_only",
     "seed_everything",
     "starts_workers_itself",
@@ -102,7 +103,7 @@ _TRAINER = (
     *("limit_val_batches", "overfit_batches", "val_check_interval", "check_val_every_n_epoch"),
 )
 #: Arguments of data modules that do not.
-_INDIFFERENT = frozenset({"eval_batch_size", "num_workers", "data_dir", "download"})
+_INDIFFERENT = frozenset({"eval_batch_size", "num_workers", "data_dir", "download", "in_memory", "on_error"})
 
 
 class CheckpointConnector(_CheckpointConnector):

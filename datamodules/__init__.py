@@ -1,4 +1,4 @@
-"""Lightning data modules: real images in memory, split into training, validation and test."""
+"""Lightning data modules: real images, in memory or decoded on demand, split into training, validation and test."""
 
 from clafusion.old_names import refuse_old_name
 

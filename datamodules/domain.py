@@ -1,13 +1,14 @@
 """Images of another domain: turned or inverted, all of them or a share."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from clafusion.datamodules.arguments import check_whole, from_mapping
-from clafusion.datamodules.image_set import ImageSet, derived_seed, stratified_split
+from clafusion.datamodules.image_set import LabelledImages, derived_seed, stratified_split
 from clafusion.errors import FusionError
 
 Kind = Literal["rotate", "invert"]
@@ -30,6 +31,7 @@ class Domain:
         FusionError: An attribute is missing, is not one of the kind, is of the wrong type or out of range.
 
     Example:
+        >>> from clafusion.datamodules.image_set import ImageSet
         >>> images = ImageSet(torch.tensor([[[[1, 2], [3, 4]]]], dtype=torch.uint8), torch.tensor([0]))
         >>> Domain("rotate", degrees=90).change(images, "test").images.tolist()
         [[[[2, 4], [1, 3]]]]
@@ -68,7 +70,7 @@ class Domain:
                 "rotate by 180"
             )
 
-    def change(self, images: ImageSet, part: str) -> ImageSet:
+    def change(self, images: LabelledImages, part: str) -> LabelledImages:
         """Return the images of a part, a share of them changed, in the same order.
 
         Args:
@@ -76,9 +78,11 @@ class Domain:
             part: Its name, which selects other images in every part.
         """
         _, chosen = stratified_split(images.labels, self.share, derived_seed("domain", part, self.seed))
-        own = images.images[chosen]
-        turned = 255 - own if self.degrees is None else torch.rot90(own, self.degrees // 90, (2, 3))
-        return replace(images, images=images.images.index_copy(0, chosen, turned))
+        return images.changed(chosen, self.turned)
+
+    def turned(self, images: Tensor) -> Tensor:
+        """Return the same number of images turned or inverted, uint8 `[B, C, H, W]`."""
+        return 255 - images if self.degrees is None else torch.rot90(images, self.degrees // 90, (2, 3))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the domain as plain containers, from which `as_domain` makes it again."""

@@ -1,36 +1,34 @@
 """Image files: one folder per class, and Tiny-ImageNet as it is published."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from clafusion.datamodules.arguments import check_path, check_whole
-from clafusion.datamodules.image_set import ImageSet, stratified_split
-from clafusion.datamodules.images import ImageDataModule
+from clafusion.datamodules.decoding import DecodingDataModule
+from clafusion.datamodules.image_files import FileList, ImageFiles
+from clafusion.datamodules.image_set import stratified_split
 from clafusion.errors import FusionError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: The file with the labels of Tiny-ImageNet's validation images.
 ANNOTATIONS = "val/val_annotations.txt"
 
-#: Points of an image file at most: it is unpacked before it is scaled.
-_LARGEST = 2**26
-
 Samples = list[tuple[Path, int]]
 
 
-class ImageFolderDataModule(ImageDataModule):
+class ImageFolderDataModule(DecodingDataModule):
     """Colour images in one folder per class, as torchvision's `ImageFolder` reads them.
 
     Below `data_dir` are either `train` and `test` (`val` if there is no `test`), each with a folder per class, or the
     folders of the classes themselves; a seeded share of these images is then the test part. If there are `train`, `val`
     and `test`, `val` is the validation part and `val_fraction` has no effect. The images are scaled so that their
-    shorter side fits, cropped at the centre, and held in memory: `3 * size * size` bytes each.
+    shorter side fits and cropped at the centre; in memory each takes `3 * size * size` bytes.
 
     Args:
         data_dir: Folder of the data. A leading `~` is the home folder.
@@ -39,7 +37,7 @@ class ImageFolderDataModule(ImageDataModule):
         mean: One value per colour to subtract; None: ImageNet's, as torchvision's networks expect.
         std: One value per colour to divide by; None: ImageNet's.
         augment: Whether training images are cropped at random (padding 4) and flipped horizontally.
-        **kwargs: The other arguments of `ImageDataModule`.
+        **kwargs: The other arguments of `DecodingDataModule`.
 
     Raises:
         FusionError: An argument is of the wrong type or out of range, or there are no folders of classes.
@@ -76,7 +74,7 @@ class ImageFolderDataModule(ImageDataModule):
         names = ("test", "val") if part == "test" else (part,)
         return next((self.root / name for name in names if (self.root / name).is_dir()), self.root / part)
 
-    def read(self) -> tuple[ImageSet, ImageSet]:
+    def read(self) -> tuple[ImageFiles, ImageFiles]:
         """Read the training and the test images."""
         train, test = self._folder_of("train"), self._folder_of("test")
         if train != test:
@@ -85,21 +83,21 @@ class ImageFolderDataModule(ImageDataModule):
         rest, held_out = stratified_split(whole.labels, self.test_fraction, self.split_seed)
         return whole.subset(rest), whole.subset(held_out)
 
-    def read_validation(self) -> ImageSet | None:
+    def read_validation(self) -> ImageFiles | None:
         """Read the validation images if they have a folder that is not the test part's."""
         folder = self.root / "val"
         separate = folder.is_dir() and self._folder_of("test") not in (folder, self.root)
         return self._images(folder) if separate else None
 
-    def _images(self, folder: Path) -> ImageSet:
+    def _images(self, folder: Path) -> ImageFiles:
         classes, samples = _scan(folder)
         if classes != self.class_names:
             odd = sorted(set(classes) ^ set(self.class_names))[0]
             raise FusionError(f"Expected the same classes in every part, got {odd!r} in one of them only; see {folder}")
-        return read_images(samples, self.size)
+        return image_files(samples, folder, self.size)
 
 
-class TinyImageNetDataModule(ImageDataModule):
+class TinyImageNetDataModule(DecodingDataModule):
     """Tiny-ImageNet: 200 classes, 3x64x64, from the folder `tiny-imagenet-200` of its archive.
 
     The published validation images are the test part, since the published test images have no labels; validation images
@@ -108,7 +106,7 @@ class TinyImageNetDataModule(ImageDataModule):
     Args:
         data_dir: The folder `tiny-imagenet-200`, or the one that it is in. A leading `~` is the home folder.
         augment: Whether training images are cropped at random (padding 4) and flipped horizontally.
-        **kwargs: The other arguments of `ImageDataModule`.
+        **kwargs: The other arguments of `DecodingDataModule`.
 
     Raises:
         FusionError: An argument is of the wrong type or out of range, or the folder is not Tiny-ImageNet's.
@@ -131,7 +129,7 @@ class TinyImageNetDataModule(ImageDataModule):
         self.num_classes = len(self.class_names)
         super().__init__(augment=augment, **kwargs)
 
-    def read(self) -> tuple[ImageSet, ImageSet]:
+    def read(self) -> tuple[ImageFiles, ImageFiles]:
         """Read the training images, and the validation images with their annotations."""
         numbers = {name: number for number, name in enumerate(self.class_names)}
         train = [
@@ -147,38 +145,21 @@ class TinyImageNetDataModule(ImageDataModule):
                     f"Expected a file and a class of wnids.txt in each line of {self.root / ANNOTATIONS}, got {line!r}"
                 )
             test.append((self.root / "val" / "images" / file, numbers[name]))
-        return read_images(train, self.raw_shape[1]), read_images(test, self.raw_shape[1])
+        train_files, test_files = (image_files(samples, self.root, self.raw_shape[1]) for samples in (train, test))
+        return train_files, test_files
 
 
-def read_images(samples: Samples, size: int) -> ImageSet:
-    """Read image files in colour, scale the shorter side to `size`, and crop at the centre.
+def image_files(samples: Samples, folder: Path, size: int) -> ImageFiles:
+    """Return files as images that are scaled so that their shorter side fits, and cropped at the centre.
 
     Args:
-        samples: Files and their labels.
-        size: Height and width of the result.
-
-    Raises:
-        FusionError: A file is missing or is not an image that can be read.
+        samples: Files below `folder` and their labels.
+        folder: The folder.
+        size: Height and width of the images.
     """
-    images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
-    for place, (path, _) in enumerate(samples):
-        images[place] = _read_image(path, size)
-    return ImageSet(images, torch.tensor([label for _, label in samples], dtype=torch.int64))
-
-
-def _read_image(path: Path, size: int) -> Tensor:
-    # Imported late: only this data module needs it.
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as file:
-            if file.width * file.height > _LARGEST:
-                raise ValueError(f"{file.width}x{file.height} points, more than are read")
-            fitted = ImageOps.fit(file.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise FusionError(f"Expected an image in {path}, got {reason}; remove the file or put it right") from error
-    return torch.from_numpy(np.array(fitted)).movedim(-1, 0)
+    names = np.array([os.fsencode(path.relative_to(folder)) for path, _ in samples], dtype=np.bytes_)
+    labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
+    return ImageFiles(FileList(folder, names, size), labels)
 
 
 def _scan(folder: Path) -> tuple[list[str], Samples]:

@@ -1,8 +1,10 @@
-"""Images in memory, and seeded choices among them, each a pure function of its key."""
+"""Labelled images, and seeded choices among them, each a pure function of its key."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,9 @@ from torch.utils.data import Dataset
 
 from clafusion.datamodules.transforms import beside
 from clafusion.errors import FusionError
+
+#: Makes uint8 `[B, C, H, W]` of the same, each image by itself.
+Change = Callable[[Tensor], Tensor]
 
 
 def derived_seed(*key: int | str) -> int:
@@ -53,51 +58,57 @@ def seed_generators(seed: int, device: torch.device) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSet(Dataset[tuple[Tensor, Tensor]]):
-    """Labelled images in memory, fetched a whole batch at a time.
+class LabelledImages(Dataset[tuple[Any, ...]]):
+    """Labelled images, fetched a whole batch at a time; a subclass knows where their pixels are.
 
     Attributes:
-        images: uint8 `[N, C, H, W]`.
+        images: What the pixels are taken from.
         labels: int64 `[N]`.
     """
 
-    images: Tensor
+    images: Any
     labels: Tensor
 
     def __len__(self) -> int:
         """The number of images."""
         return len(self.labels)
 
-    def __getitem__(self, index: int | list[int]) -> tuple[Tensor, Tensor]:
-        """Return one image `[C, H, W]` and its label `[]`, or several."""
-        return self.images[index], self.labels[index]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """N, C, H, W."""
+        raise NotImplementedError
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return a batch `[B, C, H, W]` with its labels `[B]` by one indexing instead of B and a collation."""
-        batch = beside(self.images, torch.tensor(indices))
-        return self.images.index_select(0, batch), self.labels[batch]
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the pixels: uint8, unless the data files are wrong."""
+        return torch.uint8
 
     @property
     def size_in_bytes(self) -> int:
-        """The memory that images and labels take."""
-        return self.images.nbytes + self.labels.nbytes
+        """The memory that images and labels take where they are in memory."""
+        return math.prod(self.shape) * self.dtype.itemsize + self.labels.nbytes
 
-    def to(self, device: torch.device) -> "ImageSet":
-        """Return the images on a device."""
-        return ImageSet(self.images.to(device), self.labels.to(device))
+    def subset(self, indices: Tensor) -> "LabelledImages":
+        """Return the images at the given int64 `[M]` indices, in that order."""
+        raise NotImplementedError
 
-    def subset(self, indices: Tensor) -> "ImageSet":
-        """Return copies of the images at the given int64 `[M]` indices, in that order."""
-        return ImageSet(self.images[indices], self.labels[indices])
+    def changed(self, indices: Tensor, change: Change) -> "LabelledImages":
+        """Return the images, some of them changed.
 
-    def relabelled(self, classes: Sequence[int]) -> "ImageSet":
+        Args:
+            indices: Of the images to change, int64 `[M]`.
+            change: Can be pickled, so that worker processes can do it.
+        """
+        raise NotImplementedError
+
+    def relabelled(self, classes: Sequence[int]) -> "LabelledImages":
         """Return the images with the places of their labels among the classes; -1 for a label that is not there."""
         places = torch.full((max(int(self.labels.max()), *classes) + 1,), -1)
         places[list(classes)] = torch.arange(len(classes))
-        return ImageSet(self.images, places[self.labels])
+        return replace(self, labels=places[self.labels])
 
-    def labelled(self) -> "ImageSet":
-        """Return copies of the images whose label is a class, not -1."""
+    def labelled(self) -> "LabelledImages":
+        """Return the images whose label is a class, not -1."""
         return self.subset((self.labels >= 0).nonzero().flatten())
 
     def check(self, name: str, shape: tuple[int, ...], num_classes: int) -> None:
@@ -111,17 +122,61 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
         Raises:
             FusionError: The set is empty, or an image or label is not as declared.
         """
-        images, labels = self.images, self.labels
-        if images.shape != (len(labels), *shape) or images.dtype != torch.uint8 or len(labels) == 0:
+        labels = self.labels
+        if self.shape != (len(labels), *shape) or self.dtype != torch.uint8 or len(labels) == 0:
             raise FusionError(
                 f"Expected {name} images as torch.uint8 {[len(labels), *shape]} with at least one image, "
-                f"got {images.dtype} {list(images.shape)}; check the data files"
+                f"got {self.dtype} {list(self.shape)}; check the data files"
             )
         if labels.min() < 0 or labels.max() >= num_classes:
             raise FusionError(
                 f"Expected {name} labels in 0..{num_classes - 1}, "
                 f"got {int(labels.min())}..{int(labels.max())}; check the data files"
             )
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet(LabelledImages):
+    """Labelled images in memory.
+
+    Attributes:
+        images: uint8 `[N, C, H, W]`.
+        labels: int64 `[N]`.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """N, C, H, W."""
+        return tuple(self.images.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the pixels."""
+        return self.images.dtype
+
+    def __getitem__(self, index: int | list[int]) -> tuple[Tensor, Tensor]:
+        """Return one image `[C, H, W]` and its label `[]`, or several."""
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return a batch `[B, C, H, W]` with its labels `[B]` by one indexing instead of B and a collation."""
+        batch = beside(self.images, torch.tensor(indices))
+        return self.images.index_select(0, batch), self.labels[batch]
+
+    def to(self, device: torch.device) -> "ImageSet":
+        """Return the images on a device."""
+        return ImageSet(self.images.to(device), self.labels.to(device))
+
+    def subset(self, indices: Tensor) -> "ImageSet":
+        """Return copies of the images at the given int64 `[M]` indices, in that order."""
+        return ImageSet(self.images[indices], self.labels[indices])
+
+    def changed(self, indices: Tensor, change: Change) -> "ImageSet":
+        """Return copies of the images, some of them changed."""
+        return ImageSet(self.images.index_copy(0, indices, change(self.images[indices])), self.labels)
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -1,34 +1,22 @@
-"""The base of all image data modules: one uint8 tensor in memory, three disjoint parts, preprocessing on the device."""
+"""The base of all image data modules: three disjoint parts of what a subclass reads, preprocessed on the device."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
 
 from clafusion.datamodules.arguments import check_classes, check_flag, check_whole
 from clafusion.datamodules.domain import Domain, as_domain
-from clafusion.datamodules.image_set import ImageSet, seed_generators, seeded, stratified_split
-from clafusion.datamodules.resuming import ResumableDataModule
-from clafusion.datamodules.samplers import EpochSampler, ResumableLoader, ShardSampler
+from clafusion.datamodules.image_set import LabelledImages, seed_generators, seeded
+from clafusion.datamodules.loading import LoadingDataModule
+from clafusion.datamodules.selection import Selection
 from clafusion.datamodules.split import Split, as_split
 from clafusion.datamodules.transforms import augment as crop_and_flip
 from clafusion.datamodules.transforms import normalize, pad_to_size
 from clafusion.errors import FusionError
 
 
-def _whole_batch(batch: Any) -> Any:
-    """Collate nothing: the data set fetches whole batches already."""
-    return batch
-
-
-def _image_memory(device: torch.device) -> int:
-    """The bytes on a GPU that images may take: a quarter of the free ones, the rest is for the network."""
-    return torch.cuda.mem_get_info(device)[0] // 4
-
-
-class ImageDataModule(ResumableDataModule):
+class ImageDataModule(LoadingDataModule):
     """Base of the image data modules; a subclass reads the images (`read`).
 
     Training, validation and test are three disjoint parts: the validation part is a seeded, stratified share of the
@@ -43,8 +31,9 @@ class ImageDataModule(ResumableDataModule):
     Args:
         batch_size: Images per training batch.
         eval_batch_size: Images per batch of validation, test and prediction.
-        num_workers: Worker processes per loader. The images are in memory already, so 0 is usually fastest: a GPU then
-            holds them in its own memory, if they fit into a quarter of it.
+        num_workers: Worker processes per loader. None: 0 for images in memory, where that is usually fastest (a GPU
+            then holds them in its own memory, if they fit into a quarter of it); for images that are decoded on demand
+            one for each core, shared by the processes of the machine, and 8 at most.
         val_fraction: Share of each class of the training set held out for validation, in `[0, 1)`.
         split_seed: Selects the validation images, and the order in which `skip_train` and `limit_train` count.
         augment: Whether training images are cropped at random (padding 4) and flipped horizontally.
@@ -72,7 +61,7 @@ class ImageDataModule(ResumableDataModule):
         self,
         batch_size: int = 128,
         eval_batch_size: int = 512,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         val_fraction: float = 0.1,
         split_seed: int = 0,
         augment: bool = False,
@@ -85,37 +74,20 @@ class ImageDataModule(ResumableDataModule):
         label_set: list[int] | None = None,
         domain: Domain | None = None,
     ) -> None:
-        super().__init__(allow_changes)
-        check_whole("batch_size", batch_size, 1)
-        check_whole("eval_batch_size", eval_batch_size, 1)
-        check_whole("num_workers", num_workers, 0)
-        check_whole("split_seed", split_seed, 0)
+        super().__init__(batch_size, eval_batch_size, num_workers, allow_changes)
         check_flag("augment", augment)
-        check_flag("allow_changes", allow_changes)
-        if type(val_fraction) not in (int, float) or not 0 <= val_fraction < 1:
-            raise FusionError(f"Expected val_fraction in [0, 1), got {val_fraction!r}; 0.1 holds out a tenth")
-        for name, count, least in (("limit_train", limit_train, 1), ("skip_train", skip_train, 0)):
-            if count is not None:
-                check_whole(name, count, least)
-        self.image_shape = self._shape(pad_to, channels)
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.num_workers = num_workers
-        self.val_fraction = val_fraction
-        self.split_seed = split_seed
         self.augment = augment
-        self.limit_train = limit_train
-        self.skip_train = skip_train
+        self.image_shape = self._shape(pad_to, channels)
+        self.split_seed = split_seed
         self.split = as_split(split)
-        self.domain = as_domain(domain)
-        if self.domain is not None:
-            self.domain.check_shape(self.raw_shape)
-        self.classes_read = self.num_classes
         self.label_set = None if label_set is None else check_classes("label_set", label_set)
-        self._check_known("label_set", self.label_set or ())
-        self.num_classes = len(self.label_set or range(self.num_classes))
-        self._check_known("labels of split", self.split.classes if self.split else ())
-        self._parts: dict[str, ImageSet] = {}
+        self.domain = as_domain(domain)
+        self.selection = Selection(
+            val_fraction, split_seed, limit_train, skip_train, self.split, self.label_set, self.domain
+        )
+        self.selection.check_shape(self.raw_shape)
+        self.classes_read = self.num_classes
+        self.num_classes = self.selection.classes(self.classes_read)
         # allow_changes belongs to one command, not to the run.
         self.save_hyperparameters(ignore=["allow_changes"])
         # A checkpoint holds plain containers only.
@@ -134,14 +106,7 @@ class ImageDataModule(ResumableDataModule):
             check_whole("pad_to", pad_to, max(height, width))
         return channels or planes, pad_to or height, pad_to or width
 
-    def _check_known(self, name: str, labels: Sequence[int]) -> None:
-        unknown = [label for label in labels if label >= self.num_classes]
-        if unknown:
-            raise FusionError(
-                f"Expected {name} in 0..{self.num_classes - 1}, got {unknown[0]}; choose classes of this data"
-            )
-
-    def read(self) -> tuple[ImageSet, ImageSet]:
+    def read(self) -> tuple[LabelledImages, LabelledImages]:
         """Read the published training and test sets; subclasses implement it.
 
         Returns:
@@ -149,7 +114,7 @@ class ImageDataModule(ResumableDataModule):
         """
         raise NotImplementedError
 
-    def read_validation(self) -> ImageSet | None:
+    def read_validation(self) -> LabelledImages | None:
         """Read the validation images if they are a set of their own; None: they are a share of the training set."""
         return None
 
@@ -169,126 +134,7 @@ class ImageDataModule(ResumableDataModule):
         for name, images in (("training", whole), ("test", test), ("validation", validation)):
             if images is not None:
                 images.check(name, self.raw_shape, self.classes_read)
-        fraction = self.val_fraction if validation is None else 0.0
-        rest, held_out = stratified_split(whole.labels, fraction, self.split_seed)
-        if self.label_set is not None:
-            whole, test = whole.relabelled(self.label_set), test.relabelled(self.label_set).labelled()
-            validation = validation and validation.relabelled(self.label_set).labelled()
-            rest, held_out = (indices[whole.labels[indices] >= 0] for indices in (rest, held_out))
-        if len(rest) == 0 or (len(held_out) == 0 and fraction > 0):
-            raise FusionError(
-                f"Expected training and validation images, got {len(rest)} and {len(held_out)} with "
-                f"val_fraction {fraction} of {len(whole)}; change val_fraction"
-            )
-        train = self._own_part(whole.labels, self._limited(rest))
-        if validation is None:
-            validation = whole.subset(held_out)
-        parts = {"train": whole.subset(train), "val": validation, "test": test}
-        domain = self.domain
-        self._parts = parts if domain is None else {name: domain.change(part, name) for name, part in parts.items()}
-
-    def _limited(self, indices: Tensor) -> Tensor:
-        """Return the training indices that `skip_train` and `limit_train` keep."""
-        if self.limit_train is None and self.skip_train is None:
-            return indices
-        first = self.skip_train or 0
-        count = max(1, len(indices) - first) if self.limit_train is None else self.limit_train
-        if first + count > len(indices):
-            skipped = f" after skip_train {first}" if first else ""
-            raise FusionError(
-                f"Expected limit_train of at most the {len(indices)} training images, got {count}{skipped}; "
-                "lower limit_train, skip_train or val_fraction"
-            )
-        order = torch.randperm(len(indices), generator=seeded("limit", self.split_seed))
-        return indices[order[first : first + count]]
-
-    def _own_part(self, labels: Tensor, indices: Tensor) -> Tensor:
-        """Return those training indices that are in the part of `split`."""
-        if self.split is None:
-            return indices
-        part = indices[self.split.indices(labels[indices])]
-        if len(part) == 0:
-            raise FusionError(
-                f"Expected training images in part {self.split.part} of the split, got none of {len(indices)}; "
-                "change split"
-            )
-        return part
-
-    def _part(self, name: str) -> ImageSet:
-        if not self._parts:
-            raise FusionError("Expected a data module that was set up, got a fresh one; call setup() first")
-        return self._parts[name]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The number of images in each part, by name; empty before `setup`."""
-        return {name: len(part) for name, part in self._parts.items()}
-
-    @property
-    def train_size(self) -> int:
-        """The number of training images; there is none before `setup`."""
-        return len(self._part("train"))
-
-    @property
-    def val_size(self) -> int:
-        """The number of validation images; there is none before `setup`."""
-        return len(self._part("val"))
-
-    @property
-    def test_size(self) -> int:
-        """The number of test images; there is none before `setup`."""
-        return len(self._part("test"))
-
-    def _loader(self, part: str, batch_size: int | None, sampler: Sampler[Any] | None = None) -> DataLoader[Any]:
-        images = self._part(part)
-        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-        if device.type == "cuda" and self.num_workers == 0 and images.size_in_bytes <= _image_memory(device):
-            images = images.to(device)
-        return ResumableLoader(
-            images,
-            batch_size=batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=_whole_batch,
-            pin_memory=torch.cuda.is_available() and not images.images.is_cuda,
-            persistent_workers=self.num_workers > 0,
-        )
-
-    def _fixed_loader(self, part: str) -> DataLoader[Any]:
-        """Return all images of a part in fixed order; on several processes each rank has its own share."""
-        size = len(self._part(part))
-        rank, processes = self._rank
-        if processes == 1 or size == 0:
-            return self._loader(part, self.eval_batch_size)
-        return self._loader(part, None, ShardSampler(size, self.eval_batch_size, rank, processes, part))
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return batches of the training part, in an order that is a pure function of the run's seed and the epoch.
-
-        The seed is that of `torch.manual_seed` (`seed_everything`). Without one each run has its own order, and a
-        resumed run has the order of its checkpoint. On several processes each rank has a share of the same order.
-
-        Raises:
-            FusionError: A training goes on from a checkpoint that has no state of this kind of data.
-        """
-        epoch, batches = self._begin()
-        sampler = EpochSampler(self.train_size, self._seed, *self._rank, epoch, batches * self.batch_size)
-        if self.allow_changes:
-            # An epoch that is shorter than it was ends with its last batch, not with none.
-            sampler.skip = min(sampler.skip, (len(sampler) - 1) // self.batch_size * self.batch_size)
-        return self._loader("train", self.batch_size, sampler)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Return batches of the validation part in fixed order: none if `val_fraction` is 0; then Lightning warns."""
-        return self._fixed_loader("val")
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Return batches of the test part in fixed order."""
-        return self._fixed_loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Return batches `(images, labels)` of the test part in fixed order."""
-        return self.test_dataloader()
+        self._parts = self.selection.parts(whole, test, validation)
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Preprocess a batch on the device, in the trainer's precision; augment it only while training.
@@ -356,9 +202,8 @@ class ImageDataModule(ResumableDataModule):
         if self.train_size < 2:
             raise FusionError(f"Expected at least 2 training images, got {self.train_size}; raise limit_train")
         samples = torch.randperm(self.train_size, generator=seeded("alignment", seed))[:num_samples]
-        images = self._part("train").images
-        starts = range(0, len(samples), size)
-        return (self.preprocess(images[samples[start : start + size]]) for start in starts)
+        batches = self._fetch(self._at_hand("train"), samples.split(size))
+        return (self.preprocess(images) for images, _ in batches)
 
     def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return all validation images, normalised, with their labels, on the CPU; the same on every rank.
@@ -369,6 +214,5 @@ class ImageDataModule(ResumableDataModule):
         Raises:
             FusionError: The data module was not set up.
         """
-        part = self._part("val")
-        batches = (torch.split(values, self.eval_batch_size) for values in (part.images, part.labels))
-        return ((self.preprocess(images), labels) for images, labels in zip(*batches, strict=True) if len(labels))
+        batches = self._fetch(self._held("val"), torch.arange(self.val_size).split(self.eval_batch_size))
+        return ((self.preprocess(images), labels) for images, labels in batches)

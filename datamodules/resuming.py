@@ -39,6 +39,11 @@ class ResumableDataModule(LightningDataModule):
         raise NotImplementedError
 
     @property
+    def fingerprint(self) -> str | None:
+        """What tells the files of the images from others; None: nothing does."""
+        return None
+
+    @property
     def _rank(self) -> tuple[int, int]:
         """This process's rank and the number of processes."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
@@ -110,7 +115,8 @@ class ResumableDataModule(LightningDataModule):
         settings = training_settings(trainer)
         sizes = {f"{part}_size": size for part, size in self.sizes.items()}
         kept = {name: settings[name] for name in _COMPARED}
-        return {**data_settings(self), **sizes, "world_size": trainer.world_size, **kept}
+        files = {} if self.fingerprint is None else {"files": self.fingerprint}
+        return {**data_settings(self), **sizes, **files, "world_size": trainer.world_size, **kept}
 
     def _refuse_foreign_run(self) -> None:
         trainer: Any = self.trainer

@@ -5,10 +5,9 @@ The samplers are `DistributedSampler`s in name only: Lightning replaces every ot
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DistributedSampler
 
 from clafusion.datamodules.image_set import seeded
 from clafusion.errors import FusionError
@@ -97,25 +96,6 @@ class ShardSampler(DistributedSampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """Return the indices of each batch."""
         return iter(self.batches)
-
-
-class ResumableLoader(DataLoader[Any]):
-    """A `DataLoader` that Lightning may interrupt anywhere in an epoch.
-
-    The data module keeps the position and gives it to the sampler. Worker processes begin when the first batch is asked
-    for, because Lightning asks for an iterator before it sets the epoch.
-    """
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield the batches, in the order that the sampler has when the first of them is asked for."""
-        yield from super().__iter__()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing; the method tells Lightning that this loader can be resumed."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing, see `state_dict`."""
 
 
 def _check_shares(size: int, processes: int, part: str) -> None:

@@ -63,5 +63,13 @@ def test_different_skills_become_one():
     assert best > max(accuracies["general"], accuracies["personal"])
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_a_stream_of_shards_is_trained_and_fused_on():
+    pytest.importorskip("webdataset")
+    accuracies = example("streaming").main(["--epochs", "3"])
+    assert list(accuracies) == ["deep", "shallow", "fused"] and min(accuracies.values()) > 0.5
+
+
 def test_every_example_is_tested():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"torchvision_folder", "skill_transfer"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"torchvision_folder", "skill_transfer", "streaming"}

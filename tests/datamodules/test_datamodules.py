@@ -492,7 +492,7 @@ def test_arguments_travel_in_a_checkpoint_as_plain_values(tmp_path: Path) -> Non
     loaded = torch.load(tmp_path / "model.ckpt", weights_only=True)["datamodule_hyper_parameters"]
     assert loaded == {
         "num_classes": 10, "data_dir": str(tmp_path / "data"), "download": False, "augment": True, "limit_train": 50,
-        "batch_size": 128, "eval_batch_size": 512, "num_workers": 0, "val_fraction": 0.1, "split_seed": 0,
+        "batch_size": 128, "eval_batch_size": 512, "num_workers": None, "val_fraction": 0.1, "split_seed": 0,
         "pad_to": None, "channels": None, "split": None, "skip_train": None, "label_set": None, "domain": None,
     }  # fmt: skip
     assert {type(value) for value in loaded.values()} <= {int, str, bool, float, type(None)}

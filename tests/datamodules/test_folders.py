@@ -167,20 +167,16 @@ def test_parts_of_other_classes_are_refused(tmp_path: Path) -> None:
         set_up(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])
-def test_a_broken_image_is_named(tmp_path: Path, content: bytes) -> None:
-    write_class_folders(tmp_path, 4)
-    (tmp_path / "bag" / "0001.png").write_bytes(content)
-    with pytest.raises(FusionError, match="an image in .*0001.png, got .*; remove the file"):
-        set_up(tmp_path)
-
-
-def test_an_image_cut_short_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n", None])
+def test_a_broken_image_is_named(tmp_path: Path, content: bytes | None, in_memory: bool) -> None:
     write_class_folders(tmp_path, 4)
     path = tmp_path / "bag" / "0001.png"
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(FusionError, match="an image in .*0001.png"):
-        set_up(tmp_path)
+    path.write_bytes(path.read_bytes()[:-40] if content is None else content)
+    data = set_up(tmp_path, val_fraction=0.0, in_memory=in_memory)
+    with pytest.raises(FusionError, match="Expected an image in .*0001.png, got .*; remove the file or put it right$"):
+        for loader in (data.train_dataloader(), data.test_dataloader()):
+            list(loader)
 
 
 def test_what_is_not_tiny_imagenet_is_refused(tmp_path: Path) -> None:
