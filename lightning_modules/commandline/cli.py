@@ -35,6 +35,11 @@ from clafusion.lightning_modules.commandline.exit_codes import ended_by, user_me
 from clafusion.lightning_modules.commandline.parser import DEFAULTS, FusionParser, unknown_command
 from clafusion.lightning_modules.commandline.saved_request import saving_request
 from clafusion.lightning_modules.commandline.shorthand import complete
+from clafusion.lightning_modules.commandline.training import (
+    add_training_arguments,
+    check_training,
+    saved_training,
+)
 from clafusion.lightning_modules.commands.convert import convert_file
 from clafusion.lightning_modules.commands.export import export_file
 from clafusion.lightning_modules.commands.fuse import fuse_checkpoints
@@ -130,6 +135,7 @@ class FusionCLI(HookedCLI):
         self.parser.add_argument("--print_completion", action=PrintCompletion)
         for name, defaults in _TRAINER_DEFAULTS.items():
             self.parser_of(name).set_defaults(defaults)
+        add_training_arguments(self.parser_of("fit"))
 
     def own_parsers(self) -> dict[str, LightningArgumentParser]:
         """Return the parsers of the commands that are functions."""
@@ -152,6 +158,8 @@ class FusionCLI(HookedCLI):
             raise FusionError(unknown_command(repr(args[0])))
         self.arguments = complete(args)
         self.config = parser.parse_args(self.arguments)
+        if self.subcommand == "fit":
+            check_training(self.arguments, self.config["fit"])
 
     def take_from_checkpoint(self) -> None:
         """Take what the user did not give from `--ckpt_path`: the network's recipe and, to go on, data and seed.
@@ -170,9 +178,13 @@ class FusionCLI(HookedCLI):
         checkpoint = read_checkpoint(path)
         defaults = _interrupted_run(checkpoint) if command == "fit" else {}
         defaults["model"] = _saved_module(checkpoint["hyper_parameters"], config["model"])
+        if command == "fit":
+            defaults |= saved_training(checkpoint["hyper_parameters"], config)
         self.parser_of(command).set_defaults(defaults)
         self.config = self.parser.parse_args(self.arguments)
         self.config[command]["ckpt_path"] = path
+        if command == "fit":
+            check_training(self.arguments, self.config["fit"])
 
     def instantiate_classes(self) -> None:
         """Make the module, the data and the trainer, for the commands that need them."""
@@ -276,6 +288,8 @@ def _saved_module(saved: Mapping[str, Any], chosen: Any) -> dict[str, Any]:
         # A distillation goes on as one, unless the user names another class, which takes over what it knows.
         kind = Distiller if "teachers" in saved else ImageClassifier
         path, names = f"clafusion.lightning_modules.{kind.__name__}", {*_RECIPE, *signature(kind).parameters}
+    # Those have options of their own.
+    names -= {"optimizer", "lr_scheduler"}
     return {"class_path": path, "init_args": {name: value for name, value in saved.items() if name in names}}
 
 

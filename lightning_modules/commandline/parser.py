@@ -49,6 +49,8 @@ def reworded(message: str) -> str:
     while rest.startswith('Parser key "'):
         key, _, rest = rest.removeprefix('Parser key "').partition('":')
         keys, rest = [*keys, key], rest.strip()
+    if keys and keys[0] in KINDS:
+        return about_training(KINDS[keys[0]], rest)
     if rest.startswith("Option '") and keys:
         option, _, rest = rest.removeprefix("Option '").partition("'")
         if keys[0] == "data":
