@@ -82,12 +82,11 @@ def describe(kind: Kind, given: Mapping[str, Any]) -> Description:
     if owner is None:
         # A class that the program does not know cannot be asked for its arguments; it cannot be used either.
         return {"name": name, **arguments}
-    known = _arguments(kind, owner)
+    known = _arguments_of_class(kind, owner)
     for argument in arguments:
         if argument not in known:
-            raise FusionError(
-                f"Expected an argument of {name}, got {argument}; {did_you_mean(argument, known)}{', '.join(known)}"
-            )
+            close = did_you_mean(argument, known)
+            raise FusionError(f"Expected an argument of {name}, got {argument}; {close}there are {', '.join(known)}")
     plain = {argument: _plain(value, kind, argument) for argument, value in arguments.items()}
     missing = [one for one, default in known.items() if default is Parameter.empty and one not in plain]
     if missing:
@@ -98,9 +97,9 @@ def describe(kind: Kind, given: Mapping[str, Any]) -> Description:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return what to say before the list of the known words."""
+    """Return the question whether one of the known words was meant; nothing if none is like it."""
     close = get_close_matches(word, list(known), n=1)
-    return f"did you mean {close[0]}? There are " if close else "there are "
+    return f"did you mean {close[0]}? " if close else ""
 
 
 def default_lr(description: Description) -> float:
@@ -114,6 +113,11 @@ def default_lr(description: Description) -> float:
     if default is None or not isinstance(default.default, float | int):
         raise FusionError(f"Expected a learning rate for {description['name']}, got none; give --optimizer.lr")
     return float(default.default)
+
+
+def arguments_of(kind: Kind, name: str) -> dict[str, Any]:
+    """Return the arguments that a description of one of PyTorch's classes may have, with their defaults."""
+    return _arguments_of_class(kind, class_of(kind, name))
 
 
 def _imported(kind: Kind, path: Any) -> str:
@@ -137,7 +141,7 @@ def unknown_class(kind: Kind, path: str) -> FusionError:
     names = kind.names()
     return FusionError(
         f"Expected --{kind.option} to name a class of {kind.module.__name__}, got {path}; "
-        f"{did_you_mean(path.rpartition('.')[2], names)}{', '.join(names)}"
+        f"{did_you_mean(path.rpartition('.')[2], names)}there are {', '.join(names)}"
     )
 
 
@@ -152,7 +156,7 @@ def class_of(kind: Kind, name: str) -> Any:
     return found if isclass(found) and issubclass(found, kind.base) else None
 
 
-def _arguments(kind: Kind, owner: Any) -> dict[str, Any]:
+def _arguments_of_class(kind: Kind, owner: Any) -> dict[str, Any]:
     """Return the arguments that a description may have, with their defaults."""
     parameters = signature(owner).parameters.items()
     found = {name: one.default for name, one in parameters if name not in kind.given}
