@@ -11,8 +11,8 @@ DOCS_STAMP := $(VENV)/.clafusion-docs-installed
 
 # Trains a deep and a shallow parent on real digits, fuses them and shows how the result compares (about a minute).
 demo: $(STAMP)
-	$(BIN)/clafusion fit --config configs/train/digits_deep.yaml
-	$(BIN)/clafusion fit --config configs/train/digits_shallow.yaml
+	$(BIN)/clafusion fit --config configs/train/digits_deep.yaml --overwrite
+	$(BIN)/clafusion fit --config configs/train/digits_shallow.yaml --overwrite
 	$(BIN)/clafusion fuse runs/digits_shallow/best.ckpt runs/digits_deep/best.ckpt -o runs/fused.ckpt \
 		--overwrite --data DigitsDataModule
 	$(BIN)/clafusion test --ckpt_path runs/fused.ckpt --data DigitsDataModule

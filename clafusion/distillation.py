@@ -18,6 +18,7 @@ def distillation_loss(
     temperature: float,
     alpha: float,
     reduction: Reduction = "batchmean",
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Cross entropy mixed with the divergence of the softened student from the softened teacher.
 
@@ -33,6 +34,7 @@ def distillation_loss(
         alpha: share of the teacher, in `[0, 1]`.
         reduction: how the divergence is averaged: `batchmean` over samples, as its definition says; `mean` over samples
             and classes, as in the published runs: smaller by the number of classes.
+        label_smoothing: share of the labels that is spread over all classes in the cross entropy, in `[0, 1]`.
 
     Returns:
         A scalar.
@@ -47,6 +49,8 @@ def distillation_loss(
         0.0
     """
     check_distillation(temperature, alpha, reduction)
+    if not 0 <= label_smoothing <= 1:
+        raise FusionError(f"Expected label_smoothing in [0, 1], got {label_smoothing}; change label_smoothing")
     if student.ndim != 2 or student.shape != teacher.shape or labels.shape != student.shape[:1]:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in (student, teacher, labels))
         raise FusionError(
@@ -61,7 +65,9 @@ def distillation_loss(
         # Not left to PyTorch, whose "mean" is going to change its meaning.
         divergence = divergence / student.shape[1]
     taught = alpha * temperature**2 * divergence
-    return taught if alpha == 1 else taught + (1 - alpha) * cross_entropy(student, labels)
+    return (
+        taught if alpha == 1 else taught + (1 - alpha) * cross_entropy(student, labels, label_smoothing=label_smoothing)
+    )
 
 
 def check_distillation(temperature: float, alpha: float, reduction: str) -> None:

@@ -1,8 +1,7 @@
 """The classifier that is trained, evaluated and fused: a network, its loss, its metrics and its optimizer."""
 
 import importlib
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torchmetrics.classification import MulticlassAccuracy
 from clafusion.errors import FusionError
 from clafusion.formats.files import restore, snapshot
 from clafusion.formats.stored import StoredNetwork
-from clafusion.lightning import LightningModule, OptimizerLRScheduler
 from clafusion.lightning_modules.checkpoints.reading import (
     PREFIX,
     class_names,
@@ -23,6 +21,9 @@ from clafusion.lightning_modules.checkpoints.reading import (
     refuse_classes,
 )
 from clafusion.lightning_modules.compatibility import ImageData, check_images, label_places
+from clafusion.lightning_modules.optimizers.building import Optimization
+from clafusion.lightning_modules.optimizers.module import RecipeModule
+from clafusion.lightning_modules.optimizers.recipes import canonical, go_on_with
 from clafusion.teachers.label_sets import Label
 from clafusion.tracing.example import with_input_shape
 from clafusion.tracing.outputs import logits_in
@@ -55,8 +56,8 @@ class MeanLoss(Metric):
         return self.total / self.count
 
 
-class ImageClassifier(LightningModule):
-    """A network that classifies images, trained with SGD on the cross entropy.
+class ImageClassifier(RecipeModule):
+    """A network that classifies images, trained on the cross entropy by SGD or another optimizer of PyTorch.
 
     Logs, over whole epochs, `train_loss`, and `val_loss`, `val_acc`, `test_loss` and `test_acc` (exact on any number
     of processes). Its checkpoints hold the architecture as a plain dict, so they load without further arguments, and
@@ -66,11 +67,19 @@ class ImageClassifier(LightningModule):
         architecture: `{"name": "MLP", ...}` as for `clafusion.networks.build`, a published name such as
             `{"name": "resnet34_half"}`, or `{"class_path": "torchvision.models.resnet18", "init_args": {...}}`. None:
             the network comes from a checkpoint or from `set_network`.
-        lr: Learning rate.
-        momentum: Momentum of SGD.
-        weight_decay: Weight decay of SGD.
-        milestones: Epochs at which the learning rate is multiplied by `gamma`.
+        lr: Learning rate; None: 0.1, or with `optimizer` the one that its class has.
+        momentum: Momentum of SGD, where no `optimizer` is given.
+        weight_decay: Weight decay of SGD, where no `optimizer` is given.
+        milestones: Epochs at which the learning rate is multiplied by `gamma`, where no `lr_scheduler` is given.
         gamma: See `milestones`.
+        optimizer: A class of `torch.optim` with its arguments, `{"name": "AdamW", "lr": 0.001, "weight_decay": 0.05}`,
+            or `{"class_path": ..., "init_args": {...}}`. Its `lr` wins over `lr`. On the command line: --optimizer.
+        lr_scheduler: A class of `torch.optim.lr_scheduler`, given likewise and stepped after every epoch.
+            `ReduceLROnPlateau` follows a `monitor`: `val_acc` (with mode `max`), `val_loss` or `train_loss`. On the
+            command line: --lr_scheduler.
+        warmup_epochs: Epochs, also a part of one, in which the learning rate rises in equal steps to what it is
+            otherwise.
+        label_smoothing: Share of the labels that is spread over all classes, in `[0, 1]`; in training only.
         channels_last: Lay images and weights out with the channels last: faster convolutions on GPUs.
         compile: Compile the network with `torch.compile` before it is used.
         fused: Let the optimizer update all weights in one kernel. Like `channels_last` and `compile` it belongs to a
@@ -91,26 +100,47 @@ class ImageClassifier(LightningModule):
     def __init__(
         self,
         architecture: dict[str, Any] | None = None,
-        lr: float = 0.1,
+        lr: float | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         milestones: list[int] | None = None,
         gamma: float = 0.1,
+        optimizer: dict[str, Any] | None = None,
+        lr_scheduler: dict[str, Any] | None = None,
+        warmup_epochs: float = 0.0,
+        label_smoothing: float = 0.0,
         channels_last: bool = False,
         compile: bool = False,
         fused: bool = False,
     ) -> None:
         super().__init__()
-        _check_recipe(lr=lr, momentum=momentum, weight_decay=weight_decay, gamma=gamma)
+        recipe = canonical(
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "milestones": milestones,
+                "gamma": gamma,
+                "optimizer": optimizer,
+                "lr_scheduler": lr_scheduler,
+                "warmup_epochs": warmup_epochs,
+                "label_smoothing": label_smoothing,
+            }
+        )
+        # What is logged and saved is canonical, never the class_path the user may have given.
+        lr, milestones, optimizer, lr_scheduler = (
+            recipe[name] for name in ("lr", "milestones", "optimizer", "lr_scheduler")
+        )
+        self._fused = recipe.pop("fused") or fused
         self.network = None if architecture is None else _build(architecture)
-        self.lr = lr
+        self.lr: float = recipe["lr"]
         self.momentum = momentum
         self.weight_decay = weight_decay
-        self.milestones = sorted(milestones or [])
+        self.milestones: list[int] = recipe["milestones"]
         self.gamma = gamma
+        self.label_smoothing = label_smoothing
         self._channels_last = channels_last
         self._compiled = compile
-        self._fused = fused
         #: How this network was fused, as plain containers; it stays in every later checkpoint.
         self.fusion: dict[str, Any] | None = None
         #: What the outputs stand for, in their order, where that is known; it stays in every later checkpoint.
@@ -125,11 +155,12 @@ class ImageClassifier(LightningModule):
             }
         )
         self.metrics["train_loss"] = MeanLoss()
-        # What is saved is the canonical description, never the class_path the user may have given.
         self._constants: dict[str, Tensor] = {}
         architecture = None if self.network is None else self._describe(self.network)
-        milestones = self.milestones
+        self._saved = {"architecture": architecture, **recipe}
         self.save_hyperparameters(ignore=["channels_last", "compile", "fused"])
+        # A subclass has arguments of its own, which Lightning has collected as they were given.
+        self.hparams.update(self._saved)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "ImageClassifier":
@@ -178,13 +209,16 @@ class ImageClassifier(LightningModule):
             names = getattr(datamodule, "class_names", None)
             if stage == "fit" and self.class_names is None and names is not None and len(names) == outputs:
                 self.class_names = list(names)
+        if stage == "fit":
+            self.check_length(self.trainer.max_epochs)
         self._find_labels()
         self._prepare()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The cross entropy of a batch."""
         images, labels = batch
-        return self._learnt(cross_entropy(self(images), labels), len(labels))
+        loss = cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+        return self._learnt(loss, len(labels))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to `val_loss` and `val_acc`."""
@@ -200,19 +234,9 @@ class ImageClassifier(LightningModule):
         probabilities: Tensor = self(images).softmax(dim=1)
         return probabilities
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD, with a step schedule if there are milestones."""
-        optimizer = torch.optim.SGD(
-            self._network().parameters(),
-            lr=self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            fused=self._fused or None,
-        )
-        if not self.milestones:
-            return optimizer
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, self.milestones, self.gamma)
-        return [optimizer], [schedule]
+    def trained_weights(self) -> Iterator[nn.Parameter]:
+        """The weights of the network."""
+        return self._network().parameters()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add how the network was fused, if it was, and the names of the classes, if they are known.
@@ -256,20 +280,7 @@ class ImageClassifier(LightningModule):
         for state in checkpoint.get("optimizer_states", []):
             for group in state["param_groups"]:
                 group["fused"] = self._fused or None
-        recipe = ("lr", "momentum", "weight_decay", "milestones", "gamma")
-        if any(self.hparams[name] != saved.get(name) for name in recipe):
-            self._override_recipe(checkpoint)
-
-    def _override_recipe(self, checkpoint: dict[str, Any]) -> None:
-        """Write this module's recipe over the one in the states of the optimizer and of the schedule."""
-        schedules = checkpoint.get("lr_schedulers", [])
-        epoch = schedules[0]["last_epoch"] if schedules else checkpoint["epoch"]
-        lr = self.lr * self.gamma ** sum(milestone <= epoch for milestone in self.milestones)
-        for state in checkpoint.get("optimizer_states", []):
-            for group in state["param_groups"]:
-                group.update(lr=lr, initial_lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-        for state in schedules:
-            state.update(milestones=Counter(self.milestones), gamma=self.gamma, base_lrs=[self.lr], _last_lr=[lr])
+        go_on_with(self._optimization(), Optimization.of(saved), checkpoint)
 
     def _describe(self, network: nn.Module) -> dict[str, Any]:
         """Describe a network; keep the constants that its description needs and its own state dict leaves out."""
@@ -340,10 +351,3 @@ def _in_words(architecture: Any) -> str:
     """An architecture in one line, however long its graph."""
     graph = isinstance(architecture, Mapping) and "nodes" in architecture
     return f"of {len(architecture['nodes'])} operations" if graph else str(architecture)
-
-
-def _check_recipe(**values: float) -> None:
-    for name, value in values.items():
-        # Written so that NaN is refused as well.
-        if not 0 <= value < float("inf"):
-            raise FusionError(f"Expected {name} to be a finite number of at least 0, got {value}; change {name}")

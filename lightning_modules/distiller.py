@@ -85,8 +85,7 @@ class Distiller(ImageClassifier):
         #: The teachers' checksums, while training.
         self._taught_by: list[str] = []
         # Lightning has collected the arguments as they were given; what is saved is plain and canonical.
-        architecture = None if self.network is None else self._describe(self.network)
-        self.hparams.update(architecture=architecture, milestones=self.milestones, teachers=self.teachers)
+        self.hparams.update(self._saved, teachers=self.teachers)
 
     def setup(self, stage: str) -> None:
         """Read the student, if it comes from a file, and the teachers, and check that all fits the data."""
@@ -103,7 +102,8 @@ class Distiller(ImageClassifier):
         [teacher] = self._teacher
         with torch.no_grad():
             target = teacher(images)
-        loss = distillation_loss(self(images), target, labels, self.temperature, self.alpha, self.reduction)
+        settings = (self.temperature, self.alpha, self.reduction, self.label_smoothing)
+        loss = distillation_loss(self(images), target, labels, *settings)
         return self._learnt(loss, len(labels))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

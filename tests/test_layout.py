@@ -42,7 +42,7 @@ LIBRARY = [
 LIGHTNING = [
     ["files", "distributed", "progress"],
     ["checkpoints"],
-    ["compatibility"],
+    ["compatibility", "optimizers"],
     ["classifier"],
     ["distiller"],
     ["trainer"],

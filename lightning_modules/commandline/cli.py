@@ -33,8 +33,15 @@ from clafusion.lightning_modules.commandline.completion import PrintCompletion
 from clafusion.lightning_modules.commandline.console import quiet
 from clafusion.lightning_modules.commandline.exit_codes import ended_by, user_message
 from clafusion.lightning_modules.commandline.parser import DEFAULTS, FusionParser, unknown_command
+from clafusion.lightning_modules.commandline.run_folder import check_folder, say_what_was_written
 from clafusion.lightning_modules.commandline.saved_request import saving_request
 from clafusion.lightning_modules.commandline.shorthand import complete
+from clafusion.lightning_modules.commandline.training import (
+    add_training_arguments,
+    check_training,
+    saved_training,
+    without_details,
+)
 from clafusion.lightning_modules.commands.convert import convert_file
 from clafusion.lightning_modules.commands.export import export_file
 from clafusion.lightning_modules.commands.fuse import fuse_checkpoints
@@ -130,6 +137,7 @@ class FusionCLI(HookedCLI):
         self.parser.add_argument("--print_completion", action=PrintCompletion)
         for name, defaults in _TRAINER_DEFAULTS.items():
             self.parser_of(name).set_defaults(defaults)
+        add_training_arguments(self.parser_of("fit"))
 
     def own_parsers(self) -> dict[str, LightningArgumentParser]:
         """Return the parsers of the commands that are functions."""
@@ -151,7 +159,7 @@ class FusionCLI(HookedCLI):
         if args and not args[0].startswith("-") and args[0] not in {*self.subcommands(), *FUNCTIONS}:
             raise FusionError(unknown_command(repr(args[0])))
         self.arguments = complete(args)
-        self.config = parser.parse_args(self.arguments)
+        self.config = parser.parse_args(without_details(self.arguments))
 
     def take_from_checkpoint(self) -> None:
         """Take what the user did not give from `--ckpt_path`: the network's recipe and, to go on, data and seed.
@@ -162,20 +170,26 @@ class FusionCLI(HookedCLI):
         command = self.config["subcommand"]
         config = self.config[command]
         path = config.get("ckpt_path")
+        self.goes_on_from = path
         if path == "last":
             last = Path(config["trainer.default_root_dir"] or "runs") / "last.ckpt"
             path = config["ckpt_path"] = str(last) if last.is_file() else None
-        if path is None or path in ("best", "hpc"):
+        if path is not None and path not in ("best", "hpc"):
+            checkpoint = read_checkpoint(path)
+            defaults = _interrupted_run(checkpoint) if command == "fit" else {}
+            defaults["model"] = _saved_module(checkpoint["hyper_parameters"], config["model"])
+            if command == "fit":
+                defaults |= saved_training(checkpoint["hyper_parameters"], config)
+            self.parser_of(command).set_defaults(defaults)
+        elif without_details(self.arguments) == self.arguments:
             return
-        checkpoint = read_checkpoint(path)
-        defaults = _interrupted_run(checkpoint) if command == "fit" else {}
-        defaults["model"] = _saved_module(checkpoint["hyper_parameters"], config["model"])
-        self.parser_of(command).set_defaults(defaults)
         self.config = self.parser.parse_args(self.arguments)
         self.config[command]["ckpt_path"] = path
 
     def instantiate_classes(self) -> None:
         """Make the module, the data and the trainer, for the commands that need them."""
+        if self.subcommand == "fit":
+            check_training(self.arguments, self.config["fit"])
         if self.subcommand in FUNCTIONS:
             # These keep what was asked for beside their results.
             self.save_config_callback = None
@@ -189,7 +203,11 @@ class FusionCLI(HookedCLI):
         if command not in FUNCTIONS:
             if command == "predict":
                 self.trainer.callbacks.append(PredictedClasses())  # type: ignore[attr-defined]
+            if command == "fit":
+                check_folder(self.trainer, self.goes_on_from, self.config["fit"]["overwrite"])
             super().run(command)
+            if command == "fit":
+                say_what_was_written(self.trainer)
             return
         classes: dict[str, Any] = {}
         config, writes = self.config[command], True
@@ -276,6 +294,8 @@ def _saved_module(saved: Mapping[str, Any], chosen: Any) -> dict[str, Any]:
         # A distillation goes on as one, unless the user names another class, which takes over what it knows.
         kind = Distiller if "teachers" in saved else ImageClassifier
         path, names = f"clafusion.lightning_modules.{kind.__name__}", {*_RECIPE, *signature(kind).parameters}
+    # Those have options of their own.
+    names -= {"optimizer", "lr_scheduler"}
     return {"class_path": path, "init_args": {name: value for name, value in saved.items() if name in names}}
 
 

@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 from clafusion import datamodules
 from clafusion.errors import FusionError
 from clafusion.lightning import LightningArgumentParser
+from clafusion.lightning_modules.commandline.training import KINDS, about_training
 
 #: The classes that a command gets that names none.
 DEFAULTS = {
@@ -22,7 +23,8 @@ class FusionParser(LightningArgumentParser):
     def add_subclass_arguments(self, baseclass: Any, nested_key: str, *args: Any, **kwargs: Any) -> None:
         """Add the choice of a class, with the class that a command gets that names none."""
         # Given here, not set later: else the type would admit None, too, and its errors would say so at length.
-        super().add_subclass_arguments(baseclass, nested_key, *args, default=DEFAULTS[nested_key], **kwargs)
+        default = {"default": DEFAULTS[nested_key]} if nested_key in DEFAULTS else {}
+        super().add_subclass_arguments(baseclass, nested_key, *args, **default, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End the program with one line and exit code 2."""
@@ -49,6 +51,8 @@ def reworded(message: str) -> str:
     while rest.startswith('Parser key "'):
         key, _, rest = rest.removeprefix('Parser key "').partition('":')
         keys, rest = [*keys, key], rest.strip()
+    if keys and keys[0] in KINDS:
+        return about_training(keys[0], rest)
     if rest.startswith("Option '") and keys:
         option, _, rest = rest.removeprefix("Option '").partition("'")
         if keys[0] == "data":
