@@ -1,24 +1,61 @@
 """The schema of `fusion.json`: who writes a part of it and who reads it share these types."""
 
-from typing import Any, Literal, TypedDict
+from collections.abc import Mapping
+from typing import Any, Literal, TypedDict, get_args
 
 from clafusion.teachers.label_sets import Label
 
+#: What a network is: one that was given, something to compare with, or the result.
+Role = Literal["parent", "control", "fused"]
 
-class ParentFile(TypedDict):
-    """The file of a parent, and its SHA-256 checksum."""
 
+class _File(TypedDict):
     path: str
     sha256: str
 
 
-class NetworkRow(TypedDict, total=False):
-    """A network and its accuracies, each from 0 to 1: on the test images or on the validation images."""
+class ParentFile(_File, total=False):
+    """The file of a parent, its SHA-256 checksum, and what it is called, which files of earlier versions do not say."""
 
     name: str
+
+
+class NetworkRow(TypedDict, total=False):
+    """A network and its accuracies, each from 0 to 1: on the test images or on the validation images.
+
+    `knows` is the number of classes that a parent tells apart, where the result tells more. Files of earlier versions
+    have no `role`; there parents are called `parent 1`, `parent 2`, ...
+    """
+
+    name: str
+    role: Role
+    knows: int
     parameters: int
     test_acc: float
     val_acc: float | None
+
+
+def parent_names(record: Mapping[str, Any]) -> list[str]:
+    """Return what the parents of a record are called: in files of earlier versions by number, from 1 on.
+
+    Example:
+        >>> parent_names({"parents": [{"name": "deep.ckpt"}, {}], "alignments": [[], []]})
+        ['deep.ckpt', 'parent 2']
+    """
+    files = record.get("parents") or [{}] * len(record["alignments"])
+    return [str(file.get("name") or f"parent {number}") for number, file in enumerate(files, 1)]
+
+
+def role_of(row: Mapping[str, Any]) -> str:
+    """Return the role of a network, which in files of earlier versions only its name tells."""
+    name = str(row["name"])
+    known: str = row.get("role") or ("parent" if name.startswith("parent ") else name)
+    return known if known in get_args(Role) else "control"
+
+
+def shown_name(row: Mapping[str, Any], classes: int) -> str:
+    """Return the name of a network, with how many of the classes it knows if it does not know all."""
+    return f"{row['name']} (knows {row['knows']} of {classes} classes)" if "knows" in row else str(row["name"])
 
 
 class FusionSummary(TypedDict):

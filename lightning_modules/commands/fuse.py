@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from clafusion import Fusion, FusionOptions, fuse
 from clafusion.formats.files import check_saved
-from clafusion.fusion.record import AlignmentRecord, FusionRecord, NetworkRow
+from clafusion.fusion.record import AlignmentRecord, FusionRecord, NetworkRow, parent_names
 from clafusion.lightning import Trainer
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.commands.align import align_checkpoints, print_alignment
-from clafusion.lightning_modules.commands.evaluation import contestants, evaluate_networks, print_networks
+from clafusion.lightning_modules.commands.evaluation import evaluate_fusion, log_networks, print_networks
 from clafusion.lightning_modules.commands.figures import Pictures, check_folder, folder_beside
+from clafusion.lightning_modules.commands.naming import file_names
 from clafusion.lightning_modules.commands.outputs import check_empty, check_new, check_output, prepared
 from clafusion.lightning_modules.commands.records import (
     as_json,
@@ -28,13 +29,14 @@ from clafusion.lightning_modules.commands.records import (
 from clafusion.lightning_modules.compatibility import ImageData, label_places, load_parents
 from clafusion.lightning_modules.files import write_together, writer
 from clafusion.lightning_modules.progress import Step, steps
+from clafusion.naming import named_parents
 from clafusion.report.measurements import SAMPLES
 from clafusion.report.pages import fusion_report, line_accuracies, report_data
 from clafusion.statistics.samples import collect
 from clafusion.teachers.label_sets import Label
 
-#: Called with the parents and what became of them; returns the evaluations to record.
-Evaluate = Callable[[list[nn.Module], Fusion], list[NetworkRow]]
+#: Called with the parents by name and what became of them; returns the evaluations to record.
+Evaluate = Callable[[dict[str, nn.Module], Fusion], list[NetworkRow]]
 Record = TypeVar("Record", FusionRecord, AlignmentRecord)
 
 
@@ -45,6 +47,7 @@ def fuse_and_record(
     device: torch.device,
     *,
     classes: Sequence[Sequence[Label]] | None = None,
+    names: Sequence[str] | None = None,
     output: str | None = None,
     report: bool = False,
     evaluate: Evaluate | None = None,
@@ -58,6 +61,7 @@ def fuse_and_record(
         options: How to fuse.
         device: Where to compute.
         classes: Per parent the labels that its outputs stand for; None: as the files say, or the same for all.
+        names: What to call each parent in messages and in the record; None: as `file_names` does.
         output: The file that the caller is going to write; recorded.
         report: Whether to measure what the report shows beyond the other figures of the record.
         evaluate: Evaluates the parents and the result; None: nothing is evaluated.
@@ -70,23 +74,26 @@ def fuse_and_record(
         FusionError: The parents, the data and the options do not fit together.
     """
     step(f"fusing {len(paths)} networks")
-    parents, classes = load_parents(paths, data, classes)
-    for path, parent in zip(paths, parents, strict=True):
-        check_saved(parent, torch.zeros(2, *data.image_shape), path)
-    batches = list(data.alignment_batches(options.num_samples, options.seed))
+    names = names or file_names(paths)
+    options = options.for_parents(names, paths)
+    with named_parents(names):
+        parents, classes = load_parents(paths, data, classes)
+        for path, parent in zip(paths, parents, strict=True):
+            check_saved(parent, torch.zeros(2, *data.image_shape), path)
+        batches = list(data.alignment_batches(options.num_samples, options.seed))
 
-    started = time.perf_counter()
-    batches = [batch.to(device) for batch in batches]
-    fusion = fuse([parent.to(device) for parent in parents], batches, options, classes)
-    cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory(device)}
+        started = time.perf_counter()
+        batches = [batch.to(device) for batch in batches]
+        fusion = fuse([parent.to(device) for parent in parents], batches, options, classes)
+        cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory(device)}
     # Before the networks are evaluated, which may move them to another device.
     if report:
         step("measuring for the report")
     measured = _report_measurements(fusion, parents, batches, data) if report else None
     record = {
         "output": output,
-        "networks": evaluate and evaluate(parents, fusion),
-        "parents": parent_files(paths),
+        "networks": evaluate and evaluate(dict(zip(names, parents, strict=True)), fusion),
+        "parents": parent_files(paths, names),
         **fusion.summary(),
         **cost,
         "seeds": seeds(options),
@@ -188,8 +195,8 @@ def fuse_checkpoints(
         return alignment
     with steps(silent) as step:
 
-        def evaluate(networks: list[nn.Module], result: Fusion) -> list[NetworkRow]:
-            return evaluate_networks(trainer, contestants(networks, result), datamodule, step, result.classes)
+        def evaluate(networks: dict[str, nn.Module], result: Fusion) -> list[NetworkRow]:
+            return evaluate_fusion(trainer, networks, result, datamodule, step)
 
         report_here = report and trainer.is_global_zero
         fused, record = fuse_and_record(
@@ -201,6 +208,7 @@ def fuse_checkpoints(
         pictures = Pictures.of(shown.figures if shown and figures else ())
         pages = {page: writer(shown.html)} if shown else {}
         write_together({path: prepared(model, fused.model, record), file: writer(as_json(record)), **pages})
+        log_networks(trainer.loggers, record["networks"])
         if figures:
             pictures.write(folder_beside(page))
             pictures.log(trainer.loggers)
@@ -222,7 +230,8 @@ def _choices(record: FusionRecord) -> Iterator[str]:
     if scores:
         yield f"chosen: {record['chosen']}; divergence from what the parents say together: {scores}"
     if record.get("teacher") == "gated":
-        shares = ", ".join(f"parent {number} {share:.0%}" for number, share in enumerate(record["trust"], 1))
+        trusted = zip(parent_names(record), record["trust"], strict=True)
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in trusted)
         yield f"trusted: {shares} of the samples"
 
 
@@ -230,12 +239,13 @@ def _print_fusion(record: FusionRecord) -> None:
     """Print the networks of a fusion as a table on standard output, and below it the files."""
     from rich.console import Console
 
-    print_networks(record["networks"])
+    print_networks(record["networks"], len(record["classes"]))
     console = Console()
     for line in _choices(record):
         console.print(line, highlight=False, soft_wrap=True)
-    for number, parent in enumerate(record["parents"], 1):
-        console.print(f"parent {number}: {parent['path']}", highlight=False, soft_wrap=True)
+    for parent in record["parents"]:
+        if parent["name"] != parent["path"]:
+            console.print(f"{parent['name']}: {parent['path']}", highlight=False, soft_wrap=True)
     memory = record["peak_memory_bytes"] / 2**20
     console.print(
         f"{record['output']}: fused in {record['seconds']:.2f} s, peak memory {memory:.0f} MiB",

@@ -28,9 +28,9 @@ def seeds(options: FusionOptions) -> dict[str, int]:
     return {"fusion": options.seed, "global": int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))}
 
 
-def parent_files(paths: Sequence[str]) -> list[ParentFile]:
-    """Return the files of parents with their checksums."""
-    return [{"path": path, "sha256": sha256(path)} for path in paths]
+def parent_files(paths: Sequence[str], names: Sequence[str]) -> list[ParentFile]:
+    """Return the files of parents with what they are called and their checksums."""
+    return [{"name": name, "path": path, "sha256": sha256(path)} for name, path in zip(names, paths, strict=True)]
 
 
 def peak_memory(device: torch.device) -> int:

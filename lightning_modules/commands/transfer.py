@@ -125,6 +125,7 @@ def transfer_checkpoint(
     record = path.parent / "transfer.json"
     check_new([path, record], overwrite)
     check_empty(model)
+    fusion = fusion.for_parents(["target", "source"])
     options = fusion if mapping is None else replace(fusion, mapping=mapping)
     settings = TransferSettings(combine, classifier, shortcuts, reinitialize, options)
     device = trainer.strategy.root_device

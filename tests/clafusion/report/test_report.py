@@ -333,6 +333,20 @@ def test_several_parents_are_drawn(many):
     assert sum("correspond" in a.get("aria-label", "") for tag, a in document.seen if tag == "svg") == 2
 
 
+def test_parents_have_the_names_of_their_files_and_in_older_records_numbers(record):
+    record = copy.deepcopy(record)
+    page = read(fusion_report(record).html)
+    assert "best parent, parent 2" in page.words and "Layers of parent 1 and parent 2 that correspond" in page.text
+    for file, name in zip(record["parents"], ("deep.ckpt", "fused"), strict=True):
+        file["name"] = name
+    for row, (name, role) in zip(record["networks"], (("deep.ckpt", "parent"), ("fused", "parent")), strict=False):
+        row |= {"name": name, "role": role, "knows": 2}
+    record["networks"][-1] |= {"name": "result", "role": "fused"}
+    page = read(fusion_report({**record, "classes": ["a", "b", "c"]}).html)
+    assert "parent 1" not in page.text and "best parent, fused" in page.words
+    assert "deep.ckpt (knows 2 of 3 classes)" in page.words and "Layer costs of stage 1, fused" in page.text
+
+
 def test_the_choice_of_a_network_and_the_trust_in_parents_are_shown(record):
     scores = {"anchor": 0.51, "matched": 0.3, "union": 0.12345}
     changes = {"candidates": scores, "chosen": "union", "teacher": "gated", "trust": [0.256, 0.744]}
@@ -595,7 +609,7 @@ def test_the_figures_are_in_tensorboard_where_that_is_the_logger(mlp_checkpoints
     shown = images_in(Path("board"))
     files = {path.stem: path.read_bytes() for path in Path("report_figures").glob("*.png")}
     assert shown.keys() == {f"report/{name}" for name in files} and len(files) == 10
-    name = "layers-of-parent-1-and-parent-2-that-correspond"
+    name = "layers-of-deep-ckpt-and-shallow-ckpt-that-correspond"
     assert torch.equal(pixels_of(shown[f"report/{name}"]), pixels_of(files[name]))
 
 
@@ -606,7 +620,7 @@ def test_a_training_that_begins_with_a_fusion_shows_it_in_tensorboard(mlp_checkp
     options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
     trainer = FusionTrainer(max_epochs=1, callbacks=[callback], logger=TensorBoardLogger("board"), **options)
     trainer.fit(ImageClassifier(lr=0.01), DigitsDataModule())
-    assert "report/layers-of-parent-1-and-parent-2-that-correspond" in images_in(Path("board"))
+    assert "report/layers-of-deep-ckpt-and-shallow-ckpt-that-correspond" in images_in(Path("board"))
 
 
 def test_report_reads_the_folder_of_an_experiment(results, record, in_an_empty_folder):

@@ -94,8 +94,8 @@ def test_fuse_writes_an_ordinary_checkpoint_and_its_record(mlp_checkpoints, caps
     ]
     record = json.loads(Path("fusion.json").read_text())
     names = [row["name"] for row in record["networks"]]
-    assert names[:3] == ["parent 1", "parent 2", "ensemble"] and names[-1] == "fused"
-    assert "naive average" not in names and "balanced 2" in names
+    assert names[:3] == ["deep.ckpt", "shallow.ckpt", "ensemble"] and names[-1] == "fused"
+    assert "naive average" not in names and "balanced shallow.ckpt" in names
     assert all(0 <= row["test_acc"] <= 1 and row["parameters"] > 0 for row in record["networks"])
     assert len(record["alignments"]) == len(record["transport_costs"]) == 2
     assert record["options"]["num_samples"] == 70 and record["seconds"] > 0 and record["peak_memory_bytes"] > 0
@@ -193,7 +193,7 @@ def test_equal_parents_are_also_averaged_naively(mlp_checkpoints):
     deep, _ = mlp_checkpoints
     run(*fuse_arguments([deep, deep]))
     rows = {row["name"]: row["test_acc"] for row in json.loads(Path("fusion.json").read_text())["networks"]}
-    assert rows["naive average"] == pytest.approx(rows["parent 1"]) == pytest.approx(rows["fused"])
+    assert rows["naive average"] == pytest.approx(rows["deep.ckpt"]) == pytest.approx(rows["fused"])
 
 
 def test_fuse_is_deterministic(mlp_checkpoints):

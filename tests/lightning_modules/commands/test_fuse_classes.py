@@ -129,9 +129,9 @@ def test_parents_that_know_other_classes_become_one_that_knows_all_by_name(folde
     assert saved["class_names"] == record["classes"] == ["car", "cat", "dog", "truck"]
     rows = {row["name"]: row["test_acc"] for row in record["networks"]}
     assert list(rows) == [
-        *("parent 1 (knows 2 of 4 classes)", "parent 2 (knows 2 of 4 classes)"),
-        *("ensemble", "gated ensemble", "fused"),
+        *("pets/best.ckpt", "vehicles/best.ckpt", "ensemble", "gated ensemble", "fused"),
     ]
+    assert [row.get("knows") for row in record["networks"]] == [2, 2, None, None, None]
     # A parent is right about its own images and no others.
     for row, path, own in zip(rows.values(), parents, ("pets", "vehicles"), strict=False):
         assert row == pytest.approx(accuracy(path, folders[own], read_checkpoint(path)["class_names"]) / 2)
@@ -187,7 +187,7 @@ def test_the_command_line_may_name_the_classes(folders, parents, united, tmp_pat
     run(*given, "--classes", "[[cat, dog], [car, truck]]", "-o", tmp_path / "named.ckpt")
     shown = capsys.readouterr().out
     assert re.search(r"chosen: .*; divergence from what the parents say together: anchor \d", shown)
-    assert re.search(r"trusted: parent 1 \d+%, parent 2 \d+% of the samples", shown)
+    assert re.search(r"trusted: pets/best.ckpt \d+%, vehicles/best.ckpt \d+% of the samples", shown)
     ours, theirs = load_parent(tmp_path / "named.ckpt").state_dict(), load_parent(united).state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     asked = yaml.safe_load((tmp_path / "fusion.yaml").read_text())
@@ -202,14 +202,14 @@ def test_the_command_line_may_name_the_classes(folders, parents, united, tmp_pat
 
 def test_layers_of_parents_that_know_other_classes_are_aligned(folders, parents, tmp_path, capsys):
     run("fuse", *parents, *data(folders["all"]), "-o", tmp_path / "x.ckpt", "--align_only", *QUIET)
-    assert "onto the depth of parent 1" in capsys.readouterr().out
+    assert "onto the depth of pets/best.ckpt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("folder", "more", "message"),
     [
         ("foreign", [], "classes that the parents together can tell apart (car, cat, dog, truck), got 'zebra'"),
-        ("all", ["--classes", "[[cat, dog], [car]]"], "2 classes for the outputs of parent 1, got ['car']"),
+        ("all", ["--classes", "[[cat, dog], [car]]"], "2 classes for the outputs of vehicles/best.ckpt, got ['car']"),
         ("all", ["--classes", "[[1, 2], [2, 3]]"], "can tell apart (1, 2, 3), got 0 from ImageFolderDataModule"),
         ("all", ["--classes", "cat"], "classes"),
     ],
@@ -235,8 +235,8 @@ def test_a_callback_fuses_parents_that_know_other_classes(folders, parents, tmp_
     trainer.fit(classifier, module(folders["all"]))
     assert classifier.class_names == ["car", "cat", "dog", "truck"]
     rows = {row["name"]: row["val_acc"] for row in callback.record["networks"]}
-    assert list(rows) == ["parent 1", "parent 2", "fused"]
-    assert max(rows["parent 1"], rows["parent 2"]) <= 0.5 < rows["fused"]
+    assert list(rows) == ["pets/best.ckpt", "vehicles/best.ckpt", "fused"]
+    assert max(list(rows.values())[:2]) <= 0.5 < rows["fused"]
     assert read_checkpoint(tmp_path / "last.ckpt")["class_names"] == classifier.class_names
 
 

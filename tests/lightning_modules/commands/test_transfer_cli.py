@@ -103,7 +103,7 @@ def test_align_only_shows_the_maps_and_the_costs_of_all_stages(mlp_checkpoints, 
         assert torch.allclose(torch.tensor(cost).double(), expected, atol=1e-6)
     assert [parent["path"] for parent in found["parents"]] == list(map(str, mlp_checkpoints))
     out = capsys.readouterr().out
-    assert "parent 2 onto the depth of parent 1" in out and "fc2 = fc4" in out
+    assert "shallow.ckpt onto the depth of deep.ckpt" in out and "fc2 = fc4" in out
     assert f"{found['layer_costs'][1][0][3][1]:.3f}" in out
     # Only the record is in its way, and what it left is not replaced unasked.
     assert "got fusion.json, which exists" in refused(capsys, *fuse_arguments(mlp_checkpoints), "--align_only")
