@@ -1,5 +1,6 @@
-"""The schema of `fusion.json`: who writes a part of it and who reads it share these types."""
+"""The schema of a record of a fusion, NAME.json beside NAME.ckpt: who writes a part of it and who reads it share these types."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypedDict, get_args
 
@@ -24,7 +25,7 @@ class NetworkRow(TypedDict, total=False):
     """A network and its accuracies, each from 0 to 1: on the test images or on the validation images.
 
     `knows` is the number of classes that a parent tells apart, where the result tells more. Files of earlier versions
-    have no `role`; there parents are called `parent 1`, `parent 2`, ...
+    have neither `role` nor `test_images`; there parents are called `parent 1`, `parent 2`, ...
     """
 
     name: str
@@ -32,6 +33,7 @@ class NetworkRow(TypedDict, total=False):
     knows: int
     parameters: int
     test_acc: float
+    test_images: int
     val_acc: float | None
 
 
@@ -58,6 +60,39 @@ def shown_name(row: Mapping[str, Any], classes: int) -> str:
     return f"{row['name']} (knows {row['knows']} of {classes} classes)" if "knows" in row else str(row["name"])
 
 
+def standard_error(row: Mapping[str, Any]) -> float | None:
+    r"""Return the standard error of a test accuracy p over n images; None where n is not known.
+
+    .. math:: s = \sqrt{p (1 - p) / n}
+
+    Example:
+        >>> standard_error({"test_acc": 0.9, "test_images": 900})
+        0.01
+    """
+    count = row.get("test_images")
+    return round(math.sqrt(row["test_acc"] * (1 - row["test_acc"]) / count), 12) if count else None
+
+
+def in_percent(row: Mapping[str, Any]) -> str:
+    """Return a test accuracy in percent, with its standard error where that is known.
+
+    Example:
+        >>> in_percent({"test_acc": 0.9, "test_images": 900}), in_percent({"test_acc": 0.9})
+        ('90.00% ± 1.00%', '90.00%')
+    """
+    error = standard_error(row)
+    return f"{row['test_acc']:.2%}" + ("" if error is None else f" ± {error:.2%}")
+
+
+class Circumstances(TypedDict, total=False):
+    """When (UTC, ISO 8601), on which host and device, and on what data (class and arguments) a result was computed."""
+
+    date: str
+    host: str
+    device: str
+    data: dict[str, Any]
+
+
 class FusionSummary(TypedDict):
     """What `Fusion.summary` returns.
 
@@ -80,8 +115,8 @@ class FusionSummary(TypedDict):
     trust: list[float]
 
 
-class FusionRecord(FusionSummary, total=False):
-    """How a network was fused from files: the content of `fusion.json` and of a checkpoint's `fusion`.
+class FusionRecord(FusionSummary, Circumstances, total=False):
+    """How a network was fused from files: the content of NAME.json and of a checkpoint's `fusion`.
 
     `output` and `networks` are there if the networks were evaluated, `report` if a page is drawn from the record.
     """
@@ -96,8 +131,8 @@ class FusionRecord(FusionSummary, total=False):
     report: dict[str, Any]
 
 
-class AlignmentRecord(TypedDict):
-    """The content of `fusion.json` after `fuse --align_only`: which layers correspond, and nothing was fused."""
+class AlignmentRecord(Circumstances):
+    """The content of NAME.json after `fuse --align_only`: which layers correspond, and nothing was fused."""
 
     parents: list[ParentFile]
     options: dict[str, Any]

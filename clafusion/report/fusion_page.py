@@ -1,10 +1,10 @@
-"""The report on one fusion, from what `fusion.json` holds."""
+"""The report on one fusion, from what its record holds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from clafusion.fusion.record import parent_names, role_of, shown_name
+from clafusion.fusion.record import in_percent, parent_names, role_of, shown_name
 from clafusion.report.charts import heat_map, layer_pairs, line_chart, neuron_map
 from clafusion.report.html import Figure, Line, Report, document, render
 
@@ -55,7 +55,10 @@ def fusion_sections(record: Record) -> Report:
         report=record.get("report"),
         numbers=_numbers(record) if figures.features else None,
         parents=_parents(record),
-        settings={name.capitalize(): record.get(name) for name in ("options", "versions", "seeds")},
+        settings={
+            "When and where": {name: record[name] for name in ("date", "host", "device", "data") if name in record},
+            **{name.capitalize(): record.get(name) for name in ("options", "versions", "seeds")},
+        },
     )
     return Report(html, figures.all)
 
@@ -97,7 +100,12 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
 def _networks(record: Record) -> list[dict[str, Any]]:
     """Name, accuracy and parameters of each network, and whether it is the result."""
     return [
-        {**row, "name": shown_name(row, len(record.get("classes") or ())), "fused": role_of(row) == "fused"}
+        {
+            **row,
+            "name": shown_name(row, len(record.get("classes") or ())),
+            "accuracy": in_percent(row),
+            "fused": role_of(row) == "fused",
+        }
         for row in record.get("networks") or ()
     ]
 

@@ -9,7 +9,7 @@ import torch
 from clafusion import FusionOptions, align_layers
 from clafusion.fusion.record import AlignmentRecord, parent_names
 from clafusion.lightning_modules.commands.naming import file_names
-from clafusion.lightning_modules.commands.records import parent_files, seeds, versions
+from clafusion.lightning_modules.commands.records import circumstances, parent_files, seeds, versions
 from clafusion.lightning_modules.compatibility import ImageData, load_parents
 from clafusion.naming import named_parents
 from clafusion.teachers.label_sets import Label
@@ -49,6 +49,7 @@ def align_checkpoints(
         "options": options.to_dict(),
         **found.summary(),
         "seconds": time.perf_counter() - started,
+        **circumstances(device, data),
         "seeds": seeds(options),
         "versions": versions(),
     }

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from clafusion import Ensemble, Fusion, average
 from clafusion.errors import FusionError
 from clafusion.formats.files import describe
-from clafusion.fusion.record import NetworkRow, Role, shown_name
+from clafusion.fusion.record import NetworkRow, Role, in_percent, shown_name
 from clafusion.lightning import LightningDataModule, Logger, Trainer
-from clafusion.lightning_modules.classifier import ImageClassifier
+from clafusion.lightning_modules.classifier import Batch, ImageClassifier
 from clafusion.lightning_modules.commands.naming import logged_names
 from clafusion.lightning_modules.compatibility import ImageData
 from clafusion.lightning_modules.progress import Step
@@ -137,21 +137,40 @@ def evaluate_networks(
         classes: What their outputs stand for, where that is known.
 
     Returns:
-        Name, role, number of parameters and accuracy on the test images of each, and of how many classes it knows if it
-        does not know all.
+        Name, role, number of parameters, accuracy on the test images and their number of each, and of how many classes it
+        knows if it does not know all.
     """
     rows: list[NetworkRow] = []
     for name, network in networks.items():
         step(f"testing {name}")
         count = sum(parameter.numel() for parameter in network.parameters())
-        accuracy = _test_accuracy(trainer, network, datamodule, classes)
-        row: NetworkRow = {"name": name, "role": role, "parameters": count, "test_acc": accuracy}
+        found = _tested(trainer, network, datamodule, classes)
+        row: NetworkRow = {
+            "name": name,
+            "role": role,
+            "parameters": count,
+            "test_acc": found["test_acc"],
+            "test_images": round(found["test_images"]),
+        }
         rows.append({**row, "knows": len(network.columns)} if isinstance(network, Widened) else row)
     return rows
 
 
-def _test_accuracy(trainer: Trainer, network: nn.Module, datamodule: ImageData, classes: Sequence[Label]) -> float:
-    classifier = ImageClassifier()
+class _Counting(ImageClassifier):
+    """A classifier that counts the test images as well."""
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to `test_loss`, `test_acc` and `test_images`."""
+        super().test_step(batch, batch_idx)
+        count = float(len(batch[1]))
+        self.log("test_images", count, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=1)
+
+
+def _tested(
+    trainer: Trainer, network: nn.Module, datamodule: ImageData, classes: Sequence[Label]
+) -> Mapping[str, float]:
+    """Return what the trainer measures on the test images."""
+    classifier = _Counting()
     classifier.class_names = list(classes) or None
     # Not set_network: an ensemble has no description, and this classifier is never saved.
     classifier.network = network
@@ -159,7 +178,7 @@ def _test_accuracy(trainer: Trainer, network: nn.Module, datamodule: ImageData, 
     # All networks would be logged under one name.
     trainer.loggers = []
     try:
-        return trainer.test(classifier, datamodule=cast(LightningDataModule, datamodule), verbose=False)[0]["test_acc"]
+        return trainer.test(classifier, datamodule=cast(LightningDataModule, datamodule), verbose=False)[0]
     finally:
         trainer.loggers = loggers
 
@@ -174,7 +193,9 @@ def log_networks(loggers: Iterable[Logger], networks: Sequence[NetworkRow]) -> N
 
 
 def print_networks(networks: Sequence[NetworkRow], classes: int = 0) -> None:
-    """Print name, test accuracy and parameters of networks as a table on standard output, the last one in bold.
+    """Print networks as a table on standard output, the last one in bold: name, test accuracy, parameters.
+
+    An accuracy has its standard error beside it.
 
     Args:
         networks: What `evaluate_networks` returned.
@@ -183,9 +204,11 @@ def print_networks(networks: Sequence[NetworkRow], classes: int = 0) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("network", "test accuracy", "parameters")
+    counts = {row["test_images"] for row in networks}
+    caption = f"± one standard error for {' or '.join(f'{count:,}' for count in sorted(counts))} test images"
+    table = Table("network", "test accuracy", "parameters", caption=caption, caption_justify="left")
     table.columns[1].justify = table.columns[2].justify = "right"
     for number, row in enumerate(networks, 1):
         style = "bold" if number == len(networks) else None
-        table.add_row(shown_name(row, classes), f"{row['test_acc']:.2%}", f"{row['parameters']:,}", style=style)
+        table.add_row(shown_name(row, classes), in_percent(row), f"{row['parameters']:,}", style=style)
     Console().print(table)

@@ -20,6 +20,7 @@ from clafusion.lightning_modules.commands.naming import file_names
 from clafusion.lightning_modules.commands.outputs import check_empty, check_new, check_output, prepared
 from clafusion.lightning_modules.commands.records import (
     as_json,
+    circumstances,
     parent_files,
     peak_memory,
     seeds,
@@ -96,6 +97,7 @@ def fuse_and_record(
         "parents": parent_files(paths, names),
         **fusion.summary(),
         **cost,
+        **circumstances(device, data),
         "seeds": seeds(options),
         "versions": versions(),
         "report": measured,
@@ -106,7 +108,7 @@ def fuse_and_record(
 def _report_measurements(
     fusion: Fusion, parents: list[nn.Module], batches: list[Tensor], data: ImageData
 ) -> dict[str, Any]:
-    """Measure what the report shows beyond the other figures of `fusion.json`.
+    """Measure what the report shows beyond the other figures of the record.
 
     Where the data has validation images and the parents have the same classes, that is also their accuracy along the
     line between the parents.
@@ -150,10 +152,10 @@ def fuse_checkpoints(
 ) -> FusionRecord | AlignmentRecord:
     """Fuse trained networks into one and show how well each of them does on the test images.
 
-    Writes the fused network as an ordinary checkpoint, and next to it `fusion.json`: options, alignment, costs,
-    accuracies, parameters, seconds, memory, seeds, versions and the parents' checksums; and `report.html`, whose
-    figures go to the folder `report_figures`, too, and into TensorBoard where that is the logger. Nothing is
-    written before all of it is there.
+    Writes the fused network as an ordinary checkpoint NAME.ckpt, and next to it NAME.json: options, alignment, costs,
+    accuracies, parameters, seconds, memory, date, host, device, data, seeds, versions and the parents' checksums; and
+    NAME.html, whose figures go to the folder NAME_figures, too, and into TensorBoard where that is the logger. Nothing
+    is written before all of it is there.
 
     Args:
         trainer: Evaluates the networks.
@@ -164,21 +166,21 @@ def fuse_checkpoints(
         classes: What the outputs of each parent stand for, if they have not all the same classes, such as [[0, 1], [2]]
             or [[cat, dog], [car]]; none given: as the checkpoints say, if trainings on folders of images wrote them.
         overwrite: Whether the files written here may replace existing ones.
-        align_only: Only show and write to fusion.json which layers correspond, with the costs of every stage.
-        report: Whether to draw report.html as well: all of this as one file to look at.
+        align_only: Only show and write to NAME.json which layers correspond, with the costs of every stage.
+        report: Whether to draw NAME.html as well: all of this as one file to look at.
         figures: Whether every figure of the report becomes a file of its own as well, as SVG and as PNG.
         quiet: Whether to print nothing but errors.
-        json: Whether to print what fusion.json holds, as JSON and nothing else, instead of tables.
+        json: Whether to print what NAME.json holds, as JSON and nothing else, instead of tables.
         fusion: The options of the method.
 
     Returns:
-        The content of `fusion.json`.
+        The content of NAME.json.
 
     Raises:
         FusionError: A parent, the data, an option or the output cannot be used; nothing is written then.
     """
     path = check_output(output)
-    file, page = path.parent / "fusion.json", path.parent / "report.html"
+    file, page = path.with_suffix(".json"), path.with_suffix(".html")
     figures = figures and report and not align_only
     check_new([file] if align_only else [path, file, *([page] if report else [])], overwrite)
     if figures:
@@ -253,5 +255,5 @@ def _print_fusion(record: FusionRecord) -> None:
         soft_wrap=True,
     )
     if "report" in record:
-        page = Path(record["output"]).parent / "report.html"
+        page = Path(record["output"]).with_suffix(".html")
         console.print(f"{page}: all of it to look at", highlight=False, soft_wrap=True)

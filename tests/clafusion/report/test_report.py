@@ -21,6 +21,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from clafusion import FusionError, FusionOptions, align_layers, fuse, linear_cka, trace
 from clafusion.callbacks import FusionCallback
 from clafusion.datamodules import DigitsDataModule
+from clafusion.fusion.record import in_percent
 from clafusion.lightning_modules import FusionTrainer, ImageClassifier
 from clafusion.lightning_modules.commandline import cli
 from clafusion.lightning_modules.commands.figures import Pictures
@@ -511,28 +512,29 @@ def test_fuse_writes_a_report_that_can_be_drawn_again(mlp_checkpoints, in_an_emp
     cli.main(command)
     assert len(taken) == 1  # what the report measures on are the samples that the fusion had
     assert sorted(path.name for path in Path.cwd().iterdir()) == [
-        *("fused.ckpt", "fusion.json", "fusion.yaml", "report.html", "report_figures")
+        *("fused.ckpt", "fused.html", "fused.json", "fused.yaml", "fused_figures")
     ]
-    assert "report.html: all of it to look at\n" in capsys.readouterr().out
-    document = read(Path("report.html").read_text())
-    record = json.loads(Path("fusion.json").read_text())
-    assert f"{record['networks'][-1]['test_acc']:.2%}" in document.words
+    assert "fused.html: all of it to look at\n" in capsys.readouterr().out
+    document = read(Path("fused.html").read_text())
+    record = json.loads(Path("fused.json").read_text())
+    assert in_percent(record["networks"][-1]) in document.words and " ± " in in_percent(record["networks"][-1])
+    assert {"host", "device", "date", record["host"], record["date"]} <= {*document.words}
     assert record["report"]["diagnosis"]["samples"] == 70
     Path("fused.ckpt").unlink()
-    Path("fusion.json").rename("kept.json")
-    assert "got report.html, which exists" in refused(capsys, *command)
+    Path("fused.json").rename("kept.json")
+    assert "got fused.html, which exists" in refused(capsys, *command)
     cli.main(["report", "kept.json", "--output", "again.html"])
-    for path in Path("report_figures").iterdir():
+    for path in Path("fused_figures").iterdir():
         assert Path("again_figures", path.name).read_bytes() == path.read_bytes()
-    assert Path("again.html").read_bytes() == Path("report.html").read_bytes()
+    assert Path("again.html").read_bytes() == Path("fused.html").read_bytes()
     assert "got again.html, which exists" in refused(capsys, "report", "kept.json", "--output", "again.html")
 
 
 def test_fuse_draws_no_report_that_nobody_wants(mlp_checkpoints, in_an_empty_folder):
     command = ["fuse", *map(str, mlp_checkpoints), "-o", "fused.ckpt", *QUIET, "--report", "false"]
     cli.main(command)
-    assert sorted(path.name for path in Path.cwd().iterdir()) == ["fused.ckpt", "fusion.json", "fusion.yaml"]
-    assert "report" not in json.loads(Path("fusion.json").read_text())
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["fused.ckpt", "fused.json", "fused.yaml"]
+    assert "report" not in json.loads(Path("fused.json").read_text())
 
 
 def pixels_of(data: bytes) -> torch.Tensor:
@@ -607,7 +609,7 @@ def test_the_figures_are_in_tensorboard_where_that_is_the_logger(mlp_checkpoints
     cli.main(["fuse", *map(str, mlp_checkpoints), "-o", "fused.ckpt", *QUIET, *board, "--quiet"])
     assert capsys.readouterr() == ("", "")
     shown = images_in(Path("board"))
-    files = {path.stem: path.read_bytes() for path in Path("report_figures").glob("*.png")}
+    files = {path.stem: path.read_bytes() for path in Path("fused_figures").glob("*.png")}
     assert shown.keys() == {f"report/{name}" for name in files} and len(files) == 10
     name = "layers-of-deep-ckpt-and-shallow-ckpt-that-correspond"
     assert torch.equal(pixels_of(shown[f"report/{name}"]), pixels_of(files[name]))

@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from clafusion import networks
+from clafusion.datamodules import DigitsDataModule
+from clafusion.fusion.record import in_percent
 from clafusion.lightning_modules import (
     Distiller,
     FusionTrainer,
@@ -90,9 +93,9 @@ def test_a_configuration_trains_a_parent(capsys):
 def test_fuse_writes_an_ordinary_checkpoint_and_its_record(mlp_checkpoints, capsys):
     run(*fuse_arguments(mlp_checkpoints))
     assert sorted(path.name for path in Path.cwd().iterdir()) == [
-        *("fused.ckpt", "fusion.json", "fusion.yaml", "report.html", "report_figures")
+        *("fused.ckpt", "fused.html", "fused.json", "fused.yaml", "fused_figures")
     ]
-    record = json.loads(Path("fusion.json").read_text())
+    record = json.loads(Path("fused.json").read_text())
     names = [row["name"] for row in record["networks"]]
     assert names[:3] == ["deep.ckpt", "shallow.ckpt", "ensemble"] and names[-1] == "fused"
     assert "naive average" not in names and "balanced shallow.ckpt" in names
@@ -100,10 +103,14 @@ def test_fuse_writes_an_ordinary_checkpoint_and_its_record(mlp_checkpoints, caps
     assert len(record["alignments"]) == len(record["transport_costs"]) == 2
     assert record["options"]["num_samples"] == 70 and record["seconds"] > 0 and record["peak_memory_bytes"] > 0
     assert [len(parent["sha256"]) for parent in record["parents"]] == [64, 64]
+    assert {row["test_images"] for row in record["networks"]} == {len(DigitsDataModule().read()[1])}
+    assert record["data"]["class_path"] == "clafusion.datamodules.DigitsDataModule"
+    assert record["data"]["init_args"]["batch_size"] == 128 and record["device"].startswith("cpu (")
+    assert datetime.fromisoformat(record["date"]).utcoffset() == timedelta() and record["host"]
     assert read_checkpoint("fused.ckpt")["fusion"] == record
     table = capsys.readouterr().out
     assert all(name in table for name in names)
-    assert f"{record['networks'][-1]['test_acc']:.2%}" in table
+    assert in_percent(record["networks"][-1]) in table and "± one standard error for 359 test images" in table
 
 
 def test_fuse_has_a_short_form(mlp_checkpoints):
@@ -146,7 +153,7 @@ def test_the_short_form_refuses(capsys, arguments, message):
 
 def test_the_accuracy_of_the_record_is_that_of_the_checkpoint(mlp_checkpoints, capsys):
     run(*fuse_arguments(mlp_checkpoints))
-    record = json.loads(Path("fusion.json").read_text())
+    record = json.loads(Path("fused.json").read_text())
     capsys.readouterr()
     run("test", "--ckpt_path", "fused.ckpt", *QUIET)
     [accuracy] = re.findall(r"test_acc\s*│\s*([\d.]+)", capsys.readouterr().out)
@@ -156,7 +163,7 @@ def test_the_accuracy_of_the_record_is_that_of_the_checkpoint(mlp_checkpoints, c
 def test_fuse_prints_json_or_nothing_on_demand(mlp_checkpoints, capsys):
     run(*fuse_arguments(mlp_checkpoints), "--json", "--report", "false")
     said = capsys.readouterr()
-    assert json.loads(said.out) == json.loads(Path("fusion.json").read_text()) and said.err == ""
+    assert json.loads(said.out) == json.loads(Path("fused.json").read_text()) and said.err == ""
     run(*fuse_arguments(mlp_checkpoints), "--overwrite", "--align_only", "--json")
     assert json.loads(capsys.readouterr().out)["alignments"]
     run(*fuse_arguments(mlp_checkpoints), "--overwrite", "--quiet", "--report", "false")
@@ -192,7 +199,7 @@ def test_a_bar_shows_how_far_a_fusion_is(mlp_checkpoints, monkeypatch):
 def test_equal_parents_are_also_averaged_naively(mlp_checkpoints):
     deep, _ = mlp_checkpoints
     run(*fuse_arguments([deep, deep]))
-    rows = {row["name"]: row["test_acc"] for row in json.loads(Path("fusion.json").read_text())["networks"]}
+    rows = {row["name"]: row["test_acc"] for row in json.loads(Path("fused.json").read_text())["networks"]}
     assert rows["naive average"] == pytest.approx(rows["deep.ckpt"]) == pytest.approx(rows["fused"])
 
 
@@ -501,7 +508,7 @@ def test_outputs_that_cannot_be_written_are_refused(mlp_checkpoints, capsys):
 
 @pytest.mark.parametrize(
     ("name", "demand"),
-    [("fused.ckpt", ["--overwrite"]), ("fusion.json", ["--overwrite", "--seed_everything", "1"]),
+    [("fused.ckpt", ["--overwrite"]), ("fused.json", ["--overwrite", "--seed_everything", "1"]),
      ("fused.ckpt", ["--overwrite", "true"])],
 )  # fmt: skip
 def test_existing_results_are_replaced_only_on_demand(mlp_checkpoints, capsys, name, demand):

@@ -125,7 +125,7 @@ def test_a_training_on_folders_keeps_the_names(parents):
 
 
 def test_parents_that_know_other_classes_become_one_that_knows_all_by_name(folders, parents, united):
-    saved, record = read_checkpoint(united), json.loads((united.parent / "fusion.json").read_text())
+    saved, record = read_checkpoint(united), json.loads(united.with_suffix(".json").read_text())
     assert saved["class_names"] == record["classes"] == ["car", "cat", "dog", "truck"]
     rows = {row["name"]: row["test_acc"] for row in record["networks"]}
     assert list(rows) == [
@@ -140,11 +140,11 @@ def test_parents_that_know_other_classes_become_one_that_knows_all_by_name(folde
 
 
 def test_the_record_says_which_network_was_chosen_and_who_was_trusted(united):
-    record = json.loads((united.parent / "fusion.json").read_text())
+    record = json.loads(united.with_suffix(".json").read_text())
     assert set(record["candidates"]) == {"anchor", "union", "centroids"}
     assert record["chosen"] == min(record["candidates"], key=record["candidates"].get)
     assert record["teacher"] == "gated" and sum(record["trust"]) == pytest.approx(1)
-    page = (united.parent / "report.html").read_text()
+    page = united.with_suffix(".html").read_text()
     assert "Which network was chosen" in page and "Which parents were trusted" in page
     assert all(f"{score:.4f}" in page for score in record["candidates"].values())
     assert all(f"{share:.1%}" in page for share in record["trust"])
@@ -190,7 +190,7 @@ def test_the_command_line_may_name_the_classes(folders, parents, united, tmp_pat
     assert re.search(r"trusted: pets/best.ckpt \d+%, vehicles/best.ckpt \d+% of the samples", shown)
     ours, theirs = load_parent(tmp_path / "named.ckpt").state_dict(), load_parent(united).state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-    asked = yaml.safe_load((tmp_path / "fusion.yaml").read_text())
+    asked = yaml.safe_load((tmp_path / "named.yaml").read_text())
     assert asked["classes"] == [["cat", "dog"], ["car", "truck"]]
     # Whole numbers are the labels of the data: car 0, cat 1, dog 2, truck 3.
     run(*given, "--classes", "[[1, 2], [0, 3]]", "-o", tmp_path / "numbered.ckpt", "--overwrite", "--json")

@@ -24,7 +24,7 @@ def arguments(pair, *more: str) -> list[str]:
 
 
 def record() -> dict:
-    return json.loads(Path("transfer.json").read_text())
+    return json.loads(Path("out.json").read_text())
 
 
 def samples() -> list[torch.Tensor]:
@@ -36,7 +36,7 @@ def samples() -> list[torch.Tensor]:
 
 def test_transfer_writes_an_ordinary_checkpoint_and_its_record(mlp_checkpoints, capsys):
     run(*arguments(mlp_checkpoints))
-    assert sorted(path.name for path in Path.cwd().iterdir()) == ["out.ckpt", "transfer.json", "transfer.yaml"]
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["out.ckpt", "out.json", "out.yaml"]
     found = record()
     assert [row["name"] for row in found["networks"]] == ["source", "target", "result"]
     assert all(0 <= row["test_acc"] <= 1 and row["parameters"] > 0 for row in found["networks"])
@@ -89,13 +89,13 @@ def test_a_target_can_be_drawn_anew(mlp_checkpoints):
     assert one.architecture == networks.build(architecture).architecture
     assert largest_difference(one, again) == 0 and not torch.equal(one.fc3.weight, other.fc3.weight)
     assert torch.equal(one.fc1.weight, other.fc1.weight)
-    assert json.loads(Path("0/transfer.json").read_text())["target_architecture"] == architecture
+    assert json.loads(Path("0/out.json").read_text())["target_architecture"] == architecture
 
 
 def test_align_only_shows_the_maps_and_the_costs_of_all_stages(mlp_checkpoints, capsys):
     run(*fuse_arguments(mlp_checkpoints), "--align_only")
-    assert [path.name for path in Path.cwd().iterdir()] == ["fusion.json"]
-    found = json.loads(Path("fusion.json").read_text())
+    assert [path.name for path in Path.cwd().iterdir()] == ["fused.json"]
+    found = json.loads(Path("fused.json").read_text())
     # Both ends are pinned, which forces the map; the costs are measured all the same.
     assert found["alignments"] == [[[0, 1, 2, 3], [0]], [[0, 3], [0]]] and found["template"] == 0
     deep, shallow = map(load_parent, mlp_checkpoints)
@@ -106,15 +106,15 @@ def test_align_only_shows_the_maps_and_the_costs_of_all_stages(mlp_checkpoints, 
     assert "shallow.ckpt onto the depth of deep.ckpt" in out and "fc2 = fc4" in out
     assert f"{found['layer_costs'][1][0][3][1]:.3f}" in out
     # Only the record is in its way, and what it left is not replaced unasked.
-    assert "got fusion.json, which exists" in refused(capsys, *fuse_arguments(mlp_checkpoints), "--align_only")
+    assert "got fused.json, which exists" in refused(capsys, *fuse_arguments(mlp_checkpoints), "--align_only")
 
 
 def test_align_only_agrees_with_fuse(mlp_checkpoints):
     for pins in ("0", "1"):
         run(*fuse_arguments(mlp_checkpoints), "--align_only", "--overwrite", "--fusion.pin_last", pins)
-        alone = json.loads(Path("fusion.json").read_text())
+        alone = json.loads(Path("fused.json").read_text())
         run(*fuse_arguments(mlp_checkpoints), "--overwrite", "--fusion.pin_last", pins)
-        fused = json.loads(Path("fusion.json").read_text())
+        fused = json.loads(Path("fused.json").read_text())
         assert alone["alignments"] == fused["alignments"] and alone["template"] == fused["template"]
         measured = fused["layer_costs"][1]
         assert (measured == [None, None]) == (pins == "1")
@@ -161,8 +161,8 @@ def test_bad_use_ends_with_one_line(mlp_checkpoints, capsys):
 
 
 def test_existing_results_are_replaced_only_on_demand(mlp_checkpoints, capsys):
-    Path("transfer.json").write_text("precious")
-    assert "got transfer.json, which exists; give --overwrite" in refused(capsys, *arguments(mlp_checkpoints))
+    Path("out.json").write_text("precious")
+    assert "got out.json, which exists; give --overwrite" in refused(capsys, *arguments(mlp_checkpoints))
     run(*arguments(mlp_checkpoints), "--overwrite")
     assert record()["output"] == "out.ckpt"
 
