@@ -91,6 +91,16 @@ class ImageFolderDataModule(ImageDataModule):
         separate = folder.is_dir() and self._folder_of("test") not in (folder, self.root)
         return self._images(folder) if separate else None
 
+    def predict_files(self) -> list[Path]:
+        """Return the files of the test part, in the order of `predict_dataloader`."""
+        train, test = self._folder_of("train"), self._folder_of("test")
+        _, samples = _scan(test)
+        if train == test:
+            labels = torch.tensor([label for _, label in samples])
+            _, held_out = stratified_split(labels, self.test_fraction, self.split_seed)
+            samples = [samples[place] for place in held_out.tolist()]
+        return [path for path, label in samples if self.label_set is None or label in self.label_set]
+
     def _images(self, folder: Path) -> ImageSet:
         classes, samples = _scan(folder)
         if classes != self.class_names:

@@ -137,8 +137,8 @@ def evaluate_networks(
         classes: What their outputs stand for, where that is known.
 
     Returns:
-        Name, role, number of parameters, accuracy on the test images and their number of each, and of how many classes it
-        knows if it does not know all.
+        Name, role, number of parameters, accuracy on the test images and their number of each; also how many of the
+        classes it knows, if it does not know all.
     """
     rows: list[NetworkRow] = []
     for name, network in networks.items():

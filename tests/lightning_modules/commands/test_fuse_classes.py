@@ -1,7 +1,9 @@
 """Checkpoints of parents that know other classes: from folders of images to one network that knows all by name."""
 
+import csv
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +131,7 @@ def test_parents_that_know_other_classes_become_one_that_knows_all_by_name(folde
     assert saved["class_names"] == record["classes"] == ["car", "cat", "dog", "truck"]
     rows = {row["name"]: row["test_acc"] for row in record["networks"]}
     assert list(rows) == [
-        *("pets/best.ckpt", "vehicles/best.ckpt", "ensemble", "gated ensemble", "fused"),
+        *("pets/last.ckpt", "vehicles/last.ckpt", "ensemble", "gated ensemble", "fused"),
     ]
     assert [row.get("knows") for row in record["networks"]] == [2, 2, None, None, None]
     # A parent is right about its own images and no others.
@@ -164,15 +166,22 @@ def test_images_of_a_class_that_the_network_does_not_know_are_refused(folders, u
     assert "classes that the network can tell apart (car, cat, dog, truck), got 'zebra' from ImageFolder" in error
 
 
-def test_predict_shows_names(folders, united, capsys, mlp_checkpoints):
+def test_predict_shows_and_writes_names(folders, united, tmp_path, capsys):
     capsys.readouterr()
     run("predict", "--ckpt_path", united, *data(folders["pets"]), *QUIET)
     shown = dict(re.findall(r"(\w+)\s+│\s+(\d+) │\s+[\d.]+% │", capsys.readouterr().out))
     assert set(shown) <= set(NAMES) and sum(map(int, shown.values())) == 40
+    header, *rows = csv.reader(united.with_suffix(".csv").open())
+    assert header == ["file", "class", "probability"]
+    assert {name: str(count) for name, count in Counter(row[1] for row in rows).items()} == shown
+    right = sum(Path(file).parent.name == name for file, name, _ in rows) / len(rows)
+    assert right == pytest.approx(accuracy(united, folders["pets"], ["car", "cat", "dog", "truck"]))
+    assert all(0.25 < float(probability) <= 1 for _, _, probability in rows)
     # Labels are not looked at: those of another class do no harm.
-    run("predict", "--ckpt_path", united, *data(folders["foreign"]), *QUIET)
-    run("predict", "--ckpt_path", mlp_checkpoints[0], *QUIET)
-    assert re.search(r"│ \d+\s+│\s+\d+ │", capsys.readouterr().out)
+    run("predict", "--ckpt_path", united, *data(folders["foreign"]), *QUIET, "-o", tmp_path / "other.csv")
+    assert len((tmp_path / "other.csv").read_text().splitlines()) == 41
+    error = refused(capsys, "predict", "--ckpt_path", united, *data(folders["pets"]), *QUIET)
+    assert "fused.csv, which exists; give --overwrite" in error
 
 
 def test_finetuning_goes_on_with_the_classes_of_all(folders, united, tmp_path, capsys):
@@ -187,7 +196,7 @@ def test_the_command_line_may_name_the_classes(folders, parents, united, tmp_pat
     run(*given, "--classes", "[[cat, dog], [car, truck]]", "-o", tmp_path / "named.ckpt")
     shown = capsys.readouterr().out
     assert re.search(r"chosen: .*; divergence from what the parents say together: anchor \d", shown)
-    assert re.search(r"trusted: pets/best.ckpt \d+%, vehicles/best.ckpt \d+% of the samples", shown)
+    assert re.search(r"trusted: pets/last.ckpt \d+%, vehicles/last.ckpt \d+% of the samples", shown)
     ours, theirs = load_parent(tmp_path / "named.ckpt").state_dict(), load_parent(united).state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     asked = yaml.safe_load((tmp_path / "named.yaml").read_text())
@@ -202,14 +211,14 @@ def test_the_command_line_may_name_the_classes(folders, parents, united, tmp_pat
 
 def test_layers_of_parents_that_know_other_classes_are_aligned(folders, parents, tmp_path, capsys):
     run("fuse", *parents, *data(folders["all"]), "-o", tmp_path / "x.ckpt", "--align_only", *QUIET)
-    assert "onto the depth of pets/best.ckpt" in capsys.readouterr().out
+    assert "onto the depth of pets/last.ckpt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("folder", "more", "message"),
     [
         ("foreign", [], "classes that the parents together can tell apart (car, cat, dog, truck), got 'zebra'"),
-        ("all", ["--classes", "[[cat, dog], [car]]"], "2 classes for the outputs of vehicles/best.ckpt, got ['car']"),
+        ("all", ["--classes", "[[cat, dog], [car]]"], "2 classes for the outputs of vehicles/last.ckpt, got ['car']"),
         ("all", ["--classes", "[[1, 2], [2, 3]]"], "can tell apart (1, 2, 3), got 0 from ImageFolderDataModule"),
         ("all", ["--classes", "cat"], "classes"),
     ],
@@ -235,7 +244,7 @@ def test_a_callback_fuses_parents_that_know_other_classes(folders, parents, tmp_
     trainer.fit(classifier, module(folders["all"]))
     assert classifier.class_names == ["car", "cat", "dog", "truck"]
     rows = {row["name"]: row["val_acc"] for row in callback.record["networks"]}
-    assert list(rows) == ["pets/best.ckpt", "vehicles/best.ckpt", "fused"]
+    assert list(rows) == ["pets/last.ckpt", "vehicles/last.ckpt", "fused"]
     assert max(list(rows.values())[:2]) <= 0.5 < rows["fused"]
     assert read_checkpoint(tmp_path / "last.ckpt")["class_names"] == classifier.class_names
 
