@@ -1,4 +1,4 @@
-"""The schema of a record of a fusion, NAME.json beside NAME.ckpt: who writes a part of it and who reads it share these types."""
+"""The schema of a fusion's record, NAME.json beside NAME.ckpt: who writes and who reads it share these types."""
 
 import math
 from collections.abc import Mapping
@@ -24,13 +24,15 @@ class ParentFile(_File, total=False):
 class NetworkRow(TypedDict, total=False):
     """A network and its accuracies, each from 0 to 1: on the test images or on the validation images.
 
-    `knows` is the number of classes that a parent tells apart, where the result tells more. Files of earlier versions
-    have neither `role` nor `test_images`; there parents are called `parent 1`, `parent 2`, ...
+    `knows` is the number of classes that a parent tells apart, where the result tells more, and `known_images` that of
+    the test images of these. Files of earlier versions have neither `role` nor `test_images`; there parents are called
+    `parent 1`, `parent 2`, ...
     """
 
     name: str
     role: Role
     knows: int
+    known_images: int
     parameters: int
     test_acc: float
     test_images: int

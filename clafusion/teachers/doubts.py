@@ -47,8 +47,8 @@ def warn_of_doubts(teacher: Teacher, logits: Sequence[Tensor], trust: Sequence[f
         if trust[k] < TRUSTED and k not in by_chance:
             warnings.warn(
                 f"Expected samples of what every parent knows, but {parent_name(k)} is trusted on only {trust[k]:.1%} "
-                f"of the samples ({shares}); the samples seem to come from what the other parents know: pass samples of "
-                f"all, or leave {parent_name(k)} out", UserWarning, stacklevel=2,
+                f"of the samples ({shares}); the samples seem to come from what the other parents know: pass samples "
+                f"of all, or leave {parent_name(k)} out", UserWarning, stacklevel=2,
             )  # fmt: skip
 
 

@@ -47,8 +47,8 @@ def common_data(paths: Sequence[str]) -> dict[str, Any]:
     silent = [name for name, data in found.items() if data is None]
     if silent:
         raise FusionError(
-            f"Expected --data, since {' and '.join(silent)} {'does' if len(silent) == 1 else 'do'} not say which images "
-            "the training had, got none; name the data module, with the size, mean and std of that training"
+            f"Expected --data, got none, and nothing in {' and '.join(silent)} says which images the training had; "
+            "name the data module, with the size, mean and std of that training"
         )
     (first, data), *others = ((name, one) for name, one in found.items() if one is not None)
     arguments, chosen = dict(data["init_args"]), set[str]()

@@ -28,7 +28,12 @@ from clafusion.lightning import (
     rank_zero_only,
 )
 from clafusion.lightning_modules import Distiller, FusionTrainer, ImageClassifier, read_checkpoint
-from clafusion.lightning_modules.commandline.checkpoint_data import NO_DATA, common_data, saved_data, without_data_options
+from clafusion.lightning_modules.commandline.checkpoint_data import (
+    NO_DATA,
+    common_data,
+    saved_data,
+    without_data_options,
+)
 from clafusion.lightning_modules.commandline.class_names import MODE
 from clafusion.lightning_modules.commandline.completion import PrintCompletion
 from clafusion.lightning_modules.commandline.console import quiet
@@ -85,7 +90,9 @@ _COMMON: dict[str, Any] = {
 _EPILOG = """exit codes: 0 success; 1 stages of an experiment failed, or an unexpected error (a traceback, please report
 it); 2 something given cannot be used: one line on standard error says what and what to do, and nothing was written; 130
 after Ctrl-C, 143 after SIGTERM: the same command goes on, fit with --ckpt_path last."""
-_PREDICTIONS = "The file to write, NAME.csv: file or number of each image, its class, and the probability of that class. "
+_PREDICTIONS = (
+    "The file to write, NAME.csv: file or number of each image, its class, and the probability of that class. "
+)
 _PREDICTIONS += "None given: the name of the checkpoint with .csv."
 _GO_ON = "what was saved is kept: give the same command again, fit with --ckpt_path last"
 

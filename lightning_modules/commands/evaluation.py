@@ -16,7 +16,7 @@ from clafusion.lightning_modules.classifier import Batch, ImageClassifier
 from clafusion.lightning_modules.commands.naming import logged_names
 from clafusion.lightning_modules.compatibility import ImageData
 from clafusion.lightning_modules.progress import Step
-from clafusion.teachers.label_sets import Label
+from clafusion.teachers.label_sets import Label, columns_of, union_of
 from clafusion.tracing.example import example_of
 
 
@@ -41,6 +41,20 @@ class Widened(nn.Module):
         """Return logits `[N, classes of all]`, minus infinity for those that the network does not know."""
         logits: Tensor = self.network(images)
         return logits.new_full((len(logits), self.count), -torch.inf).index_copy(1, self.columns, logits)
+
+
+def widened(parents: Mapping[str, nn.Module], classes: Sequence[Sequence[Label]] | None) -> dict[str, nn.Module]:
+    """Return the parents by name, with outputs for the classes of all where these are not the same.
+
+    Args:
+        parents: By name.
+        classes: Per parent the labels that its outputs stand for; None: all have the same.
+    """
+    together = union_of(classes or ())
+    if classes is None or all(tuple(labels) == together for labels in classes):
+        return dict(parents)
+    pairs = zip(parents.items(), columns_of(classes), strict=True)
+    return {name: Widened(network, own, len(together)) for (name, network), own in pairs}
 
 
 def side_by_side(parents: Mapping[str, nn.Module], result: Fusion) -> dict[str, nn.Module]:
@@ -95,7 +109,7 @@ def _balanced(result: Fusion, k: int, name: str) -> nn.Module | None:
 def evaluate_fusion(
     trainer: Trainer, parents: Mapping[str, nn.Module], result: Fusion, datamodule: ImageData, step: Step
 ) -> list[NetworkRow]:
-    """Test the parents, what is made of them without fusing them, and the fused network, which comes last.
+    """Test what is made of the parents without fusing them, and the fused network, which comes last.
 
     Args:
         trainer: Tests them.
@@ -108,7 +122,6 @@ def evaluate_fusion(
         One row for each.
     """
     groups: dict[Role, Mapping[str, nn.Module]] = {
-        "parent": side_by_side(parents, result),
         "control": controls(parents, result),
         "fused": {"fused": result.model},
     }
@@ -138,7 +151,7 @@ def evaluate_networks(
 
     Returns:
         Name, role, number of parameters, accuracy on the test images and their number of each; also how many of the
-        classes it knows, if it does not know all.
+        classes it knows, and the number of their images, if it does not know all.
     """
     rows: list[NetworkRow] = []
     for name, network in networks.items():
@@ -152,18 +165,22 @@ def evaluate_networks(
             "test_acc": found["test_acc"],
             "test_images": round(found["test_images"]),
         }
-        rows.append({**row, "knows": len(network.columns)} if isinstance(network, Widened) else row)
+        if isinstance(network, Widened):
+            row = {**row, "knows": len(network.columns), "known_images": round(found["known_images"])}
+        rows.append(row)
     return rows
 
 
 class _Counting(ImageClassifier):
-    """A classifier that counts the test images as well."""
+    """A classifier that counts the test images as well, and those of the classes that its network knows."""
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to `test_loss`, `test_acc` and `test_images`."""
+        """Add a batch to `test_loss`, `test_acc`, `test_images` and `known_images`."""
         super().test_step(batch, batch_idx)
-        count = float(len(batch[1]))
-        self.log("test_images", count, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=1)
+        labels = batch[1]
+        known = torch.isin(labels, self.network.columns).sum() if isinstance(self.network, Widened) else len(labels)
+        counts = {"test_images": float(len(labels)), "known_images": float(known)}
+        self.log_dict(counts, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=1)
 
 
 def _tested(

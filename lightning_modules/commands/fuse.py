@@ -14,7 +14,14 @@ from clafusion.fusion.record import AlignmentRecord, FusionRecord, NetworkRow, p
 from clafusion.lightning import Trainer
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.commands.align import align_checkpoints, print_alignment
-from clafusion.lightning_modules.commands.evaluation import evaluate_fusion, log_networks, print_networks
+from clafusion.lightning_modules.commands.chance import check_above_chance
+from clafusion.lightning_modules.commands.evaluation import (
+    evaluate_fusion,
+    evaluate_networks,
+    log_networks,
+    print_networks,
+    widened,
+)
 from clafusion.lightning_modules.commands.figures import Pictures, check_folder, folder_beside
 from clafusion.lightning_modules.commands.naming import file_names
 from clafusion.lightning_modules.commands.outputs import check_empty, check_new, check_output, prepared
@@ -34,10 +41,12 @@ from clafusion.naming import named_parents
 from clafusion.report.measurements import SAMPLES
 from clafusion.report.pages import fusion_report, line_accuracies, report_data
 from clafusion.statistics.samples import collect
-from clafusion.teachers.label_sets import Label
+from clafusion.teachers.label_sets import Label, union_of
 
 #: Called with the parents by name and what became of them; returns the evaluations to record.
 Evaluate = Callable[[dict[str, nn.Module], Fusion], list[NetworkRow]]
+#: Called with the parents by name, with outputs for all classes, before they are fused, and with these classes.
+Examine = Callable[[dict[str, nn.Module], Sequence[Label]], list[NetworkRow]]
 Record = TypeVar("Record", FusionRecord, AlignmentRecord)
 
 
@@ -51,6 +60,7 @@ def fuse_and_record(
     names: Sequence[str] | None = None,
     output: str | None = None,
     report: bool = False,
+    examine: Examine | None = None,
     evaluate: Evaluate | None = None,
     step: Step = lambda words: None,
 ) -> tuple[Fusion, FusionRecord]:
@@ -65,7 +75,8 @@ def fuse_and_record(
         names: What to call each parent in messages and in the record; None: as `file_names` does.
         output: The file that the caller is going to write; recorded.
         report: Whether to measure what the report shows beyond the other figures of the record.
-        evaluate: Evaluates the parents and the result; None: nothing is evaluated.
+        examine: Evaluates the parents before they are fused, or refuses them; None: `evaluate` does.
+        evaluate: Evaluates the result; None: nothing is evaluated.
         step: Called with what is done next.
 
     Returns:
@@ -74,13 +85,16 @@ def fuse_and_record(
     Raises:
         FusionError: The parents, the data and the options do not fit together.
     """
-    step(f"fusing {len(paths)} networks")
+    step(f"loading {len(paths)} networks")
     names = names or file_names(paths)
     options = options.for_parents(names, paths)
     with named_parents(names):
         parents, classes = load_parents(paths, data, classes)
         for path, parent in zip(paths, parents, strict=True):
             check_saved(parent, torch.zeros(2, *data.image_shape), path)
+        together = dict(zip(names, parents, strict=True))
+        rows = examine(widened(together, classes), union_of(classes or ())) if examine else []
+        step(f"fusing {len(paths)} networks")
         batches = list(data.alignment_batches(options.num_samples, options.seed))
 
         started = time.perf_counter()
@@ -93,7 +107,7 @@ def fuse_and_record(
     measured = _report_measurements(fusion, parents, batches, data) if report else None
     record = {
         "output": output,
-        "networks": evaluate and evaluate(dict(zip(names, parents, strict=True)), fusion),
+        "networks": evaluate and [*rows, *evaluate(together, fusion)],
         "parents": parent_files(paths, names),
         **fusion.summary(),
         **cost,
@@ -143,6 +157,7 @@ def fuse_checkpoints(
     output: str,
     classes: list[list[int | str]] | None = None,
     overwrite: bool = False,
+    check_parents: bool = True,
     align_only: bool = False,
     report: bool = True,
     figures: bool = True,
@@ -166,6 +181,8 @@ def fuse_checkpoints(
         classes: What the outputs of each parent stand for, if they have not all the same classes, such as [[0, 1], [2]]
             or [[cat, dog], [car]]; none given: as the checkpoints say, if trainings on folders of images wrote them.
         overwrite: Whether the files written here may replace existing ones.
+        check_parents: Whether to end before anything is fused if a parent does no better than chance on the test images
+            of its classes, most often because it was trained on images of another size or normalisation.
         align_only: Only show and write to NAME.json which layers correspond, with the costs of every stage.
         report: Whether to draw NAME.html as well: all of this as one file to look at.
         figures: Whether every figure of the report becomes a file of its own as well, as SVG and as PNG.
@@ -197,13 +214,19 @@ def fuse_checkpoints(
         return alignment
     with steps(silent) as step:
 
+        def examine(networks: dict[str, nn.Module], known: Sequence[Label]) -> list[NetworkRow]:
+            rows = evaluate_networks(trainer, networks, datamodule, step, "parent", known)
+            if check_parents:
+                check_above_chance(rows, len(known) or datamodule.num_classes)
+            return rows
+
         def evaluate(networks: dict[str, nn.Module], result: Fusion) -> list[NetworkRow]:
             return evaluate_fusion(trainer, networks, result, datamodule, step)
 
         report_here = report and trainer.is_global_zero
         fused, record = fuse_and_record(
-            parents, datamodule, fusion, device, classes=classes, output=output, report=report_here, evaluate=evaluate,
-            step=step,
+            parents, datamodule, fusion, device, classes=classes, output=output, report=report_here, examine=examine,
+            evaluate=evaluate, step=step,
         )  # fmt: skip
     if trainer.is_global_zero:
         shown = fusion_report(record) if report else None

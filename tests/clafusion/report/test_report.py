@@ -38,7 +38,8 @@ from clafusion.tracing.execution import GraphRunner
 from tests.helpers import images, mlp, needs_font, plain, resnet, vectors
 
 HOSTILE = "<script>alert('x')</script>\" onload=\"x\x00&amp;"
-QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--fusion.num_samples", "70"]
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--fusion.num_samples", "70",
+         "--data", "DigitsDataModule", "--check_parents", "false"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

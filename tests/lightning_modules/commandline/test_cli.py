@@ -36,7 +36,8 @@ from tests.helpers import ROOT
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 SHORT = [*QUIET, "--trainer.enable_model_summary", "false", "--trainer.max_epochs", "1"]
 MODULES = "CIFARDataModule, DigitsDataModule, ImageFolderDataModule, MNISTDataModule, TinyImageNetDataModule"
-FEW = ["--fusion.num_samples", "70"]
+DIGITS = ["--data", "DigitsDataModule"]
+FEW = ["--fusion.num_samples", "70", *DIGITS, "--check_parents", "false"]
 MLP = {"name": "MLP", "in_features": 64, "hidden": [4], "num_classes": 10}
 
 
@@ -187,7 +188,8 @@ def test_a_bar_shows_how_far_a_fusion_is(mlp_checkpoints, monkeypatch):
     )
     monkeypatch.setattr(Console, "is_terminal", True)
     run(*fuse_arguments(mlp_checkpoints), "--fusion.targets", "matched")
-    assert shown[0] == "fusing 2 networks"
+    assert shown[:3] == ["loading 2 networks", "testing deep.ckpt", "testing shallow.ckpt"]
+    assert shown[3] == "fusing 2 networks"
     for words, layers in (("matching neurons", 4), ("refitting layers", 5)):
         at = shown.index(words)
         assert shown[at + 1 : at + 1 + layers] == [f"{done}/{layers}" for done in range(1, layers + 1)]
@@ -212,9 +214,10 @@ def test_fuse_is_deterministic(mlp_checkpoints):
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_a_checkpoint_needs_nothing_else(mlp_checkpoints, command):
-    run(command, "--ckpt_path", mlp_checkpoints[0], *QUIET)
-    assert not list(Path.cwd().iterdir())
+def test_a_checkpoint_is_evaluated_on_data(mlp_checkpoints, command):
+    output = ["-o", "predicted.csv"] if command == "predict" else []
+    run(command, "--ckpt_path", mlp_checkpoints[0], *DIGITS, *output, *QUIET)
+    assert [path.name for path in Path.cwd().iterdir()] == output[1:]
 
 
 def test_training_goes_on_from_a_fused_checkpoint(mlp_checkpoints):
@@ -351,7 +354,7 @@ def test_a_class_of_ones_own_takes_its_arguments_from_the_checkpoint(monkeypatch
 
 
 def test_a_distilled_checkpoint_is_tested_without_its_teachers():
-    run("test", "--ckpt_path", distilled(Path("distilled.ckpt")), *QUIET)
+    run("test", "--ckpt_path", distilled(Path("distilled.ckpt")), *DIGITS, *QUIET)
 
 
 @pytest.mark.parametrize("name", ["MNISTDataModule", "clafusion.datamodules.MNISTDataModule"])
@@ -548,7 +551,7 @@ def test_data_that_does_not_fit_is_refused_before_training(capsys):
 
 def test_a_checkpoint_of_another_architecture_is_refused(mlp_checkpoints, capsys):
     other = ["--model.architecture", "{name: MLP, in_features: 64, hidden: [5], num_classes: 10}"]
-    line = refused(capsys, "test", "--ckpt_path", str(mlp_checkpoints[0]), *other, *QUIET)
+    line = refused(capsys, "test", "--ckpt_path", str(mlp_checkpoints[0]), *other, *DIGITS, *QUIET)
     assert "leave out --model.architecture" in line
 
 
@@ -571,7 +574,7 @@ def test_other_errors_keep_their_traceback(mlp_checkpoints, monkeypatch):
         (["report"], "Expected INPUT, got none; give it, see clafusion report --help\n"),
         (["pipeline"], "Expected --experiment, got none; give it, see clafusion pipeline --help\n"),
         (
-            ["fuse", "a", "b", "-o", "c.ckpt", "--data.data_dir", "d"],
+            ["fuse", "a", "b", "-o", "c.ckpt", "--data", "DigitsDataModule", "--data.data_dir", "d"],
             "Expected an option that the data module has, got --data.data_dir; name the module by --data, such as "
             f"{MODULES}\n",
         ),

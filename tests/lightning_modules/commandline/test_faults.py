@@ -36,7 +36,20 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def fuse_command(parents: Any, *more: str) -> list[str]:
-    return ["fuse", *map(str, parents), "-o", "fused.ckpt", *QUIET, "--fusion.num_samples", "70", *more]
+    return [
+        "fuse",
+        *map(str, parents),
+        "-o",
+        "fused.ckpt",
+        *QUIET,
+        "--fusion.num_samples",
+        "70",
+        "--data",
+        "DigitsDataModule",
+        "--check_parents",
+        "false",
+        *more,
+    ]
 
 
 def ended(capsys: Any, code: int, *arguments: str) -> str:

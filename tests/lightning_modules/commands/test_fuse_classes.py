@@ -27,7 +27,7 @@ from clafusion.lightning_modules import (
 )
 from clafusion.lightning_modules.checkpoints.reading import load_classes
 from clafusion.lightning_modules.commandline import cli
-from clafusion.lightning_modules.commands.evaluation import contestants
+from clafusion.lightning_modules.commands.evaluation import controls, side_by_side
 from clafusion.lightning_modules.compatibility import label_places, load_parents
 
 #: Digits under other names.
@@ -254,7 +254,8 @@ def test_the_teacher_that_was_used_is_among_the_contestants(folders, parents):
     networks, batches = [load_parent(path) for path in parents], list(images.alignment_batches(250))
     classes = [["cat", "dog"], ["car", "truck"]]
     fusion = fuse(networks, batches, FusionOptions(teacher="gated"), classes)
-    found = contestants(networks, fusion)
+    parents_by_name = dict(zip(("pets", "vehicles"), networks, strict=True))
+    found = side_by_side(parents_by_name, fusion) | controls(parents_by_name, fusion)
     x = torch.cat(batches)
     with torch.no_grad():
         wide = [found[name](x) for name in list(found)[:2]]

@@ -11,7 +11,7 @@ from clafusion.datamodules import DigitsDataModule
 from clafusion.lightning_modules import FusionTrainer, ImageClassifier, load_parent, read_checkpoint, save_checkpoint
 from clafusion.lightning_modules.commands.transfer import transfer_checkpoint
 from tests.helpers import largest_difference
-from tests.lightning_modules.commandline.test_cli import QUIET, fuse_arguments, in_an_empty_folder, refused, run  # noqa: F401 (a fixture)
+from tests.lightning_modules.commandline.test_cli import DIGITS, QUIET, fuse_arguments, in_an_empty_folder, refused, run  # noqa: F401 (a fixture)
 
 OPTIONS = FusionOptions(num_samples=70, pin_last=0, correction="none")
 GIVEN = ["--fusion.num_samples", "70", "--fusion.pin_last", "0", "--fusion.correction", "none"]
@@ -20,7 +20,19 @@ GIVEN = ["--fusion.num_samples", "70", "--fusion.pin_last", "0", "--fusion.corre
 def arguments(pair, *more: str) -> list[str]:
     """Of a transfer from the shallow network to the deep one."""
     deep, shallow = pair
-    return ["transfer", "--source", str(shallow), "--target", str(deep), "--output", "out.ckpt", *QUIET, *GIVEN, *more]
+    return [
+        "transfer",
+        "--source",
+        str(shallow),
+        "--target",
+        str(deep),
+        "--output",
+        "out.ckpt",
+        *QUIET,
+        *GIVEN,
+        *DIGITS,
+        *more,
+    ]
 
 
 def record() -> dict:
@@ -72,7 +84,15 @@ def test_what_becomes_of_it_is_composition(mlp_checkpoints, combine):
 
 def test_a_target_can_be_drawn_anew(mlp_checkpoints):
     architecture = {"name": "MLP", "in_features": 64, "hidden": [30, 20, 10], "num_classes": 10}
-    base = ["transfer", "--source", str(mlp_checkpoints[1]), "--target_architecture", json.dumps(architecture), *QUIET]
+    base = [
+        "transfer",
+        "--source",
+        str(mlp_checkpoints[1]),
+        "--target_architecture",
+        json.dumps(architecture),
+        *QUIET,
+        *DIGITS,
+    ]
     for output, seed in (("0", 0), ("1", 0), ("2", 1)):
         Path(output).mkdir()
         run(
