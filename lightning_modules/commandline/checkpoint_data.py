@@ -10,8 +10,8 @@ from clafusion.lightning_modules.commands.naming import file_names
 
 #: The data of a command for which nobody has named any: the base class, which has no images.
 NO_DATA = {"class_path": "clafusion.datamodules.ImageDataModule"}
-#: Arguments that choose among the training images: where parents differ in them, all images are taken.
-_CHOICE = frozenset({"limit_train", "skip_train", "split", "val_fraction", "split_seed"})
+#: Arguments that choose among the images: where parents differ in them, all images are taken.
+_CHOICE = frozenset({"limit_train", "skip_train", "split", "label_set", "val_fraction", "split_seed"})
 #: Arguments that do not change an image as a network gets it.
 _LOADING = frozenset({"batch_size", "eval_batch_size", "num_workers", "augment", "download", "allow_changes"})
 _CLASSES = {f"clafusion.datamodules.{name}": name for name in datamodules.__all__}

@@ -483,7 +483,7 @@ def test_a_published_file_becomes_an_ordinary_checkpoint_and_comes_back(capsys):
 def test_a_converted_checkpoint_is_tested_by_the_command_line(capsys):
     published_file("theirs.checkpoint")
     converted("theirs.checkpoint", "ours.ckpt")
-    cli.main(["test", "--ckpt_path", "ours.ckpt", "--trainer.accelerator", "cpu",
+    cli.main(["test", "--ckpt_path", "ours.ckpt", "--data", "DigitsDataModule", "--trainer.accelerator", "cpu",
               "--trainer.enable_progress_bar", "false"])  # fmt: skip
     assert "test_acc" in capsys.readouterr().out
 
