@@ -29,8 +29,9 @@ def saved_data(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
         if isinstance(checkpoint.get(name), dict):
             return {"class_path": path, "init_args": dict(checkpoint.get("datamodule_hyper_parameters") or {})}
     data = (checkpoint.get("fusion") or {}).get("data")
-    known = isinstance(data, dict) and data.get("class_path") in _CLASSES and isinstance(data.get("init_args"), dict)
-    return dict(data) if known else None
+    if not isinstance(data, dict) or not isinstance(data.get("init_args"), dict):
+        return None
+    return dict(data) if data.get("class_path") in _CLASSES else None
 
 
 def common_data(paths: Sequence[str]) -> dict[str, Any]:
@@ -56,6 +57,21 @@ def common_data(paths: Sequence[str]) -> dict[str, Any]:
         _check_same(first, data, name, other)
         chosen |= {key for key in _CHOICE if arguments.get(key) != other["init_args"].get(key)}
     return {**data, "init_args": {key: value for key, value in arguments.items() if key not in chosen}}
+
+
+def image_shape(path: str) -> list[int] | None:
+    """Return the shape (C, H, W) of the images that a checkpoint was trained on; None if it does not say.
+
+    Raises:
+        FusionError: The file cannot be read, or its data is not there any more.
+    """
+    data = saved_data(read_content(path))
+    if data is None:
+        return None
+    try:
+        return list(getattr(datamodules, _CLASSES[data["class_path"]])(**data["init_args"]).image_shape)
+    except TypeError as error:
+        raise FusionError(f"Expected arguments of a data module in {path}: {error}; give --shape") from error
 
 
 def _check_same(first: str, data: Mapping[str, Any], name: str, other: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ from clafusion.lightning_modules import Distiller, FusionTrainer, ImageClassifie
 from clafusion.lightning_modules.commandline.checkpoint_data import (
     NO_DATA,
     common_data,
+    image_shape,
     saved_data,
     without_data_options,
 )
@@ -308,6 +309,8 @@ def _saved_defaults(command: str, config: Any, path: str | None) -> dict[str, An
         files = [file for file in given.get(command, [path]) if file is not None]
         # Too few of them are refused by the command itself.
         defaults["data"] = common_data(files) if len(files) > (command == "fuse") else DEFAULTS["data"]
+    if command == "export" and config["shape"] is None:
+        defaults["shape"] = image_shape(config["input"])
     return defaults
 
 

@@ -70,13 +70,13 @@ def print_alignment(record: AlignmentRecord) -> None:
     for number, alignment in enumerate(record["alignments"]):
         if number == template:
             continue
-        console.print(f"{names[number]} onto the depth of {names[template]}", style="bold")
+        console.print(f"{names[number]} onto the depth of {names[template]}", style="bold", markup=False)
         sides = (number, template) if merging else (template, number)
         rows, columns = (record["units"][side] for side in sides)
         for stage, places in enumerate(alignment):
             console.print(_matrix(record["layer_costs"][number][stage], rows[stage], columns[stage], places, stage + 1))
     for name, parent in zip(names, record["parents"], strict=True):
-        console.print(f"{name}: {parent['path']}", highlight=False, soft_wrap=True)
+        console.print(f"{name}: {parent['path']}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _matrix(costs: list[list[float]], rows: list[str], columns: list[str], places: list[int], number: int) -> Any:

@@ -219,6 +219,7 @@ def print_networks(networks: Sequence[NetworkRow], classes: int = 0) -> None:
         classes: How many classes there are, where not every network knows all of them.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     counts = {row["test_images"] for row in networks}
@@ -227,5 +228,5 @@ def print_networks(networks: Sequence[NetworkRow], classes: int = 0) -> None:
     table.columns[1].justify = table.columns[2].justify = "right"
     for number, row in enumerate(networks, 1):
         style = "bold" if number == len(networks) else None
-        table.add_row(shown_name(row, classes), in_percent(row), f"{row['parameters']:,}", style=style)
+        table.add_row(escape(shown_name(row, classes)), in_percent(row), f"{row['parameters']:,}", style=style)
     Console().print(table)

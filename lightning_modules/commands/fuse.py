@@ -2,15 +2,14 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from clafusion import Fusion, FusionOptions, fuse
 from clafusion.formats.files import check_saved
-from clafusion.fusion.record import AlignmentRecord, FusionRecord, NetworkRow, parent_names
+from clafusion.fusion.record import AlignmentRecord, FusionRecord, NetworkRow
 from clafusion.lightning import Trainer
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.commands.align import align_checkpoints, print_alignment
@@ -19,12 +18,12 @@ from clafusion.lightning_modules.commands.evaluation import (
     evaluate_fusion,
     evaluate_networks,
     log_networks,
-    print_networks,
     widened,
 )
 from clafusion.lightning_modules.commands.figures import Pictures, check_folder, folder_beside
 from clafusion.lightning_modules.commands.naming import file_names
 from clafusion.lightning_modules.commands.outputs import check_empty, check_new, check_output, prepared
+from clafusion.lightning_modules.commands.printing import print_fusion, say
 from clafusion.lightning_modules.commands.records import (
     as_json,
     circumstances,
@@ -47,7 +46,6 @@ from clafusion.teachers.label_sets import Label, union_of
 Evaluate = Callable[[dict[str, nn.Module], Fusion], list[NetworkRow]]
 #: Called with the parents by name, with outputs for all classes, before they are fused, and with these classes.
 Examine = Callable[[dict[str, nn.Module], Sequence[Label]], list[NetworkRow]]
-Record = TypeVar("Record", FusionRecord, AlignmentRecord)
 
 
 def fuse_and_record(
@@ -210,7 +208,7 @@ def fuse_checkpoints(
             alignment = align_checkpoints(parents, datamodule, fusion, device, classes)
         if trainer.is_global_zero:
             write_results(alignment, file)
-            _say(alignment, print_alignment, quiet, json)
+            say(alignment, print_alignment, quiet, json)
         return alignment
     with steps(silent) as step:
 
@@ -237,46 +235,5 @@ def fuse_checkpoints(
         if figures:
             pictures.write(folder_beside(page))
             pictures.log(trainer.loggers)
-        _say(record, _print_fusion, quiet, json)
+        say(record, print_fusion, quiet, json)
     return record
-
-
-def _say(record: Record, in_words: Callable[[Record], None], quiet: bool, json: bool) -> None:
-    """Print a record as JSON, in words, or not at all."""
-    if json:
-        print(as_json(record), end="")
-    elif not quiet:
-        in_words(record)
-
-
-def _choices(record: FusionRecord) -> Iterator[str]:
-    """Yield which of several networks was taken and why, and which parents were trusted, where that was a question."""
-    scores = ", ".join(f"{name} {score:.4f}" for name, score in record["candidates"].items())
-    if scores:
-        yield f"chosen: {record['chosen']}; divergence from what the parents say together: {scores}"
-    if record.get("teacher") == "gated":
-        trusted = zip(parent_names(record), record["trust"], strict=True)
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in trusted)
-        yield f"trusted: {shares} of the samples"
-
-
-def _print_fusion(record: FusionRecord) -> None:
-    """Print the networks of a fusion as a table on standard output, and below it the files."""
-    from rich.console import Console
-
-    print_networks(record["networks"], len(record["classes"]))
-    console = Console()
-    for line in _choices(record):
-        console.print(line, highlight=False, soft_wrap=True)
-    for parent in record["parents"]:
-        if parent["name"] != parent["path"]:
-            console.print(f"{parent['name']}: {parent['path']}", highlight=False, soft_wrap=True)
-    memory = record["peak_memory_bytes"] / 2**20
-    console.print(
-        f"{record['output']}: fused in {record['seconds']:.2f} s, peak memory {memory:.0f} MiB",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if "report" in record:
-        page = Path(record["output"]).with_suffix(".html")
-        console.print(f"{page}: all of it to look at", highlight=False, soft_wrap=True)

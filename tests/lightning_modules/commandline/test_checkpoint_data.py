@@ -64,3 +64,9 @@ def test_one_option_of_the_data_may_be_changed(mlp_checkpoints, capsys):
     assert "none/here" in refused(capsys, "test", "--ckpt_path", path, "--data.data_dir", "none/here", *QUIET)
     cli.main(["test", "--ckpt_path", path, "--data", "DigitsDataModule", *QUIET])
     assert "test_acc" in capsys.readouterr().out
+
+
+def test_the_shape_of_an_export_is_that_of_the_data(mlp_checkpoints, capsys):
+    cli.main(["export", trained(mlp_checkpoints[0], "one.ckpt", batch_size=7), "one.pt2"])
+    assert "takes [samples, 1, 8, 8]" in capsys.readouterr().out
+    assert "Expected --shape, got none" in refused(capsys, "export", str(mlp_checkpoints[0]), "two.pt2")
