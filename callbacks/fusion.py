@@ -1,7 +1,7 @@
 """The callback that joins training phases: it fuses trained parents into the network that is trained next."""
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, cast
 
 import torch
@@ -11,12 +11,13 @@ from clafusion import Fusion, FusionOptions, restore
 from clafusion.callbacks.signals import HeldSignal
 from clafusion.errors import FusionError
 from clafusion.formats.files import snapshot
-from clafusion.fusion.record import FusionRecord, NetworkRow
+from clafusion.fusion.record import FusionRecord, NetworkRow, Role
 from clafusion.lightning import Callback, LightningModule, Trainer, isolate_rng
 from clafusion.lightning_modules import ImageClassifier
 from clafusion.lightning_modules.commands.evaluation import side_by_side
 from clafusion.lightning_modules.commands.figures import Pictures, has_board
 from clafusion.lightning_modules.commands.fuse import fuse_and_record
+from clafusion.lightning_modules.commands.naming import file_names, logged_names
 from clafusion.lightning_modules.compatibility import ImageData, label_places, resumes_from
 from clafusion.lightning_modules.distributed import on_rank_zero
 from clafusion.lightning_modules.progress import Step, steps
@@ -105,7 +106,10 @@ class FusionCallback(Callback):
                 "Expected a checkpoint of a training that began with FusionCallback, got another; leave out "
                 "FusionCallback to go on from it"
             )
-        options = self.options.to_dict()
+        options = self.options.for_parents(file_names(self.parents), self.parents).to_dict()
+        if options["anchor"] == "agreement":
+            # What is saved is the parent that was chosen.
+            del options["anchor"]
         changed = [f"options.{name}" for name in options if saved["options"].get(name) != options[name]]
         if [parent["path"] for parent in saved["parents"]] != self.parents:
             changed.insert(0, "parents")
@@ -159,17 +163,24 @@ class FusionCallback(Callback):
         return taken.architecture, {name: tensor.cpu() for name, tensor in taken.state.items()}, record
 
 
-def _validated(parents: list[nn.Module], fusion: Fusion, data: FusionData, device: torch.device) -> list[NetworkRow]:
+def _validated(
+    parents: Mapping[str, nn.Module], fusion: Fusion, data: FusionData, device: torch.device
+) -> list[NetworkRow]:
     """Return the validation accuracies of the parents and of the fused network, which comes last."""
     places = label_places(data, fusion.classes, "the network") if fusion.classes else None
-    networks = {f"parent {number}": one for number, one in enumerate(side_by_side(parents, fusion).values(), 1)}
+    roles: dict[Role, dict[str, nn.Module]] = {
+        "parent": side_by_side(parents, fusion),
+        "fused": {"fused": fusion.model},
+    }
     return [
         {
             "name": name,
+            "role": role,
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
             "val_acc": _accuracy(network.to(device), data, device, places),
         }
-        for name, network in {**networks, "fused": fusion.model}.items()
+        for role, networks in roles.items()
+        for name, network in networks.items()
     ]
 
 
@@ -186,6 +197,7 @@ def _accuracy(network: nn.Module, data: FusionData, device: torch.device, places
 
 def _measured(record: FusionRecord) -> dict[str, float]:
     """Return the record's numbers under the names that loggers know them by."""
-    accuracies = {f"{row['name'].replace(' ', '_')}_val_acc": row["val_acc"] for row in record["networks"]}
+    names = logged_names([row["name"] for row in record["networks"]])
+    accuracies = {f"{name}/val_acc": row["val_acc"] for name, row in zip(names, record["networks"], strict=True)}
     found = {"fusion_seconds": record["seconds"], **accuracies}
     return {name: value for name, value in found.items() if value is not None}

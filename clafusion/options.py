@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from clafusion.errors import FusionError
@@ -39,8 +39,10 @@ class FusionOptions:
         streams: `shared`: one map for a whole residual stream; `per_layer`: one map per layer, as published.
         head: the output layer: `average` label by label, `transport` its outputs too (published), or keep the
             `anchor`'s.
-        anchor: index of the parent whose neurons and widths the result has; `agreement`: the parent that agrees most
-            often with what all parents predict together, which without labels is the best guess at the best of them.
+        anchor: index of the parent whose neurons and widths the result has, or its name where the parents have names
+            (`for_parents`): in `fuse` and `FusionCallback` those of their files; `agreement`: the parent that agrees
+            most often with what all parents predict together, which without labels is the best guess at the best of
+            them.
         weights: weight of every parent in the average; None: equal.
         combine: `transport` the neurons before averaging, or plainly `average`.
         many: more than two parents: all onto the anchor at once, or one after another (`iterative`).
@@ -89,7 +91,7 @@ class FusionOptions:
     mass: Literal["uniform", "l1", "l2"] = "uniform"
     streams: Literal["shared", "per_layer"] = "shared"
     head: Literal["average", "transport", "anchor"] = "average"
-    anchor: int | Literal["agreement"] = 0
+    anchor: int | str = 0
     weights: Sequence[float] | None = None
     combine: Literal["transport", "average"] = "transport"
     many: Literal["many_to_one", "iterative"] = "many_to_one"
@@ -109,8 +111,9 @@ class FusionOptions:
         for name, hint in get_type_hints(type(self)).items():
             _check(name, getattr(self, name), hint)
         for name, least in LEAST.items():
-            if getattr(self, name) != "agreement" and getattr(self, name) < least:
-                raise FusionError(f"Expected {name} of at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if isinstance(value, int) and value < least:
+                raise FusionError(f"Expected {name} of at least {least}, got {value}")
         for name in ("regularization", "marginal_regularization", "anchor_lead", "ridge", "gate_temperature", "width"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise FusionError(f"Expected a positive {name}, got {getattr(self, name)}")
@@ -140,6 +143,29 @@ class FusionOptions:
     def only_anchor(self) -> bool:
         """Whether the hidden layers are those of the anchor, as they are."""
         return self.correction == "refit" and self.targets == "matched" and self.anchor_lead >= ALONE
+
+    def for_parents(self, *names: Sequence[str]) -> "FusionOptions":
+        """Return the options with the number of the anchor where they give its name.
+
+        Args:
+            names: what the parents are called, one list or several: a file by its name and by its path.
+
+        Raises:
+            FusionError: no parent has that name.
+
+        Example:
+            >>> FusionOptions(anchor="b.ckpt").for_parents(["a.ckpt", "b.ckpt"]).anchor
+            1
+        """
+        if isinstance(self.anchor, int) or self.anchor == "agreement":
+            return self
+        found = next((called.index(self.anchor) for called in names if self.anchor in called), None)
+        if found is None:
+            raise FusionError(
+                f"Expected anchor to be {', '.join(names[0])}, a number from 0, or agreement, got {self.anchor}; "
+                "choose one of them"
+            )
+        return replace(self, anchor=found)
 
     @property
     def anchor_index(self) -> int:
@@ -176,7 +202,7 @@ def _check(name: str, value: Any, hint: Any) -> None:
         ok = value is None or (isinstance(value, list | tuple) and all(_is_number(item) for item in value))
         expected = "a list of numbers or None"
     elif name == "anchor":
-        ok, expected = type(value) is int or value == "agreement", "a whole number or agreement"
+        ok, expected = type(value) in (int, str), "a whole number, agreement, or the name of a parent"
     elif hint is float:
         ok, expected = _is_number(value), "a number"
     else:

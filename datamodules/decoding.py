@@ -4,6 +4,7 @@ import hashlib
 import warnings
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch.utils.data import DataLoader
@@ -74,6 +75,11 @@ class DecodingDataModule(ImageDataModule):
         self._parts["train"] = replace(train, replaces=self.on_error == "replace")
         if self.in_memory == "auto":
             self._holds = self._fits()
+
+    def predict_files(self) -> list[Path]:
+        """Return the files of the test part, in the order of `predict_dataloader`; only after `setup`."""
+        part = self._part("test")
+        return [part.images.path(number) for number in range(len(part))]
 
     def _fits(self) -> bool:
         """Whether all images fit into their share of the free memory; if not, that is said."""

@@ -40,6 +40,19 @@ def on_rank_zero(strategy: Strategy, compute: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def gathered(value: T) -> list[T]:
+    """Return what every rank gives, in their order; on one process that is `value` alone.
+
+    Args:
+        value: This rank's; it is pickled for the others.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [value]
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, value)
+    return found
+
+
 class FailureGroup:
     """A group of processes in which every rank learns of the first failure.
 

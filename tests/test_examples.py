@@ -52,7 +52,7 @@ def test_the_way_from_torchvision_in_the_readme(tmp_path, monkeypatch):
     for command in commands:
         cli.main([*shlex.split(command), *(few if command.startswith("fuse") else [])])
     assert load_parent("fused.ckpt").architecture["blocks"] == [3, 4, 6, 3]
-    assert "fused" in Path("report.html").read_text() and len(list(Path("report_figures").iterdir())) > 20
+    assert "fused" in Path("fused.html").read_text() and len(list(Path("fused_figures").iterdir())) > 20
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ PACKAGES = {
 }
 #: Floors from the ground up: a module or package may import those on floors below its own, and its own package.
 LIBRARY = [
-    ["errors", "old_names", "tracking", "lightning"],
+    ["errors", "old_names", "naming", "tracking", "lightning"],
     ["options"],
     ["networks", "tracing"],
     ["statistics", "formats"],

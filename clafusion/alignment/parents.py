@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from clafusion.alignment.stages import pair_stages
 from clafusion.errors import FusionError
+from clafusion.naming import parent_name
 from clafusion.options import FusionOptions, normalized
 from clafusion.statistics.samples import all_finite, check_finite, logits_of
 from clafusion.teachers.teacher import log_softmaxes, teacher_of
@@ -49,9 +50,11 @@ def check_parents(models: Sequence[nn.Module], options: FusionOptions) -> None:
     """
     if len(models) < 2:
         raise FusionError(f"Expected at least 2 networks to fuse, got {len(models)}")
-    if options.anchor != "agreement" and options.anchor >= len(models):
+    if isinstance(options.anchor, str) and options.anchor != "agreement":
+        raise FusionError(f"Expected anchor to be the number of a network or agreement, got {options.anchor!r}")
+    if isinstance(options.anchor, int) and options.anchor >= len(models):
         raise FusionError(f"Expected anchor to be below {len(models)}, the number of networks, got {options.anchor}")
-    check_alike(models, [f"parent {number}" for number in range(len(models))])
+    check_alike(models, [parent_name(number) for number in range(len(models))])
 
 
 def check_alike(models: Sequence[nn.Module], names: Sequence[str]) -> None:
@@ -112,11 +115,12 @@ def trace_all(models: Sequence[nn.Module], samples: Tensor) -> list[Structure]:
     Raises:
         FusionError: if a network cannot be traced, its outputs are not finite, or their classes differ in number.
     """
-    structures = [trace_as(model, samples, f"parent {number}") for number, model in enumerate(models)]
+    structures = [trace_as(model, samples, parent_name(number)) for number, model in enumerate(models)]
     for number, structure in enumerate(structures):
         if not all_finite(structure.logits):
             raise FusionError(
-                f"Expected finite outputs, got NaN or infinity from parent {number}; check its weights and the samples"
+                f"Expected finite outputs, got NaN or infinity from {parent_name(number)}; check its weights and the "
+                "samples"
             )
     classes = [structure.logits.shape[1] for structure in structures]
     if len(set(classes)) > 1:
@@ -131,7 +135,7 @@ def template_of(structures: Sequence[Structure], options: FusionOptions) -> int:
         FusionError: if the stages cannot be matched one to one, or no parent is so in all of them.
     """
     candidates = [k for k in range(len(structures)) if _contains(structures, k, options)]
-    if options.anchor != "agreement" and options.anchor in candidates:
+    if isinstance(options.anchor, int) and options.anchor in candidates:
         return options.anchor
     if not candidates:
         for k, structure in enumerate(structures[1:], 1):
@@ -157,7 +161,7 @@ def _contains(structures: Sequence[Structure], k: int, options: FusionOptions) -
 
 def _pair_either_way(one: Structure, other: Structure, k: int) -> None:
     """Refuse two parents of which neither has the stages of the other; the message is on the one with fewer."""
-    ways = [(other, one, "parent 0"), (one, other, f"parent {k}")]
+    ways = [(other, one, parent_name(0)), (one, other, parent_name(k))]
     first, last = sorted(ways, key=lambda way: len(way[0].stages))
     try:
         pair_stages(*first)

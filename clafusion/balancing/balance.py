@@ -13,6 +13,7 @@ from clafusion.balancing.insertion import sizes_once_inserted
 from clafusion.balancing.merging import merged
 from clafusion.balancing.verification import activated, check_passing
 from clafusion.errors import FusionError
+from clafusion.naming import parent_name
 from clafusion.options import FusionOptions
 from clafusion.tracing.comparison import TOLERANCE, difference, few_of
 from clafusion.tracing.execution import GraphRunner, as_input
@@ -77,7 +78,7 @@ def _paired(
     options: FusionOptions,
 ) -> Correspondence:
     """One parent seen from the template."""
-    called = f"parent {k}"
+    called = parent_name(k)
     if options.balance == "merge":
         deep, shallow = deep_and_shallow(structures[template], structures[k], options)
         network = merged(models[template], deep, shallow, alignment, samples, options.relu)

@@ -4,6 +4,7 @@
 as it went in, under its name in the network of the inferred architecture.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -101,6 +102,53 @@ def published_state(network: nn.Module) -> dict[str, Tensor]:
         )
     # Our layers have the names of the published ones.
     return {name: tensor.detach() for name, tensor in network.state_dict().items()}
+
+
+def torchvision_state(network: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of a ResNet or VGG by the names of torchvision; `convert` takes it back.
+
+    A convolution of torchvision's ResNets has no bias; that of one of ours is taken off the running mean of the norm
+    behind it, so that the outputs stay what they are.
+
+    Args:
+        network: A `ResNet` with norms and the stem of ImageNet, or a VGG that came from torchvision; not changed.
+            torchvision builds only some widths and depths: `load_state_dict` of the model with the same ones takes it.
+
+    Returns:
+        The tensors of the network, most of which share its memory.
+
+    Raises:
+        FusionError: torchvision has no such network.
+    """
+    state = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    described = describe(network)
+    if described["name"] == "ResNet":
+        state = _without_biases(state) if described["batch_norm"] else state
+        names = {name: re.sub(r"^linear\.", "fc.", name.replace(".shortcut.", ".downsample.")) for name in state}
+        state = {names[name]: tensor for name, tensor in state.items()}
+    try:
+        theirs = recognise({name: tuple(tensor.shape) for name, tensor in state.items()}).convention == "torchvision"
+        known = theirs and (described["name"] != "ResNet" or described["batch_norm"])
+    except FusionError:
+        known = False
+    if not known:
+        raise FusionError(
+            "Expected a ResNet with norms and a 7x7 stem or a VGG with three dense layers, as torchvision has them, "
+            f"got {described['name']} of other layers; keep it as it is, or save network.state_dict()"
+        )
+    return state
+
+
+def _without_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take the biases of convolutions off the running means of the norms behind them."""
+    found = dict(state)
+    for name in state:
+        layer = name.removesuffix(".bias")
+        norm = re.sub(r"conv([0-9])$", r"bn\1", layer).replace("shortcut.0", "shortcut.1")
+        if layer != name and norm != layer:
+            mean = f"{norm}.running_mean"
+            found[mean] = found[mean] - found.pop(name)
+    return found
 
 
 class _DenseVGG(nn.Module):

@@ -22,6 +22,7 @@ from clafusion.fusion.candidates import Parts, best_candidate
 from clafusion.fusion.outputs import with_outputs
 from clafusion.fusion.record import FusionSummary
 from clafusion.fusion.verification import check_free, check_maps, check_moved, check_outputs
+from clafusion.naming import named_parents, parent_name
 from clafusion.networks.families import FAMILIES
 from clafusion.options import FusionOptions, normalized
 from clafusion.statistics.batches import Batches, Inputs
@@ -195,7 +196,7 @@ def _fuse(
         parents, columns = (copies, None) if classes is None else _with_labels(copies, classes, samples, options)
         structures = trace_all(parents, samples)
         for number, structure in enumerate(structures):
-            check_free(structure, f"parent {number}")
+            check_free(structure, parent_name(number))
         anchored = with_anchor(structures, samples, options, columns)
         one_by_one = anchored.many == "iterative" and len(parents) > 2
         if one_by_one:
@@ -212,7 +213,7 @@ def _with_labels(
     parents: Sequence[nn.Module], classes: Sequence[Sequence[Label]], samples: Tensor, options: FusionOptions
 ) -> tuple[list[nn.Module], tuple[Tensor, ...] | None]:
     """The parents with outputs for the labels of all, and which of those each knows; None if all know the same."""
-    structures = [trace_as(parent, samples, f"parent {k}") for k, parent in enumerate(parents)]
+    structures = [trace_as(parent, samples, parent_name(k)) for k, parent in enumerate(parents)]
     check_classes(classes, [structure.logits.shape[1] for structure in structures])
     together = union_of(classes)
     if all(tuple(labels) == together for labels in classes):
@@ -286,9 +287,11 @@ def _fuse_one_by_one(
         try:
             if steps:
                 structure = structure_of(current, samples)
-            steps[k] = _fuse_at_once([current, models[k]], [structure, structures[k]], samples, pair, pairwise, shares)
+            both = [current, models[k]], [structure, structures[k]]
+            with named_parents(["the result so far", parent_name(k)]):
+                steps[k] = _fuse_at_once(*both, samples, pair, pairwise, shares)
         except FusionError as error:
-            raise FusionError(f"adding parent {k} (parent 1 here) to the result so far (parent 0): {error}") from error
+            raise FusionError(f"adding {parent_name(k)} to the result so far: {error}") from error
         current, weight, shares = steps[k].model, total, steps[k].balancing.unit_shares(pair)
     # Each parent is described by the step that added it, the anchor by the first step.
     told = [(steps[others[0]], 0) if k == anchor else (steps[k], 1) for k in range(len(models))]

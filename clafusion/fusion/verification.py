@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.errors import FusionError
+from clafusion.naming import parent_name
 from clafusion.statistics.samples import all_finite
 from clafusion.tracing.comparison import TOLERANCE, difference, exact_outputs, few_of, first_wrong, in_words
 from clafusion.tracing.execution import GraphRunner, as_input
@@ -63,13 +64,13 @@ def check_moved(balanced: Balanced, maps: Sequence[Maps], samples: Tensor) -> No
     few, thorough = few_of(samples), False
     for k, (parent, its_maps) in enumerate(zip(balanced.parents, maps, strict=True)):
         if orders := _orders(parent, its_maps):
-            _check_permuted(f"parent {k}", parent.structure, orders, few)
+            _check_permuted(parent_name(k), parent.structure, orders, few)
             moved = [not order.diagonal().all() for order in orders.values()]
             thorough = thorough or (all(moved) and len(orders) >= len(parent.structure.free_spaces))
     if not thorough:
         structures = [parent.structure for parent in balanced.parents]
         k, smallest = min(enumerate(structures), key=lambda pair: sum(pair[1].sizes.values()))
-        _check_permuted(f"parent {k}", smallest, _shuffled(smallest), few)
+        _check_permuted(parent_name(k), smallest, _shuffled(smallest), few)
 
 
 def _check_permuted(called: str, structure: Structure, orders: Mapping[str, Tensor], few: Tensor) -> None:

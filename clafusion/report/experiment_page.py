@@ -25,7 +25,7 @@ class NamedFusion:
     Attributes:
         name: what people call it.
         file_name: the same as a part of a file's name.
-        record: what its `fusion.json` holds.
+        record: that `fuse` wrote.
     """
 
     name: str

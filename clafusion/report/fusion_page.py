@@ -1,9 +1,10 @@
-"""The report on one fusion, from what `fusion.json` holds."""
+"""The report on one fusion, from what its record holds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from clafusion.fusion.record import in_percent, parent_names, role_of, shown_name
 from clafusion.report.charts import heat_map, layer_pairs, line_chart, neuron_map
 from clafusion.report.html import Figure, Line, Report, document, render
 
@@ -30,9 +31,9 @@ def fusion_page(record: Record) -> Report:
     Raises:
         KeyError, TypeError, ValueError, IndexError: if the record is not of this form.
     """
-    count = len(record["alignments"])
-    subtitle = f"{count} networks became one: parent {record['template'] + 1} gave the depth, "
-    subtitle += f"parent {record['options']['anchor'] + 1} the neurons."
+    count, names = len(record["alignments"]), parent_names(record)
+    subtitle = f"{count} networks became one: {names[record['template']]} gave the depth, "
+    subtitle += f"{names[record['options']['anchor']]} the neurons."
     if "transport_costs" not in record:
         subtitle = f"The layers of {count} networks; nothing was fused."
     part = fusion_sections(record)
@@ -46,25 +47,29 @@ def fusion_sections(record: Record) -> Report:
         "fusion_sections.html",
         figures=figures,
         options=record["options"],
-        networks=record.get("networks"),
+        networks=_networks(record),
+        anchor=parent_names(record)[record["options"]["anchor"]],
         chosen=record.get("chosen"),
         candidates=_candidates(record),
         trusted=_trusted(record),
         report=record.get("report"),
         numbers=_numbers(record) if figures.features else None,
         parents=_parents(record),
-        settings={name.capitalize(): record.get(name) for name in ("options", "versions", "seeds")},
+        settings={
+            "When and where": {name: record[name] for name in ("date", "host", "device", "data") if name in record},
+            **{name.capitalize(): record.get(name) for name in ("options", "versions", "seeds")},
+        },
     )
     return Report(html, figures.all)
 
 
 @dataclass(frozen=True)
 class _Figures:
-    """The figures of each section; those of the maps by the number of the parent."""
+    """The figures of each section; those of the maps by the name of the parent."""
 
     layers: list[Figure]
     costs: list[Figure]
-    maps: dict[int, list[Figure]]
+    maps: dict[str, list[Figure]]
     features: list[Figure]
     line: list[Figure]
 
@@ -77,10 +82,11 @@ class _Figures:
 def _tiles(record: Record) -> list[tuple[str, str]]:
     """The most important numbers and what they are."""
     rows = record.get("networks") or []
-    tiles = [(f"{row['test_acc']:.2%}", row["name"]) for row in rows if row["name"] == "fused"]
-    parents = [row["test_acc"] for row in rows if row["name"].startswith("parent ")]
+    tiles = [(f"{row['test_acc']:.2%}", row["name"]) for row in rows if role_of(row) == "fused"]
+    parents = [row for row in rows if role_of(row) == "parent"]
     if parents:
-        tiles.append((f"{max(parents):.2%}", "best parent"))
+        best = max(parents, key=lambda row: row["test_acc"])
+        tiles.append((f"{best['test_acc']:.2%}", f"best parent, {best['name']}"))
     tiles += [(f"{row['test_acc']:.2%}", "their ensemble") for row in rows if row["name"] == "ensemble"]
     if "parameters" in record:
         tiles.append((f"{record['parameters']:,}", "parameters"))
@@ -89,6 +95,19 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
     if "peak_memory_bytes" in record:
         tiles.append((f"{record['peak_memory_bytes'] / 2**20:.0f} MiB", "peak memory"))
     return tiles
+
+
+def _networks(record: Record) -> list[dict[str, Any]]:
+    """Name, accuracy and parameters of each network, and whether it is the result."""
+    return [
+        {
+            **row,
+            "name": shown_name(row, len(record.get("classes") or ())),
+            "accuracy": in_percent(row),
+            "fused": role_of(row) == "fused",
+        }
+        for row in record.get("networks") or ()
+    ]
 
 
 def _candidates(record: Record) -> list[tuple[object, ...]]:
@@ -100,16 +119,17 @@ def _candidates(record: Record) -> list[tuple[object, ...]]:
 
 
 def _trusted(record: Record) -> list[tuple[object, ...]]:
-    """Number and mean share of each parent, where a gate gave every sample its own shares."""
-    shares = record["trust"] if record.get("teacher") == "gated" else []
-    return [(f"parent {number}", f"{float(share):.1%}") for number, share in enumerate(shares, 1)]
+    """Name and mean share of each parent, where a gate gave every sample its own shares."""
+    if record.get("teacher") != "gated":
+        return []
+    return [(name, f"{float(share):.1%}") for name, share in zip(parent_names(record), record["trust"], strict=True)]
 
 
 def _parents(record: Record) -> list[tuple[object, ...]]:
-    """Number, file, weight and checksum of each parent."""
-    weights = record.get("weights")
+    """Name, file, weight and checksum of each parent."""
+    weights, names = record.get("weights"), parent_names(record)
     return [
-        (k + 1, parent["path"], f"{weights[k]:.4g}" if weights else "–", parent["sha256"])
+        (names[k], parent["path"], f"{weights[k]:.4g}" if weights else "–", parent["sha256"])
         for k, parent in enumerate(record.get("parents") or [])
     ]
 
@@ -130,7 +150,7 @@ def _units(record: Record, k: int) -> list[list[str]]:
 
 def _layers(record: Record) -> list[Figure]:
     template, merging = record["template"], record["options"]["balance"] == "merge"
-    figures = []
+    called, figures = parent_names(record), []
     for k in _others(record):
         pairs = record["alignments"][k]
         deep, shallow = (k, template) if merging else (template, k)
@@ -141,9 +161,9 @@ def _layers(record: Record) -> list[Figure]:
                 if max(partners, default=0) >= _DEEPEST:
                     raise ValueError(f"a stage of {max(partners)} layers")
                 stage += [str(number) for number in range(len(stage) + 1, max(partners, default=0) + 2)]
-        label = f"Layers of parent {template + 1} and parent {k + 1} that correspond"
+        label = f"Layers of {called[template]} and {called[k]} that correspond"
         caption = f"{label}: {sum(map(len, pairs))} of {sum(map(len, layers))}."
-        names = (f"parent {deep + 1}", f"parent {shallow + 1}")
+        names = (called[deep], called[shallow])
         lone = "merged" if merging else "inserted"
         figures.append(layer_pairs(layers, _units(record, shallow), pairs, names, lone, label, (caption,)))
     return figures
@@ -151,24 +171,25 @@ def _layers(record: Record) -> list[Figure]:
 
 def _costs(record: Record) -> list[Figure]:
     """The costs of every stage whose map was not forced."""
-    figures = []
+    names, figures = parent_names(record), []
     for k in _others(record):
         for number, cost in enumerate(record["layer_costs"][k]):
             if cost is None or not cost or len(cost) == len(cost[0]) == 1:
                 continue
             path = [(row, column) for column, row in enumerate(record["alignments"][k][number])]
             total = sum(cost[row][column] for row, column in path)
-            label = f"Layer costs of stage {number + 1}, parent {k + 1}: rows deep, columns shallow"
-            caption = (f"Stage {number + 1}, parent {k + 1}. ", f"Chosen path: {total:.4f} in all.")
+            label = f"Layer costs of stage {number + 1}, {names[k]}: rows deep, columns shallow"
+            caption = (f"Stage {number + 1}, {names[k]}. ", f"Chosen path: {total:.4f} in all.")
             figures.append(heat_map(cost, path, label, caption))
     return figures
 
 
-def _maps(record: Record) -> dict[int, list[Figure]]:
-    """The maps of every parent that was moved, by its number."""
+def _maps(record: Record) -> dict[str, list[Figure]]:
+    """The maps of every parent that was moved, by its name."""
     pictures = record.get("report", {}).get("maps", [{} for _ in record["alignments"]])
+    names = parent_names(record)
     return {
-        k: [_map(record, k, space, float(cost), pictures[k].get(space)) for space, cost in costs.items()]
+        names[k]: [_map(record, k, space, float(cost), pictures[k].get(space)) for space, cost in costs.items()]
         for k, costs in enumerate(record.get("transport_costs", []))
         if costs
     }
@@ -184,7 +205,7 @@ def _map(record: Record, k: int, space: str, cost: float, picture: Record | None
         return Figure("", (space, *numbers), 0, 0)
     rows, columns = picture["shape"]
     numbers = [f"{rows} → {columns}, mixes {picture['mixes']:.2f}", *numbers]
-    label = f"Map of {space}, parent {k + 1}: {rows} to {columns} neurons"
+    label = f"Map of {space}, {parent_names(record)[k]}: {rows} to {columns} neurons"
     return neuron_map(picture, label, (space, *numbers))
 
 
@@ -201,11 +222,11 @@ def _features(record: Record) -> list[Figure]:
     if not diagnosis:
         return []
     figures = []
-    for k, (parent, _) in enumerate(zip(diagnosis["parents"], record["alignments"], strict=True)):
+    for name_of, parent in zip(parent_names(record), diagnosis["parents"], strict=True):
         for key, name in _MEASURES.items():
             lines = [Line(step, tuple(values[key]), style) for step, values, style in _steps(record, parent)]
-            label = f"{name} of the fused network to parent {k + 1}, layer by layer"
-            caption = (f"Parent {k + 1}: ", name)
+            label = f"{name} of the fused network to {name_of}, layer by layer"
+            caption = (f"{name_of}: ", name)
             figures.append(line_chart(lines, diagnosis["layers"], label, caption, name, key == "variance_ratio"))
     return figures
 
@@ -216,10 +237,10 @@ def _numbers(record: Record) -> tuple[list[str], list[list[str]]]:
     steps = [_steps(record, parent) for parent in diagnosis["parents"]]
     header = ["", "layer", *(f"{name}, {step}" for name in ("variance ratio", "CKA") for step, _, _ in steps[0])]
     rows = []
-    for k, parent in enumerate(steps):
+    for called, parent in zip(parent_names(record), steps, strict=True):
         for at, layer in enumerate(diagnosis["layers"]):
             values = [measures[key][at] for key in _MEASURES for _, measures, _ in parent]
-            rows.append([f"parent {k + 1}", layer, *("–" if value is None else f"{value:.4g}" for value in values)])
+            rows.append([called, layer, *("–" if value is None else f"{value:.4g}" for value in values)])
     return header, rows
 
 
@@ -227,15 +248,16 @@ def _line(record: Record) -> list[Figure]:
     line = record.get("report", {}).get("line")
     if not line:
         return []
-    anchor, figures = record["options"]["anchor"] + 1, []
+    names, figures = parent_names(record), list[Figure]()
+    anchor = names[record["options"]["anchor"]]
     for k, accuracies in line["accuracies"].items():
-        other = f"parent {int(k) + 1}"
+        other = names[int(k)]
         lines = [
             Line("averaged, not corrected", tuple(100 * float(value) for value in accuracies), "before"),
             Line("the fused network", (100 * float(line["fused"]),) * len(line["shares"]), "after flat"),
         ]
-        ends = {0: f"parent {anchor}", 1: other}
+        ends = {0: anchor, 1: other}
         positions = [ends.get(share, f"{share:.0%} {other}") for share in line["shares"]]
-        label = f"Accuracy along the line from parent {anchor} to {other}"
+        label = f"Accuracy along the line from {anchor} to {other}"
         figures.append(line_chart(lines, positions, label, (f"{label}.",), "accuracy, %"))
     return figures

@@ -34,7 +34,7 @@ def fusion_report(record: Mapping[str, Any]) -> Report:
     """Return the report on one fusion.
 
     Args:
-        record: `{**fusion.summary(), "report": report_data(fusion, samples)}`, or the content of `fusion.json`.
+        record: `{**fusion.summary(), "report": report_data(fusion, samples)}`, or the record that `fuse` writes.
 
     Returns:
         An HTML document and its figures.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from clafusion.naming import parent_name
 from clafusion.teachers.teacher import ALIKE, Teacher, agreement, own_columns
 
 #: A parent that is trusted on a smaller share of the samples was asked about hardly anything that it knows.
@@ -36,18 +37,18 @@ def warn_of_doubts(teacher: Teacher, logits: Sequence[Tensor], trust: Sequence[f
     # If all do, nothing speaks for one or the other.
     for k in by_chance if len(by_chance) < len(heard) else ():
         warnings.warn(
-            f"Expected trained parents, got parent {k}, whose answers do not depend on the sample; give it weight 0 or "
-            "leave it out", UserWarning, stacklevel=2,
+            f"Expected trained parents, got {parent_name(k)}, whose answers do not depend on the sample; give it "
+            "weight 0 or leave it out", UserWarning, stacklevel=2,
         )  # fmt: skip
     if teacher.gate is None:
         return
-    shares = ", ".join(f"parent {k}: {share:.1%}" for k, share in enumerate(trust))
+    shares = ", ".join(f"{parent_name(k)}: {share:.1%}" for k, share in enumerate(trust))
     for k in heard:
         if trust[k] < TRUSTED and k not in by_chance:
             warnings.warn(
-                f"Expected samples of what every parent knows, but parent {k} is trusted on only {trust[k]:.1%} of the "
-                f"samples ({shares}); the samples seem to come from what the other parents know: pass samples of all, "
-                f"or leave parent {k} out", UserWarning, stacklevel=2,
+                f"Expected samples of what every parent knows, but {parent_name(k)} is trusted on only {trust[k]:.1%} "
+                f"of the samples ({shares}); the samples seem to come from what the other parents know: pass samples "
+                f"of all, or leave {parent_name(k)} out", UserWarning, stacklevel=2,
             )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from clafusion.errors import FusionError
+from clafusion.naming import parent_name
 
 #: What an output stands for.
 Label = int | str
@@ -30,10 +31,10 @@ def check_classes(classes: Sequence[Sequence[Label]], outputs: Sequence[int]) ->
         raise FusionError(f"Expected the classes of {len(outputs)} parents, got those of {len(classes)}")
     for k, (labels, count) in enumerate(zip(classes, outputs, strict=True)):
         if isinstance(labels, str) or len(labels) != count:
-            raise FusionError(f"Expected {count} classes for the outputs of parent {k}, got {labels!r}")
+            raise FusionError(f"Expected {count} classes for the outputs of {parent_name(k)}, got {labels!r}")
         twice = next((label for at, label in enumerate(labels) if label in labels[:at]), None)
         if twice is not None:
-            raise FusionError(f"Expected the classes of parent {k} to be different, got {twice!r} twice")
+            raise FusionError(f"Expected the classes of {parent_name(k)} to be different, got {twice!r} twice")
     kinds = {type(label) for labels in classes for label in labels}
     if kinds not in ({int}, {str}):
         names = ", ".join(sorted(kind.__name__ for kind in kinds))

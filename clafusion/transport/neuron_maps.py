@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clafusion.errors import FusionError
+from clafusion.naming import parent_name
 from clafusion.options import FusionOptions
 from clafusion.statistics.moments import Moments, Observation, paired_moments
 from clafusion.statistics.samples import batch_size
@@ -319,7 +320,7 @@ def _solve(
         )
         return solve_in_blocks(grounds, tops, blocks, sizes, plan)
     except FusionError as error:
-        raise FusionError(f"parent {first.parent}, neuron space {first.space!r}: {error}") from error
+        raise FusionError(f"{parent_name(first.parent)}, neuron space {first.space!r}: {error}") from error
 
 
 def _tree(structure: Structure, names: Iterable[str]) -> list[str]:

@@ -82,6 +82,19 @@ def load_parent(path: str | os.PathLike[str]) -> nn.Module:
     return network.eval()
 
 
+def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a file says besides its network: the checkpoint; nothing for a file of `save_network`.
+
+    Args:
+        path: As for `load_parent`.
+
+    Raises:
+        FusionError: As `read_checkpoint`.
+    """
+    path = local_file(path)
+    return {} if _is_safetensors(path) else read_checkpoint(path)
+
+
 def load_fusion(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Return the record of the fusion that a file's network came from; None if the file has none.
 
@@ -91,8 +104,7 @@ def load_fusion(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     Raises:
         FusionError: As `read_checkpoint`.
     """
-    path = local_file(path)
-    return None if _is_safetensors(path) else read_checkpoint(path).get("fusion")
+    return read_content(path).get("fusion")
 
 
 def load_classes(paths: Sequence[str]) -> list[list[Label]] | None:

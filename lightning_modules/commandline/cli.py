@@ -28,6 +28,13 @@ from clafusion.lightning import (
     rank_zero_only,
 )
 from clafusion.lightning_modules import Distiller, FusionTrainer, ImageClassifier, read_checkpoint
+from clafusion.lightning_modules.commandline.checkpoint_data import (
+    NO_DATA,
+    common_data,
+    image_shape,
+    saved_data,
+    without_data_options,
+)
 from clafusion.lightning_modules.commandline.class_names import MODE
 from clafusion.lightning_modules.commandline.completion import PrintCompletion
 from clafusion.lightning_modules.commandline.console import quiet
@@ -45,7 +52,7 @@ from clafusion.lightning_modules.commandline.training import (
 from clafusion.lightning_modules.commands.convert import convert_file
 from clafusion.lightning_modules.commands.export import export_file
 from clafusion.lightning_modules.commands.fuse import fuse_checkpoints
-from clafusion.lightning_modules.commands.predict import PredictedClasses
+from clafusion.lightning_modules.commands.predict import PredictedClasses, predictions_file
 from clafusion.lightning_modules.commands.transfer import transfer_checkpoint
 from clafusion.lightning_modules.experiments import catalogue
 from clafusion.lightning_modules.experiments.pipeline import run_pipeline
@@ -79,6 +86,8 @@ _TRAINER_DEFAULTS: dict[str, dict[str, Any]] = {
         "trainer.enable_model_summary": False,
     },
 }
+#: The commands that take the data of the checkpoints that they read.
+_WITH_DATA = ("validate", "test", "predict", "fuse", "transfer")
 #: What all parsers have in common.
 _COMMON: dict[str, Any] = {
     "allow_abbrev": False,
@@ -89,6 +98,10 @@ _COMMON: dict[str, Any] = {
 _EPILOG = """exit codes: 0 success; 1 stages of an experiment failed, or an unexpected error (a traceback, please report
 it); 2 something given cannot be used: one line on standard error says what and what to do, and nothing was written; 130
 after Ctrl-C, 143 after SIGTERM: the same command goes on, fit with --ckpt_path last."""
+_PREDICTIONS = (
+    "The file to write, NAME.csv: file or number of each image, its class, and the probability of that class. "
+)
+_PREDICTIONS += "None given: the name of the checkpoint with .csv."
 _GO_ON = "what was saved is kept: give the same command again, fit with --ckpt_path last"
 
 
@@ -135,9 +148,14 @@ class FusionCLI(HookedCLI):
         """Set up the parsers of all commands."""
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
         self.parser.add_argument("--print_completion", action=PrintCompletion)
+        predict = self.parser_of("predict")
+        predict.add_argument("--output", type=str | None, help=_PREDICTIONS)
+        predict.add_argument("--overwrite", type=bool, default=False, help="Whether output may replace a file.")
         for name, defaults in _TRAINER_DEFAULTS.items():
             self.parser_of(name).set_defaults(defaults)
         add_training_arguments(self.parser_of("fit"))
+        for name in _WITH_DATA:
+            self.parser_of(name).set_defaults({"data": NO_DATA})
 
     def own_parsers(self) -> dict[str, LightningArgumentParser]:
         """Return the parsers of the commands that are functions."""
@@ -159,10 +177,19 @@ class FusionCLI(HookedCLI):
         if args and not args[0].startswith("-") and args[0] not in {*self.subcommands(), *FUNCTIONS}:
             raise FusionError(unknown_command(repr(args[0])))
         self.arguments = complete(args)
-        self.config = parser.parse_args(without_details(self.arguments))
+        # Options of what only the checkpoint names, which is read next, are left for then.
+        given = without_details(self.arguments)
+        try:
+            self.config = parser.parse_args(given)
+        except FusionError:
+            most, given = given, without_data_options(given)
+            if given == most:
+                raise
+            self.config = parser.parse_args(given)
+        self.partial = given != self.arguments
 
     def take_from_checkpoint(self) -> None:
-        """Take what the user did not give from `--ckpt_path`: the network's recipe and, to go on, data and seed.
+        """Take what the user did not give from the checkpoints: the network's recipe, the data and, to go on, the seed.
 
         Lightning would put the checkpoint over the command line; here it only replaces the defaults. `last` is the
         `last.ckpt` in `default_root_dir`; where there is none yet, training begins at its beginning.
@@ -174,17 +201,13 @@ class FusionCLI(HookedCLI):
         if path == "last":
             last = Path(config["trainer.default_root_dir"] or "runs") / "last.ckpt"
             path = config["ckpt_path"] = str(last) if last.is_file() else None
-        if path is not None and path not in ("best", "hpc"):
-            checkpoint = read_checkpoint(path)
-            defaults = _interrupted_run(checkpoint) if command == "fit" else {}
-            defaults["model"] = _saved_module(checkpoint["hyper_parameters"], config["model"])
-            if command == "fit":
-                defaults |= saved_training(checkpoint["hyper_parameters"], config)
-            self.parser_of(command).set_defaults(defaults)
-        elif without_details(self.arguments) == self.arguments:
+        defaults = {} if path in ("best", "hpc") else _saved_defaults(command, config, path)
+        if not defaults and not self.partial:
             return
+        self.parser_of(command).set_defaults(defaults)
         self.config = self.parser.parse_args(self.arguments)
-        self.config[command]["ckpt_path"] = path
+        if command not in FUNCTIONS:
+            self.config[command]["ckpt_path"] = path
 
     def instantiate_classes(self) -> None:
         """Make the module, the data and the trainer, for the commands that need them."""
@@ -202,7 +225,9 @@ class FusionCLI(HookedCLI):
         """Run a function, or the method of the trainer; what was asked of a function is kept beside its results."""
         if command not in FUNCTIONS:
             if command == "predict":
-                self.trainer.callbacks.append(PredictedClasses())  # type: ignore[attr-defined]
+                asked = self.config[command]
+                output = predictions_file(asked["output"], asked["ckpt_path"], asked["overwrite"])
+                self.trainer.callbacks.append(PredictedClasses(output))  # type: ignore[attr-defined]
             if command == "fit":
                 check_folder(self.trainer, self.goes_on_from, self.config["fit"]["overwrite"])
             super().run(command)
@@ -281,6 +306,30 @@ def _end(kind: str, reason: object, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _saved_defaults(command: str, config: Any, path: str | None) -> dict[str, Any]:
+    """Return what the checkpoints of a command say, where the user has not: module, data, seed.
+
+    Args:
+        command: Of the command line.
+        config: Its parsed arguments.
+        path: Its `ckpt_path`.
+    """
+    checkpoint = {} if path is None else read_checkpoint(path)
+    defaults = _interrupted_run(checkpoint) if command == "fit" else {}
+    if checkpoint:
+        defaults["model"] = _saved_module(checkpoint["hyper_parameters"], config["model"])
+    if checkpoint and command == "fit":
+        defaults |= saved_training(checkpoint["hyper_parameters"], config)
+    if command in _WITH_DATA and config["data"]["class_path"] == NO_DATA["class_path"]:
+        given = {"fuse": config.get("parents"), "transfer": [config.get("source"), config.get("target")]}
+        files = [file for file in given.get(command, [path]) if file is not None]
+        # Too few of them are refused by the command itself.
+        defaults["data"] = common_data(files) if len(files) > (command == "fuse") else DEFAULTS["data"]
+    if command == "export" and config["shape"] is None:
+        defaults["shape"] = image_shape(config["input"])
+    return defaults
+
+
 def _saved_module(saved: Mapping[str, Any], chosen: Any) -> dict[str, Any]:
     """Return the module that a checkpoint describes.
 
@@ -300,15 +349,14 @@ def _saved_module(saved: Mapping[str, Any], chosen: Any) -> dict[str, Any]:
 
 
 def _interrupted_run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return data and seed of the training that a checkpoint interrupted; nothing for a checkpoint of `fuse`."""
-    for name in datamodules.__all__:
-        state = checkpoint.get(name)
-        if isinstance(state, dict) and type(state.get("seed")) is int:
-            arguments = checkpoint.get("datamodule_hyper_parameters", {})
-            data = {"class_path": f"clafusion.datamodules.{name}", "init_args": arguments}
-            # PyTorch seeds itself with more bits than a seed on the command line may have.
-            return {"data": data, **({"seed_everything": state["seed"]} if state["seed"] < 2**32 else {})}
-    return {}
+    """Return the data of a checkpoint and, if that is one of a training, its seed."""
+    data = saved_data(checkpoint)
+    if data is None:
+        return {}
+    state = checkpoint.get(data["class_path"].rpartition(".")[2]) or {}
+    seed = state.get("seed")
+    # PyTorch seeds itself with more bits than a seed on the command line may have.
+    return {"data": data, **({"seed_everything": seed} if type(seed) is int and seed < 2**32 else {})}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from clafusion.lightning_modules.files import write_text
 
 #: The first line of such a file.
 _HEADER = "# What clafusion was asked for; --config with this file repeats it.\n"
-_NAMES = {"fuse": "fusion.yaml", "transfer": "transfer.yaml"}
+#: The commands that keep it beside their output, under its name.
+_BESIDE = frozenset({"fuse", "transfer"})
 
 
 @contextmanager
@@ -45,8 +46,8 @@ def saving_request(command: str, config: Any, parser: LightningArgumentParser, w
 
 def _path(command: str, config: Any) -> Path | None:
     """Return where the request goes; None for commands that keep none."""
-    if command in _NAMES:
-        return Path(config["output"]).parent / _NAMES[command]
+    if command in _BESIDE:
+        return Path(config["output"]).with_suffix(".yaml")
     if command != "pipeline":
         return None
     folder = config["output"] or Path(config["trainer.default_root_dir"] or "runs") / config["experiment"]["name"]

@@ -22,7 +22,7 @@ _FLAGS = frozenset(
 #: What the parser reads as the value of such an argument.
 _VALUES = frozenset({"true", "false", "yes", "no", "True", "False"})
 #: The commands that write one file, which `-o` names.
-_WITH_OUTPUT = frozenset({"fuse", "transfer", "convert", "export", "report"})
+_WITH_OUTPUT = frozenset({"predict", "fuse", "transfer", "convert", "export", "report"})
 #: The arguments that have no value at all.
 _ALONE = frozenset({"-h", "--help", "--print_config"})
 

@@ -7,9 +7,11 @@ from typing import Any, cast
 import torch
 
 from clafusion import FusionOptions, align_layers
-from clafusion.fusion.record import AlignmentRecord
-from clafusion.lightning_modules.commands.records import parent_files, seeds, versions
+from clafusion.fusion.record import AlignmentRecord, parent_names
+from clafusion.lightning_modules.commands.naming import file_names
+from clafusion.lightning_modules.commands.records import circumstances, parent_files, seeds, versions
 from clafusion.lightning_modules.compatibility import ImageData, load_parents
+from clafusion.naming import named_parents
 from clafusion.teachers.label_sets import Label
 
 
@@ -35,15 +37,19 @@ def align_checkpoints(
     Raises:
         FusionError: The parents, the data and the options do not fit together.
     """
-    networks, _ = load_parents(paths, data, classes)
-    batches = [batch.to(device) for batch in data.alignment_batches(options.num_samples, options.seed)]
-    started = time.perf_counter()
-    found = align_layers([network.to(device) for network in networks], batches, options)
+    names = file_names(paths)
+    options = options.for_parents(names, paths)
+    with named_parents(names):
+        networks, _ = load_parents(paths, data, classes)
+        batches = [batch.to(device) for batch in data.alignment_batches(options.num_samples, options.seed)]
+        started = time.perf_counter()
+        found = align_layers([network.to(device) for network in networks], batches, options)
     record = {
-        "parents": parent_files(paths),
+        "parents": parent_files(paths, names),
         "options": options.to_dict(),
         **found.summary(),
         "seconds": time.perf_counter() - started,
+        **circumstances(device, data),
         "seeds": seeds(options),
         "versions": versions(),
     }
@@ -60,17 +66,17 @@ def print_alignment(record: AlignmentRecord) -> None:
 
     console = Console()
     merging = record["options"]["balance"] == "merge"
-    template = record["template"]
+    template, names = record["template"], parent_names(record)
     for number, alignment in enumerate(record["alignments"]):
         if number == template:
             continue
-        console.print(f"parent {number + 1} onto the depth of parent {template + 1}", style="bold")
+        console.print(f"{names[number]} onto the depth of {names[template]}", style="bold", markup=False)
         sides = (number, template) if merging else (template, number)
         rows, columns = (record["units"][side] for side in sides)
         for stage, places in enumerate(alignment):
             console.print(_matrix(record["layer_costs"][number][stage], rows[stage], columns[stage], places, stage + 1))
-    for number, parent in enumerate(record["parents"], 1):
-        console.print(f"parent {number}: {parent['path']}", highlight=False, soft_wrap=True)
+    for name, parent in zip(names, record["parents"], strict=True):
+        console.print(f"{name}: {parent['path']}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _matrix(costs: list[list[float]], rows: list[str], columns: list[str], places: list[int], number: int) -> Any:

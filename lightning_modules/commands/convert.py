@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from clafusion.errors import FusionError
-from clafusion.formats.conversion import convert, published_state
+from clafusion.formats.conversion import convert, published_state, torchvision_state
 from clafusion.formats.files import describe, restore, save_network
 from clafusion.lightning_modules.checkpoints.reading import (
     load_fusion,
@@ -21,6 +21,7 @@ from clafusion.lightning_modules.checkpoints.reading import (
 )
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.commands.outputs import check_new, check_output, save_as
+from clafusion.lightning_modules.commands.weights import find_weights
 from clafusion.lightning_modules.files import write_atomically
 
 # The published code itself writes NAME.checkpoint.
@@ -78,20 +79,25 @@ class _WithRemarks(ImageClassifier):
 
 
 def convert_file(
-    input: str, output: str, to: Literal["ours", "published"] = "ours", overwrite: bool = False
+    input: str,
+    output: str,
+    to: Literal["ours", "published", "torchvision"] = "ours",
+    weights: str | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Convert checkpoints of the published code and of torchvision into ours, and ours into published ones.
+    """Convert checkpoints of the published code and of torchvision into ours, and ours into such ones.
 
     The outputs of the network stay what they were. The architecture is inferred from the names and shapes of the
-    weights; nothing in the file is run. Prints what was recognised.
+    weights; nothing in the file is run. Prints what was recognised and what was assumed.
 
     Args:
-        input: A file of the published code, weights of a torchvision ResNet or VGG (a state dict, or a checkpoint of a
-            LightningModule that holds the network), or one of our own checkpoints; NAME.ckpt, .pt, .pth, .checkpoint or
-            .safetensors.
+        input: A file of the published code, weights of a torchvision ResNet or VGG (a state dict, alone or under model,
+            net or state_dict; an AveragedModel's; a checkpoint of a LightningModule that holds the network, also beside
+            a loss), or one of our own checkpoints; NAME.ckpt, .pt, .pth, .checkpoint or .safetensors.
         output: The file to write. For ours NAME.ckpt, an ordinary checkpoint as fit writes it, or NAME.safetensors as
-            save_network writes it; for published NAME.ckpt, .pt, .pth or .checkpoint.
-        to: Whose format to write.
+            save_network writes it; for published and torchvision NAME.ckpt, .pt, .pth or .checkpoint.
+        to: Whose format to write; for torchvision the state dict of a ResNet or VGG as load_state_dict takes it.
+        weights: Which weights to take where the file holds several, such as model_ema beside model.
         overwrite: Whether output may replace an existing file.
 
     Returns:
@@ -100,10 +106,10 @@ def convert_file(
     Raises:
         FusionError: The input or the output cannot be used; nothing is written then.
     """
-    check_new([check_output(output, _PICKLED if to == "published" else (".ckpt", _SAFE))], overwrite)
-    loaded = _load(input)
-    if to == "published":
-        content = _published(loaded)
+    check_new([check_output(output, (".ckpt", _SAFE) if to == "ours" else _PICKLED)], overwrite)
+    loaded = _load(input, weights)
+    if to != "ours":
+        content = _published(loaded) if to == "published" else _plain_state(torchvision_state(loaded.network))
         write_atomically(output, lambda file: torch.save(content, file))
     elif Path(output).suffix == _SAFE:
         save_network(loaded.network, output)
@@ -113,50 +119,49 @@ def convert_file(
     size = sum(parameter.numel() for parameter in loaded.network.parameters())
     print(f"{input}: {loaded.origin}, {_in_words(architecture)}, {size:,} parameters")
     for note in loaded.notes:
-        print(f"note: {note}")
+        print(f"assumed: {note}")
     print(f"wrote {output}")
     return architecture
 
 
-def _load(path: str) -> _Loaded:
+def _load(path: str, weights: str | None) -> _Loaded:
     """Return the network in a file of any of the known kinds."""
     if "://" not in path and Path(path).suffix not in (*_PICKLED, _SAFE):
         raise FusionError(f"Expected a file named {_names((*_PICKLED, _SAFE))}, got {path}; rename it if it is one")
     file = local_file(path)
-    return _load_safetensors(file) if file.suffix == _SAFE else _load_pickled(file)
+    return _load_safetensors(file, weights) if file.suffix == _SAFE else _load_pickled(file, weights)
 
 
-def _load_safetensors(file: Path) -> _Loaded:
+def _load_safetensors(file: Path, weights: str | None) -> _Loaded:
     try:
         with safe_open(file, framework="pt", device="cpu") as content:
             ours = (content.metadata() or {}).get("format") == "clafusion"
             state = {} if ours else {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise FusionError(f"Expected safetensors, got {file}, which is truncated or damaged; copy it again") from error
-    return _Loaded(load_parent(file), "a network of ours") if ours else _foreign(state, file, {})
+    return _Loaded(load_parent(file), "a network of ours") if ours else _foreign(state, file, weights, {})
 
 
-def _load_pickled(file: Path) -> _Loaded:
+def _load_pickled(file: Path, weights: str | None) -> _Loaded:
     with torch.serialization.safe_globals([(_Arguments, "argparse.Namespace")]):
         content = load_plain(file)
     if "architecture" in (content.get("hyper_parameters") or ()):
         checkpoint = read_checkpoint(file)
         epoch, remarks = checkpoint.get("epoch"), _remarks(checkpoint.get(_KEY))
         return _Loaded(load_parent(file), "a checkpoint of ours", remarks, epoch, load_fusion(file))
-    if "model_state_dict" in content:
-        return _foreign(content["model_state_dict"], file, _remarks(content))
-    # Of another LightningModule, or a bare state dict.
-    return _foreign(content.get("state_dict", content), file, {})
-
-
-def _foreign(state: object, file: Path, remarks: dict[str, Any]) -> _Loaded:
-    """Return the network of a state dict that is not ours."""
-    if not isinstance(state, Mapping):
+    published = content.get("model_state_dict", {})
+    if not isinstance(published, Mapping):
         raise FusionError(
-            f"Expected model_state_dict in {file} to be a dict, got {type(state).__name__}; save it again"
+            f"Expected model_state_dict in {file} to be a dict, got {type(published).__name__}; save it again"
         )
+    return _foreign(content, file, weights, _remarks(content) if published else {})
+
+
+def _foreign(content: Mapping[Any, Any], file: Path, weights: str | None, remarks: dict[str, Any]) -> _Loaded:
+    """Return the network of a file that is not ours."""
     try:
-        conversion = convert(cast(Mapping[str, torch.Tensor], _unwrapped(state)))
+        found = find_weights(content, weights)
+        conversion = convert(cast(Mapping[str, torch.Tensor], found.state))
     except FusionError as error:
         raise FusionError(f"{error} (in {file})") from error
     with torch.device("meta"):
@@ -164,17 +169,25 @@ def _foreign(state: object, file: Path, remarks: dict[str, Any]) -> _Loaded:
     # Clones: what shares memory in the file, such as tied layers, is independent in the network.
     network.load_state_dict({name: tensor.clone() for name, tensor in conversion.state.items()}, assign=True)
     biases = sum(name.endswith(".bias") for name in conversion.added)
-    notes = (f"{biases} layers got a bias of zero, since some have one and ours have it in all layers or none",)
+    added = f"{biases} layers got a bias of zero, since some have one and ours have it in all layers or none"
+    notes = (*found.assumed, *([added] if biases else []), *_unsaid(conversion.architecture))
     origin = "a network of torchvision" if conversion.convention == "torchvision" else "by the published names"
-    return _Loaded(network.eval(), origin, remarks, notes=notes if biases else ())
+    return _Loaded(network.eval(), origin, remarks, notes=notes)
 
 
-def _unwrapped(state: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """Return the weights without the name of the attribute that held the network, such as `model.` or `module.`."""
-    heads = {str(name).partition(".")[0] for name in state}
-    if len(heads) != 1 or not all(str(name).count(".") > 1 for name in state):
-        return state
-    return _unwrapped({str(name).partition(".")[2]: tensor for name, tensor in state.items()})
+def _unsaid(architecture: Mapping[str, Any]) -> list[str]:
+    """Return what no state dict says about a network of that family."""
+    unsaid = {
+        "ResNet": ["stages after the first halve the image, norms have an eps of 1e-05"],
+        "VGG": ["every stage ends in a max-pool, norms have an eps of 1e-05"],
+        "MLP": ["ReLU after every layer but the last, no dropout"],
+    }
+    return unsaid.get(architecture["name"], [])
+
+
+def _plain_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors that share no memory."""
+    return {name: tensor.contiguous().clone() for name, tensor in state.items()}
 
 
 def _save_ours(loaded: _Loaded, output: str) -> None:
@@ -185,10 +198,9 @@ def _save_ours(loaded: _Loaded, output: str) -> None:
 
 def _published(loaded: _Loaded) -> dict[str, Any]:
     """Return the content of a checkpoint of the published code; what is not known is None."""
-    state = {name: tensor.contiguous().clone() for name, tensor in published_state(loaded.network).items()}
     known = loaded.remarks
     return {
-        "model_state_dict": state,
+        "model_state_dict": _plain_state(published_state(loaded.network)),
         "test_accuracy": known.get("test_accuracy"),
         "epoch": known.get("epoch", loaded.epoch),
         "args": known.get("args", {"architecture": describe(loaded.network)}),

@@ -21,14 +21,15 @@ _NEEDED = ("onnx", "onnxscript")
 _BATCH = {0: torch.export.Dim.DYNAMIC}
 
 
-def export_file(input: str, output: str, shape: list[int], overwrite: bool = False) -> None:
+def export_file(input: str, output: str, shape: list[int] | None = None, overwrite: bool = False) -> None:
     """Export a network to torch.export or ONNX, for any batch size, and check that its outputs stay the same.
 
     Args:
         input: A checkpoint of fit, fuse or transfer, or a file of save_network.
         output: The file to write: NAME.pt2 for torch.export, NAME.onnx for ONNX, which needs the packages onnx and
             onnxscript.
-        shape: Of one image as the network gets it, such as [3, 32, 32].
+        shape: Of one image as the network gets it, such as [3, 32, 32]; none given: that of the images that the
+            checkpoint was trained on.
         overwrite: Whether output may replace an existing file.
 
     Raises:
@@ -42,6 +43,8 @@ def export_file(input: str, output: str, shape: list[int], overwrite: bool = Fal
             f"Expected the packages {' and '.join(_NEEDED)}, got no {missing[0]}; pip install {missing[0]}"
         )
     network = load_parent(input)
+    if shape is None:
+        raise FusionError(f"Expected --shape, got none, and nothing in {input} says which images it had; give one")
     samples, expected = _samples(network, shape, input)
     convert, run_exported = (_as_onnx, _run_onnx) if path.suffix == ".onnx" else (_as_program, _run_program)
     content = _exported(convert, network, samples[:2], path.suffix)

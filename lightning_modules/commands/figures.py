@@ -74,7 +74,7 @@ def _boards(loggers: Iterable[Logger]) -> list[TensorBoardLogger]:
 
 
 def folder_beside(page: Path) -> Path:
-    """The folder of the figures of a report: `report_figures` beside `report.html`."""
+    """The folder of the figures of a report: `NAME_figures` beside `NAME.html`."""
     return page.with_name(f"{page.stem}_figures")
 
 

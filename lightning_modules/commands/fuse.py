@@ -2,8 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,20 @@ from clafusion.fusion.record import AlignmentRecord, FusionRecord, NetworkRow
 from clafusion.lightning import Trainer
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.commands.align import align_checkpoints, print_alignment
-from clafusion.lightning_modules.commands.evaluation import contestants, evaluate_networks, print_networks
+from clafusion.lightning_modules.commands.chance import check_above_chance
+from clafusion.lightning_modules.commands.evaluation import (
+    evaluate_fusion,
+    evaluate_networks,
+    log_networks,
+    widened,
+)
 from clafusion.lightning_modules.commands.figures import Pictures, check_folder, folder_beside
+from clafusion.lightning_modules.commands.naming import file_names
 from clafusion.lightning_modules.commands.outputs import check_empty, check_new, check_output, prepared
+from clafusion.lightning_modules.commands.printing import print_fusion, say
 from clafusion.lightning_modules.commands.records import (
     as_json,
+    circumstances,
     parent_files,
     peak_memory,
     seeds,
@@ -28,14 +36,16 @@ from clafusion.lightning_modules.commands.records import (
 from clafusion.lightning_modules.compatibility import ImageData, label_places, load_parents
 from clafusion.lightning_modules.files import write_together, writer
 from clafusion.lightning_modules.progress import Step, steps
+from clafusion.naming import named_parents
 from clafusion.report.measurements import SAMPLES
 from clafusion.report.pages import fusion_report, line_accuracies, report_data
 from clafusion.statistics.samples import collect
-from clafusion.teachers.label_sets import Label
+from clafusion.teachers.label_sets import Label, union_of
 
-#: Called with the parents and what became of them; returns the evaluations to record.
-Evaluate = Callable[[list[nn.Module], Fusion], list[NetworkRow]]
-Record = TypeVar("Record", FusionRecord, AlignmentRecord)
+#: Called with the parents by name and what became of them; returns the evaluations to record.
+Evaluate = Callable[[dict[str, nn.Module], Fusion], list[NetworkRow]]
+#: Called with the parents by name, with outputs for all classes, before they are fused, and with these classes.
+Examine = Callable[[dict[str, nn.Module], Sequence[Label]], list[NetworkRow]]
 
 
 def fuse_and_record(
@@ -45,8 +55,10 @@ def fuse_and_record(
     device: torch.device,
     *,
     classes: Sequence[Sequence[Label]] | None = None,
+    names: Sequence[str] | None = None,
     output: str | None = None,
     report: bool = False,
+    examine: Examine | None = None,
     evaluate: Evaluate | None = None,
     step: Step = lambda words: None,
 ) -> tuple[Fusion, FusionRecord]:
@@ -58,9 +70,11 @@ def fuse_and_record(
         options: How to fuse.
         device: Where to compute.
         classes: Per parent the labels that its outputs stand for; None: as the files say, or the same for all.
+        names: What to call each parent in messages and in the record; None: as `file_names` does.
         output: The file that the caller is going to write; recorded.
         report: Whether to measure what the report shows beyond the other figures of the record.
-        evaluate: Evaluates the parents and the result; None: nothing is evaluated.
+        examine: Evaluates the parents before they are fused, or refuses them; None: `evaluate` does.
+        evaluate: Evaluates the result; None: nothing is evaluated.
         step: Called with what is done next.
 
     Returns:
@@ -69,26 +83,33 @@ def fuse_and_record(
     Raises:
         FusionError: The parents, the data and the options do not fit together.
     """
-    step(f"fusing {len(paths)} networks")
-    parents, classes = load_parents(paths, data, classes)
-    for path, parent in zip(paths, parents, strict=True):
-        check_saved(parent, torch.zeros(2, *data.image_shape), path)
-    batches = list(data.alignment_batches(options.num_samples, options.seed))
+    step(f"loading {len(paths)} networks")
+    names = names or file_names(paths)
+    options = options.for_parents(names, paths)
+    with named_parents(names):
+        parents, classes = load_parents(paths, data, classes)
+        for path, parent in zip(paths, parents, strict=True):
+            check_saved(parent, torch.zeros(2, *data.image_shape), path)
+        together = dict(zip(names, parents, strict=True))
+        rows = examine(widened(together, classes), union_of(classes or ())) if examine else []
+        step(f"fusing {len(paths)} networks")
+        batches = list(data.alignment_batches(options.num_samples, options.seed))
 
-    started = time.perf_counter()
-    batches = [batch.to(device) for batch in batches]
-    fusion = fuse([parent.to(device) for parent in parents], batches, options, classes)
-    cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory(device)}
+        started = time.perf_counter()
+        batches = [batch.to(device) for batch in batches]
+        fusion = fuse([parent.to(device) for parent in parents], batches, options, classes)
+        cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory(device)}
     # Before the networks are evaluated, which may move them to another device.
     if report:
         step("measuring for the report")
     measured = _report_measurements(fusion, parents, batches, data) if report else None
     record = {
         "output": output,
-        "networks": evaluate and evaluate(parents, fusion),
-        "parents": parent_files(paths),
+        "networks": evaluate and [*rows, *evaluate(together, fusion)],
+        "parents": parent_files(paths, names),
         **fusion.summary(),
         **cost,
+        **circumstances(device, data),
         "seeds": seeds(options),
         "versions": versions(),
         "report": measured,
@@ -99,7 +120,7 @@ def fuse_and_record(
 def _report_measurements(
     fusion: Fusion, parents: list[nn.Module], batches: list[Tensor], data: ImageData
 ) -> dict[str, Any]:
-    """Measure what the report shows beyond the other figures of `fusion.json`.
+    """Measure what the report shows beyond the other figures of the record.
 
     Where the data has validation images and the parents have the same classes, that is also their accuracy along the
     line between the parents.
@@ -134,6 +155,7 @@ def fuse_checkpoints(
     output: str,
     classes: list[list[int | str]] | None = None,
     overwrite: bool = False,
+    check_parents: bool = True,
     align_only: bool = False,
     report: bool = True,
     figures: bool = True,
@@ -143,10 +165,10 @@ def fuse_checkpoints(
 ) -> FusionRecord | AlignmentRecord:
     """Fuse trained networks into one and show how well each of them does on the test images.
 
-    Writes the fused network as an ordinary checkpoint, and next to it `fusion.json`: options, alignment, costs,
-    accuracies, parameters, seconds, memory, seeds, versions and the parents' checksums; and `report.html`, whose
-    figures go to the folder `report_figures`, too, and into TensorBoard where that is the logger. Nothing is
-    written before all of it is there.
+    Writes the fused network as an ordinary checkpoint NAME.ckpt, and next to it NAME.json: options, alignment, costs,
+    accuracies, parameters, seconds, memory, date, host, device, data, seeds, versions and the parents' checksums; and
+    NAME.html, whose figures go to the folder NAME_figures, too, and into TensorBoard where that is the logger. Nothing
+    is written before all of it is there.
 
     Args:
         trainer: Evaluates the networks.
@@ -157,21 +179,23 @@ def fuse_checkpoints(
         classes: What the outputs of each parent stand for, if they have not all the same classes, such as [[0, 1], [2]]
             or [[cat, dog], [car]]; none given: as the checkpoints say, if trainings on folders of images wrote them.
         overwrite: Whether the files written here may replace existing ones.
-        align_only: Only show and write to fusion.json which layers correspond, with the costs of every stage.
-        report: Whether to draw report.html as well: all of this as one file to look at.
+        check_parents: Whether to end before anything is fused if a parent does no better than chance on the test images
+            of its classes, most often because it was trained on images of another size or normalisation.
+        align_only: Only show and write to NAME.json which layers correspond, with the costs of every stage.
+        report: Whether to draw NAME.html as well: all of this as one file to look at.
         figures: Whether every figure of the report becomes a file of its own as well, as SVG and as PNG.
         quiet: Whether to print nothing but errors.
-        json: Whether to print what fusion.json holds, as JSON and nothing else, instead of tables.
+        json: Whether to print what NAME.json holds, as JSON and nothing else, instead of tables.
         fusion: The options of the method.
 
     Returns:
-        The content of `fusion.json`.
+        The content of NAME.json.
 
     Raises:
         FusionError: A parent, the data, an option or the output cannot be used; nothing is written then.
     """
     path = check_output(output)
-    file, page = path.parent / "fusion.json", path.parent / "report.html"
+    file, page = path.with_suffix(".json"), path.with_suffix(".html")
     figures = figures and report and not align_only
     check_new([file] if align_only else [path, file, *([page] if report else [])], overwrite)
     if figures:
@@ -184,64 +208,32 @@ def fuse_checkpoints(
             alignment = align_checkpoints(parents, datamodule, fusion, device, classes)
         if trainer.is_global_zero:
             write_results(alignment, file)
-            _say(alignment, print_alignment, quiet, json)
+            say(alignment, print_alignment, quiet, json)
         return alignment
     with steps(silent) as step:
 
-        def evaluate(networks: list[nn.Module], result: Fusion) -> list[NetworkRow]:
-            return evaluate_networks(trainer, contestants(networks, result), datamodule, step, result.classes)
+        def examine(networks: dict[str, nn.Module], known: Sequence[Label]) -> list[NetworkRow]:
+            rows = evaluate_networks(trainer, networks, datamodule, step, "parent", known)
+            if check_parents:
+                check_above_chance(rows, len(known) or datamodule.num_classes)
+            return rows
+
+        def evaluate(networks: dict[str, nn.Module], result: Fusion) -> list[NetworkRow]:
+            return evaluate_fusion(trainer, networks, result, datamodule, step)
 
         report_here = report and trainer.is_global_zero
         fused, record = fuse_and_record(
-            parents, datamodule, fusion, device, classes=classes, output=output, report=report_here, evaluate=evaluate,
-            step=step,
+            parents, datamodule, fusion, device, classes=classes, output=output, report=report_here, examine=examine,
+            evaluate=evaluate, step=step,
         )  # fmt: skip
     if trainer.is_global_zero:
         shown = fusion_report(record) if report else None
         pictures = Pictures.of(shown.figures if shown and figures else ())
         pages = {page: writer(shown.html)} if shown else {}
         write_together({path: prepared(model, fused.model, record), file: writer(as_json(record)), **pages})
+        log_networks(trainer.loggers, record["networks"])
         if figures:
             pictures.write(folder_beside(page))
             pictures.log(trainer.loggers)
-        _say(record, _print_fusion, quiet, json)
+        say(record, print_fusion, quiet, json)
     return record
-
-
-def _say(record: Record, in_words: Callable[[Record], None], quiet: bool, json: bool) -> None:
-    """Print a record as JSON, in words, or not at all."""
-    if json:
-        print(as_json(record), end="")
-    elif not quiet:
-        in_words(record)
-
-
-def _choices(record: FusionRecord) -> Iterator[str]:
-    """Yield which of several networks was taken and why, and which parents were trusted, where that was a question."""
-    scores = ", ".join(f"{name} {score:.4f}" for name, score in record["candidates"].items())
-    if scores:
-        yield f"chosen: {record['chosen']}; divergence from what the parents say together: {scores}"
-    if record.get("teacher") == "gated":
-        shares = ", ".join(f"parent {number} {share:.0%}" for number, share in enumerate(record["trust"], 1))
-        yield f"trusted: {shares} of the samples"
-
-
-def _print_fusion(record: FusionRecord) -> None:
-    """Print the networks of a fusion as a table on standard output, and below it the files."""
-    from rich.console import Console
-
-    print_networks(record["networks"])
-    console = Console()
-    for line in _choices(record):
-        console.print(line, highlight=False, soft_wrap=True)
-    for number, parent in enumerate(record["parents"], 1):
-        console.print(f"parent {number}: {parent['path']}", highlight=False, soft_wrap=True)
-    memory = record["peak_memory_bytes"] / 2**20
-    console.print(
-        f"{record['output']}: fused in {record['seconds']:.2f} s, peak memory {memory:.0f} MiB",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if "report" in record:
-        page = Path(record["output"]).parent / "report.html"
-        console.print(f"{page}: all of it to look at", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Versions, seeds, memory and checksums, which every record holds besides its results; records as JSON."""
+"""When, where, on what and with which versions: what every record holds besides its results; records as JSON."""
 
 import json
 import os
@@ -6,13 +6,14 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from clafusion import FusionOptions
-from clafusion.fusion.record import ParentFile
+from clafusion.fusion.record import Circumstances, ParentFile
 from clafusion.lightning_modules.files import sha256, write_text
 
 PACKAGES = ("clafusion", "torch", "pytorch-lightning", "torchmetrics", "POT", "scipy", "numpy")
@@ -23,14 +24,45 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
 
 
+def circumstances(device: torch.device, data: object) -> Circumstances:
+    """Return when, where and on what data a result is computed.
+
+    Args:
+        device: That computes.
+        data: A data module; its arguments are those that it has saved as hyperparameters.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    arguments = dict(getattr(data, "hparams", {}))
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "device": f"{device} ({name})",
+        # What is not plain, such as a path or a function of the user's own, is kept in words.
+        "data": {"class_path": public_path(type(data)), "init_args": json.loads(json.dumps(arguments, default=str))},
+    }
+
+
+def public_path(kind: type) -> str:
+    """Return the shortest path by which a class can be imported from its package, or its module.
+
+    Example:
+        >>> from clafusion.lightning_modules import ImageClassifier
+        >>> public_path(ImageClassifier)
+        'clafusion.lightning_modules.ImageClassifier'
+    """
+    package = kind.__module__.rpartition(".")[0]
+    short = getattr(sys.modules.get(package), kind.__name__, None) is kind
+    return f"{package if short else kind.__module__}.{kind.__qualname__}"
+
+
 def seeds(options: FusionOptions) -> dict[str, int]:
     """Return the seeds that a result depends on."""
     return {"fusion": options.seed, "global": int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))}
 
 
-def parent_files(paths: Sequence[str]) -> list[ParentFile]:
-    """Return the files of parents with their checksums."""
-    return [{"path": path, "sha256": sha256(path)} for path in paths]
+def parent_files(paths: Sequence[str], names: Sequence[str]) -> list[ParentFile]:
+    """Return the files of parents with what they are called and their checksums."""
+    return [{"name": name, "path": path, "sha256": sha256(path)} for name, path in zip(names, paths, strict=True)]
 
 
 def peak_memory(device: torch.device) -> int:

@@ -16,7 +16,7 @@ from clafusion.lightning_modules.checkpoints.reading import load_parent
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.commands.evaluation import evaluate_networks, print_networks
 from clafusion.lightning_modules.commands.outputs import check_empty, check_new, check_output, prepared
-from clafusion.lightning_modules.commands.records import as_json, peak_memory, seeds, versions
+from clafusion.lightning_modules.commands.records import as_json, circumstances, peak_memory, seeds, versions
 from clafusion.lightning_modules.compatibility import ImageData, check_images
 from clafusion.lightning_modules.files import sha256, write_together, writer
 from clafusion.lightning_modules.progress import steps
@@ -92,9 +92,9 @@ def transfer_checkpoint(
 ) -> dict[str, Any]:
     """Write the filters of a trained network into one of another architecture, and show how well it does.
 
-    Writes the result as an ordinary checkpoint, and next to it `transfer.json`: options, the map of the layers,
-    accuracies, parameters, seconds, memory, seeds, versions and checksums. Nothing is written before all of it is
-    there.
+    Writes the result as an ordinary checkpoint NAME.ckpt, and next to it NAME.json: options, the map of the layers,
+    accuracies, parameters, seconds, memory, date, host, device, data, seeds, versions and checksums. Nothing is written
+    before all of it is there.
 
     Args:
         trainer: Evaluates the networks.
@@ -112,19 +112,20 @@ def transfer_checkpoint(
         classifier: Whether the output layer is transferred, too.
         shortcuts: Whether projection shortcuts are transferred, too.
         reinitialize: Draw the weights of the target that are not replaced anew, from --fusion.seed.
-        overwrite: Whether output and transfer.json may replace existing files.
+        overwrite: Whether output and NAME.json may replace existing files.
         fusion: How to align layers; and how to fuse, the target being the first parent, also in the weights.
 
     Returns:
-        The content of `transfer.json`.
+        The content of NAME.json.
 
     Raises:
         FusionError: A network, the data, an option or the output cannot be used; nothing is written then.
     """
     path = check_output(output)
-    record = path.parent / "transfer.json"
+    record = path.with_suffix(".json")
     check_new([path, record], overwrite)
     check_empty(model)
+    fusion = fusion.for_parents(["target", "source"])
     options = fusion if mapping is None else replace(fusion, mapping=mapping)
     settings = TransferSettings(combine, classifier, shortcuts, reinitialize, options)
     device = trainer.strategy.root_device
@@ -149,6 +150,7 @@ def transfer_checkpoint(
         "options": options.to_dict(),
         **how,
         **figures,
+        **circumstances(device, datamodule),
         "seeds": seeds(options),
         "versions": versions(),
     }

@@ -23,7 +23,7 @@ def report_file(input: str, output: str = "report.html", figures: bool = True, o
     """Show a fusion or an experiment as one HTML file, which needs no network.
 
     Args:
-        input: A fusion.json as fuse writes it; or the folder of a pipeline, or its results.json.
+        input: A NAME.json as fuse writes it; or the folder of a pipeline, or its results.json.
         output: The file to write, NAME.html.
         figures: Whether to write every figure as a file of its own, too: SVG and PNG, in the folder NAME_figures.
         overwrite: Whether existing files may be replaced.
@@ -50,7 +50,7 @@ def report_on(path: Path) -> Report:
     """Return the report on a fusion, or on an experiment with what lies in the folders of its stages.
 
     Args:
-        path: Of a fusion.json or a results.json.
+        path: Of the record of a fusion, or of a results.json.
 
     Raises:
         FusionError: One of the files cannot be used.

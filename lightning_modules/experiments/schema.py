@@ -197,7 +197,8 @@ class Experiment:
     def _check_fit(self, where: str, options: Variants, networks: Collection[str]) -> None:
         """Refuse options for another number of networks."""
         count, weights = len(networks), options.weights
-        out_of_range = options.anchor != "agreement" and options.anchor >= count
+        anchor = options.options.for_parents(list(networks)).anchor
+        out_of_range = isinstance(anchor, int) and anchor >= count
         if out_of_range or (weights is not None and len(weights) != count):
             raise FusionError(
                 f"Expected {where} to fit {count} parents, got anchor {options.anchor} and weights "

@@ -144,7 +144,7 @@ def test_how_it_was_fused_is_in_the_checkpoint(mlp_checkpoints, tmp_path):
     assert [parent["path"] for parent in record["parents"]] == [str(path) for path in mlp_checkpoints]
     assert all(len(parent["sha256"]) == 64 for parent in record["parents"])
     assert record["options"] == OPTIONS.to_dict() and len(record["alignments"]) == 2
-    assert [row["name"] for row in record["networks"]] == ["parent 1", "parent 2", "fused"]
+    assert [row["name"] for row in record["networks"]] == ["deep.ckpt", "shallow.ckpt", "fused"]
     assert "teachers" not in content["hyper_parameters"]
 
 
@@ -167,7 +167,7 @@ def test_the_figures_are_logged(mlp_checkpoints, tmp_path):
     header, first, *_ = ((folder / "metrics.csv").read_text()).splitlines()
     row = dict(zip(header.split(","), first.split(","), strict=True))
     rows = trainer.lightning_module.fusion["networks"]
-    names = ("parent_1_val_acc", "parent_2_val_acc", "fused_val_acc")
+    names = ("deep/val_acc", "shallow/val_acc", "fused/val_acc")
     assert [float(row[name]) for name in names] == pytest.approx([row["val_acc"] for row in rows])
 
 

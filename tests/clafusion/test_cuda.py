@@ -132,7 +132,23 @@ def test_the_command_line_fuses_and_finetunes_on_it(mlp_checkpoints, tmp_path, m
     monkeypatch.chdir(tmp_path)
     there = ["--trainer.accelerator", "gpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false"]
     parents, plain = f"[{', '.join(map(str, mlp_checkpoints))}]", ["--figures", "false"]
-    cli.main(["fuse", "--parents", parents, "--output", "fused.ckpt", "--fusion.num_samples", "70", *there, *plain])
+    cli.main(
+        [
+            "fuse",
+            "--parents",
+            parents,
+            "--output",
+            "fused.ckpt",
+            "--fusion.num_samples",
+            "70",
+            *there,
+            *plain,
+            "--data",
+            "DigitsDataModule",
+            "--check_parents",
+            "false",
+        ]
+    )
     assert load_fusion("fused.ckpt") is not None
     quiet = ["--trainer.enable_model_summary", "false"]
     start = ["--data", "DigitsDataModule", "--ckpt_path", "fused.ckpt"]

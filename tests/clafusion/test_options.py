@@ -7,7 +7,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from clafusion import FusionError, FusionOptions
+from clafusion import FusionError, FusionOptions, fuse
+from tests.helpers import mlp, vectors
 
 HINTS = get_type_hints(FusionOptions)
 LITERALS = {name: get_args(hint) for name, hint in HINTS.items() if get_origin(hint) is Literal}
@@ -77,9 +78,20 @@ def test_counts_are_whole_numbers(name):
 
 def test_the_anchor_is_an_index_or_chosen():
     assert FusionOptions(anchor="agreement").to_dict()["anchor"] == "agreement"
-    for wrong in (1.0, True, "best", None):
-        with pytest.raises(FusionError, match="Expected anchor to be a whole number or agreement, got"):
+    for wrong in (1.0, True, None):
+        with pytest.raises(FusionError, match="Expected anchor to be a whole number, agreement, or the name of a par"):
             FusionOptions(anchor=wrong)
+
+
+def test_the_anchor_may_have_a_name_where_the_parents_have():
+    names, paths = ["deep/best.ckpt", "shallow/best.ckpt"], ["runs/deep/best.ckpt", "runs/shallow/best.ckpt"]
+    for given in ("shallow/best.ckpt", "runs/shallow/best.ckpt", 1):
+        assert FusionOptions(anchor=given).for_parents(names, paths).anchor == 1
+    assert FusionOptions(anchor="agreement").for_parents(names).anchor == "agreement"
+    with pytest.raises(FusionError, match="be deep/best.ckpt, shallow/best.ckpt, a number from 0, or agreement, got c"):
+        FusionOptions(anchor="c.ckpt").for_parents(names)
+    with pytest.raises(FusionError, match="Expected anchor to be the number of a network or agreement, got 'c.ckpt'"):
+        fuse([mlp([5]), mlp([5])], [vectors(9)], FusionOptions(anchor="c.ckpt"))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, cast
 
@@ -25,6 +25,7 @@ from clafusion.lightning_modules.experiments.stage_folder import slug
 from clafusion.lightning_modules.experiments.stages.base import Draft, MakingResult, Network, Stage, files_of
 from clafusion.lightning_modules.experiments.variants import cells, first_with
 from clafusion.lightning_modules.progress import steps
+from clafusion.naming import named_parents, parent_name
 from clafusion.teachers.label_sets import union_of
 from clafusion.tracing.structure import Structure
 
@@ -59,23 +60,24 @@ class FuseStage(Stage):
         """
         inputs, classes = files_of(draft.networks, draft.parents), draft.label_sets(draft.parents)
         variants = cells(draft.experiment.fusions)
-        keeping = first_with({variant: _balancing(how.options) for variant, how in variants.items() if how.balanced})
+        options = {variant: how.options.for_parents(list(draft.parents)) for variant, how in variants.items()}
+        keeping = first_with({name: _balancing(options[name]) for name, how in variants.items() if how.balanced})
         structures: Sequence[Structure] = ()
-        for variant, how in variants.items():
+        for variant in variants:
             try:
-                # The random numbers that it draws are nobody's: every stage begins with a seed of its own.
-                structures = structures or _structures(draft, classes)
-                # Parents of different classes are balanced with outputs for all of them: that says nothing alone.
-                balanced = [] if classes else _changed(draft, structures, how.options)
+                with named_parents(list(draft.parents)):
+                    # The random numbers that it draws are nobody's: every stage begins with a seed of its own.
+                    structures = structures or _structures(draft, classes)
+                    # Parents of different classes are balanced with outputs for all of them: that says nothing alone.
+                    balanced = [] if classes else _changed(draft, structures, options[variant])
             except FusionError as error:
-                numbered = ", ".join(f"parent {number}: {name}" for number, name in enumerate(draft.parents))
-                raise FusionError(f"{error} (in experiment.fusions.{variant}; {numbered})") from error
+                raise FusionError(f"{error} (in experiment.fusions.{variant})") from error
             outputs = {f"fused {variant}": Network("fused.ckpt", "fused")}
             kept = balanced if variant in keeping else []
             for name in kept:
                 word = f" {variant}" if keeping[variant] else ""
                 outputs[f"balanced {name}{word}"] = Network(_balanced_file(name), "control")
-            yield cls(variant, inputs, outputs, how.options, kept, classes)
+            yield cls(variant, inputs, outputs, options[variant], kept, classes)
 
     def _run(self, context: RunContext, folder: Path, inputs: Mapping[str, Path]) -> MakingResult:
         """Fuse, measure for the report, and write the networks with `fusion.json`."""
@@ -86,8 +88,9 @@ class FuseStage(Stage):
             with steps(context.quiet) as step:
                 device = strategy.root_device
                 fusion, record = fuse_and_record(
-                    paths, data, self.options, device, classes=self.classes, report=context.report, step=step
-                )
+                    paths, data, self.options, device, classes=self.classes, names=list(inputs),
+                    report=context.report, step=step,
+                )  # fmt: skip
             save_as(ImageClassifier(), fusion.model, record, folder / "fused.ckpt")
             for name in self.balanced:
                 balanced = fusion.balanced_parent(list(inputs).index(name))
@@ -137,7 +140,8 @@ class TransferStage(Stage):
                 raise FusionError(f"{error} (in experiment.transfers.{variant})") from error
             corresponding.add((source, target))
             outputs = {f"transferred {variant}": Network("transferred.ckpt", "transferred")}
-            yield cls(variant, files_of(networks, (source, target)), outputs, **vars(transfer.how()))
+            how = replace(transfer.how(), options=transfer.options.for_parents([target, source]))
+            yield cls(variant, files_of(networks, (source, target)), outputs, **vars(how))
 
     def _run(self, context: RunContext, folder: Path, inputs: Mapping[str, Path]) -> MakingResult:
         """Transfer, and write the network with `transfer.json`."""
@@ -175,7 +179,7 @@ def _structures(draft: Draft, classes: list[list[int]] | None) -> list[Structure
     missing = sorted(set(range(count)) - set(union_of(classes)))
     if missing:
         raise FusionError(f"Expected a parent for every class of the data, got none for {missing[0]}; give label_sets")
-    return [trace_as(parent, draft.blank_images, f"parent {number}") for number, parent in enumerate(parents)]
+    return [trace_as(parent, draft.blank_images, parent_name(number)) for number, parent in enumerate(parents)]
 
 
 def _balanced_file(parent: str) -> str:
@@ -207,7 +211,7 @@ def _changed(draft: Draft, structures: Sequence[Structure], options: FusionOptio
         if options.balance == "merge":
             continue
         alignment = align_stages(deep, structure, (None,) * len(deep.stages), options)
-        correspond(deep, structure, alignment, f"parent {number}")
+        correspond(deep, structure, alignment, parent_name(number))
         try:
             check_insertable(network, deep, structure, alignment, draft.blank_images)
         except FusionError as error:

@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from clafusion import FusionError, describe, load_network, networks, restore
-from clafusion.formats.conversion import convert, published_state
+from clafusion.formats.conversion import convert, published_state, torchvision_state
 from clafusion.formats.recognition import recognise
 from clafusion.lightning_modules import ImageClassifier, load_parent, read_checkpoint
 from clafusion.lightning_modules.commandline import cli
 from clafusion.lightning_modules.commands.convert import convert_file
 from clafusion.networks.published import PUBLISHED
-from tests.helpers import build, foreign, images, randomised, vectors
+from tests.helpers import build, foreign, images, mlp, randomised, resnet, vectors
 
 BOTH = [False, True]
 
@@ -466,7 +466,8 @@ def test_a_published_file_becomes_an_ordinary_checkpoint_and_comes_back(capsys):
     run("--input", "theirs.pt", "--output", "ours.ckpt")
     said = capsys.readouterr().out
     assert said == ("theirs.pt: by the published names, MLP(in_features=64, hidden=[8], num_classes=10, bias=True, "
-                    "batch_norm=True), 626 parameters\nwrote ours.ckpt\n")  # fmt: skip
+                    "batch_norm=True), 626 parameters\nassumed: ReLU after every layer but the last, no dropout\n"
+                    "wrote ours.ckpt\n")  # fmt: skip
     network = ImageClassifier.load_from_checkpoint("ours.ckpt").eval()
     reference = PlainMLP([64, 8, 10], True, True).eval()
     reference.load_state_dict(content["model_state_dict"])
@@ -483,7 +484,7 @@ def test_a_published_file_becomes_an_ordinary_checkpoint_and_comes_back(capsys):
 def test_a_converted_checkpoint_is_tested_by_the_command_line(capsys):
     published_file("theirs.checkpoint")
     converted("theirs.checkpoint", "ours.ckpt")
-    cli.main(["test", "--ckpt_path", "ours.ckpt", "--trainer.accelerator", "cpu",
+    cli.main(["test", "--ckpt_path", "ours.ckpt", "--data", "DigitsDataModule", "--trainer.accelerator", "cpu",
               "--trainer.enable_progress_bar", "false"])  # fmt: skip
     assert "test_acc" in capsys.readouterr().out
 
@@ -602,7 +603,7 @@ BAD_FILES = {
     "list.pt": "got list.pt with a list",
     "number.pt": "Expected model_state_dict in number.pt to be a dict, got int",
     "gap.pt": r"Expected 'fc1.weight', got none; .* \(in gap.pt\)",
-    "lightning.ckpt": "Expected the parameters of an MLP, VGG or ResNet by the names .* got none; rename",
+    "lightning.ckpt": "Expected tensors by their names, got dict at 'state_dict'; save only the state dict",
     "loop.pt": "Expected only tensors and plain values in loop.pt, got containers in containers without end",
 }
 
@@ -647,3 +648,88 @@ def test_the_network_in_another_lightning_module_is_found():
     for name in ("theirs.ckpt", "parallel.pt"):
         cli.main(["convert", name, "ours.ckpt", "--overwrite"])
         assert torch.equal(load_parent("ours.ckpt")(images(2, 32).float()), network.eval()(images(2, 32).float()))
+
+
+def mlp_of(seed: int) -> dict[str, torch.Tensor]:
+    return {name: one.float() for name, one in mlp([5, 4], seed, bias=True).state_dict().items()}
+
+
+def below(prefix: str, state) -> dict[str, torch.Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in state.items()}
+
+
+COUNT, LOSS = {"n_averaged": torch.tensor(4)}, {"loss.weight": torch.ones(4)}
+#: What a file holds, and what is said about it.
+WRAPPED = {
+    "model": ({"model": mlp_of(0), "epoch": 3, "optimizer": {"state": {}, "param_groups": []}}, "under 'model'"),
+    "net": ({"net": below("module", mlp_of(0)), "acc": 91.5}, "under 'net'\nassumed: names lose 'module.'"),
+    "state_dict": ({"state_dict": below("model", mlp_of(0)) | LOSS}, "left out 'loss'\nassumed: names lose 'model.'"),
+    "an average": (COUNT | below("module", mlp_of(0)), "left out 'n_averaged'\nassumed: names lose 'module.'"),
+    "an average's": ({"model": COUNT | below("module", mlp_of(0))}, "'model'\nassumed: left out 'n_averaged'"),
+    "a loss": (mlp_of(0) | LOSS, "left out 'loss'"),
+    "other tensors": ({"model": mlp_of(0), "rng": {"cpu": torch.ones(9)}, "best": torch.tensor(1.0)}, "under 'model'"),
+}
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_weights_are_found_below_what_wraps_them(case, capsys):
+    content, said = WRAPPED[case]
+    torch.save(content, "theirs.pt")
+    converted("theirs.pt", "ours.ckpt")
+    assert f"{said}\n" in capsys.readouterr().out
+    assert torch.equal(load_parent("ours.ckpt").fc2.weight, mlp_of(0)["fc2.weight"])
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ({"model": mlp_of(0), "model_ema": below("module", mlp_of(1)) | COUNT}, ("model", "model_ema")),
+        ({"state_dict": mlp_of(0), "state_dict_ema": mlp_of(1)}, ("state_dict", "state_dict_ema")),
+        ({"state_dict": below("net", mlp_of(0)) | below("ema_net", mlp_of(1))}, ("net", "ema_net")),
+    ],
+)
+def test_of_several_networks_one_is_chosen(content, names):
+    torch.save(content, "theirs.pt")
+    assert f"Expected one network, got {', '.join(names)}; choose by --weights" in refused_file("theirs.pt")
+    assert "none called other; choose by" in refused_file("theirs.pt", weights="other")
+    for seed, name in enumerate(names):
+        converted("theirs.pt", "ours.ckpt", weights=name, overwrite=True)
+        assert torch.equal(load_parent("ours.ckpt").fc2.weight, mlp_of(seed)["fc2.weight"])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11"])
+def test_back_to_torchvision_with_the_same_outputs(name):
+    theirs = foreign(name).float()
+    torch.save(theirs.state_dict(), "theirs.pth")
+    converted("theirs.pth", "ours.ckpt")
+    converted("ours.ckpt", "back.pth", to="torchvision")
+    again, samples = copy.deepcopy(theirs), images(2, 64).float()
+    again.load_state_dict(torch.load("back.pth", weights_only=True))
+    with torch.no_grad():
+        assert torch.equal(again(samples), theirs(samples))
+
+
+def test_biases_that_torchvision_does_not_have_go_into_the_norms():
+    network = resnet([1, 1, 1, 1], width=[64, 128, 256, 512], stem="imagenet", bias=True, batch_norm=True)
+    state = torchvision_state(network)
+    theirs = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
+    assert not any(name.endswith("bias") and "conv" in name for name in state)
+    assert state.keys() == theirs.state_dict().keys()
+    assert_same_function_as(convert(state), network)
+
+
+def assert_same_function_as(conversion, network) -> None:
+    again = restore(conversion.architecture).double().eval()
+    again.load_state_dict(conversion.state)
+    samples = images(3, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(again(samples), network(samples))
+
+
+def test_what_torchvision_does_not_have_is_refused(mlp_checkpoints):
+    message = (
+        "Expected a ResNet with norms and a 7x7 stem or a VGG with three dense layers, as torchvision has them, got "
+    )
+    assert f"{message}MLP of" in refused_file(mlp_checkpoints[0], "back.pth", to="torchvision")
+    with pytest.raises(FusionError, match=f"{message}ResNet of"):
+        torchvision_state(resnet([1, 1]))

@@ -21,6 +21,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from clafusion import FusionError, FusionOptions, align_layers, fuse, linear_cka, trace
 from clafusion.callbacks import FusionCallback
 from clafusion.datamodules import DigitsDataModule
+from clafusion.fusion.record import in_percent
 from clafusion.lightning_modules import FusionTrainer, ImageClassifier
 from clafusion.lightning_modules.commandline import cli
 from clafusion.lightning_modules.commands.figures import Pictures
@@ -37,7 +38,8 @@ from clafusion.tracing.execution import GraphRunner
 from tests.helpers import images, mlp, needs_font, plain, resnet, vectors
 
 HOSTILE = "<script>alert('x')</script>\" onload=\"x\x00&amp;"
-QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--fusion.num_samples", "70"]
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--fusion.num_samples", "70",
+         "--data", "DigitsDataModule", "--check_parents", "false"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +335,20 @@ def test_several_parents_are_drawn(many):
     assert sum("correspond" in a.get("aria-label", "") for tag, a in document.seen if tag == "svg") == 2
 
 
+def test_parents_have_the_names_of_their_files_and_in_older_records_numbers(record):
+    record = copy.deepcopy(record)
+    page = read(fusion_report(record).html)
+    assert "best parent, parent 2" in page.words and "Layers of parent 1 and parent 2 that correspond" in page.text
+    for file, name in zip(record["parents"], ("deep.ckpt", "fused"), strict=True):
+        file["name"] = name
+    for row, (name, role) in zip(record["networks"], (("deep.ckpt", "parent"), ("fused", "parent")), strict=False):
+        row |= {"name": name, "role": role, "knows": 2}
+    record["networks"][-1] |= {"name": "result", "role": "fused"}
+    page = read(fusion_report({**record, "classes": ["a", "b", "c"]}).html)
+    assert "parent 1" not in page.text and "best parent, fused" in page.words
+    assert "deep.ckpt (knows 2 of 3 classes)" in page.words and "Layer costs of stage 1, fused" in page.text
+
+
 def test_the_choice_of_a_network_and_the_trust_in_parents_are_shown(record):
     scores = {"anchor": 0.51, "matched": 0.3, "union": 0.12345}
     changes = {"candidates": scores, "chosen": "union", "teacher": "gated", "trust": [0.256, 0.744]}
@@ -497,28 +513,29 @@ def test_fuse_writes_a_report_that_can_be_drawn_again(mlp_checkpoints, in_an_emp
     cli.main(command)
     assert len(taken) == 1  # what the report measures on are the samples that the fusion had
     assert sorted(path.name for path in Path.cwd().iterdir()) == [
-        *("fused.ckpt", "fusion.json", "fusion.yaml", "report.html", "report_figures")
+        *("fused.ckpt", "fused.html", "fused.json", "fused.yaml", "fused_figures")
     ]
-    assert "report.html: all of it to look at\n" in capsys.readouterr().out
-    document = read(Path("report.html").read_text())
-    record = json.loads(Path("fusion.json").read_text())
-    assert f"{record['networks'][-1]['test_acc']:.2%}" in document.words
+    assert "fused.html: all of it to look at\n" in capsys.readouterr().out
+    document = read(Path("fused.html").read_text())
+    record = json.loads(Path("fused.json").read_text())
+    assert in_percent(record["networks"][-1]) in document.words and " ± " in in_percent(record["networks"][-1])
+    assert {"host", "device", "date", record["host"], record["date"]} <= {*document.words}
     assert record["report"]["diagnosis"]["samples"] == 70
     Path("fused.ckpt").unlink()
-    Path("fusion.json").rename("kept.json")
-    assert "got report.html, which exists" in refused(capsys, *command)
+    Path("fused.json").rename("kept.json")
+    assert "got fused.html, which exists" in refused(capsys, *command)
     cli.main(["report", "kept.json", "--output", "again.html"])
-    for path in Path("report_figures").iterdir():
+    for path in Path("fused_figures").iterdir():
         assert Path("again_figures", path.name).read_bytes() == path.read_bytes()
-    assert Path("again.html").read_bytes() == Path("report.html").read_bytes()
+    assert Path("again.html").read_bytes() == Path("fused.html").read_bytes()
     assert "got again.html, which exists" in refused(capsys, "report", "kept.json", "--output", "again.html")
 
 
 def test_fuse_draws_no_report_that_nobody_wants(mlp_checkpoints, in_an_empty_folder):
     command = ["fuse", *map(str, mlp_checkpoints), "-o", "fused.ckpt", *QUIET, "--report", "false"]
     cli.main(command)
-    assert sorted(path.name for path in Path.cwd().iterdir()) == ["fused.ckpt", "fusion.json", "fusion.yaml"]
-    assert "report" not in json.loads(Path("fusion.json").read_text())
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["fused.ckpt", "fused.json", "fused.yaml"]
+    assert "report" not in json.loads(Path("fused.json").read_text())
 
 
 def pixels_of(data: bytes) -> torch.Tensor:
@@ -593,9 +610,9 @@ def test_the_figures_are_in_tensorboard_where_that_is_the_logger(mlp_checkpoints
     cli.main(["fuse", *map(str, mlp_checkpoints), "-o", "fused.ckpt", *QUIET, *board, "--quiet"])
     assert capsys.readouterr() == ("", "")
     shown = images_in(Path("board"))
-    files = {path.stem: path.read_bytes() for path in Path("report_figures").glob("*.png")}
+    files = {path.stem: path.read_bytes() for path in Path("fused_figures").glob("*.png")}
     assert shown.keys() == {f"report/{name}" for name in files} and len(files) == 10
-    name = "layers-of-parent-1-and-parent-2-that-correspond"
+    name = "layers-of-deep-ckpt-and-shallow-ckpt-that-correspond"
     assert torch.equal(pixels_of(shown[f"report/{name}"]), pixels_of(files[name]))
 
 
@@ -606,7 +623,7 @@ def test_a_training_that_begins_with_a_fusion_shows_it_in_tensorboard(mlp_checkp
     options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
     trainer = FusionTrainer(max_epochs=1, callbacks=[callback], logger=TensorBoardLogger("board"), **options)
     trainer.fit(ImageClassifier(lr=0.01), DigitsDataModule())
-    assert "report/layers-of-parent-1-and-parent-2-that-correspond" in images_in(Path("board"))
+    assert "report/layers-of-deep-ckpt-and-shallow-ckpt-that-correspond" in images_in(Path("board"))
 
 
 def test_report_reads_the_folder_of_an_experiment(results, record, in_an_empty_folder):

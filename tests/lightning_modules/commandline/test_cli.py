@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from clafusion import networks
+from clafusion.datamodules import DigitsDataModule
+from clafusion.fusion.record import in_percent
 from clafusion.lightning_modules import (
     Distiller,
     FusionTrainer,
@@ -33,7 +36,8 @@ from tests.helpers import ROOT
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 SHORT = [*QUIET, "--trainer.enable_model_summary", "false", "--trainer.max_epochs", "1"]
 MODULES = "CIFARDataModule, DigitsDataModule, ImageFolderDataModule, MNISTDataModule, TinyImageNetDataModule"
-FEW = ["--fusion.num_samples", "70"]
+DIGITS = ["--data", "DigitsDataModule"]
+FEW = ["--fusion.num_samples", "70", *DIGITS, "--check_parents", "false"]
 MLP = {"name": "MLP", "in_features": 64, "hidden": [4], "num_classes": 10}
 
 
@@ -90,20 +94,24 @@ def test_a_configuration_trains_a_parent(capsys):
 def test_fuse_writes_an_ordinary_checkpoint_and_its_record(mlp_checkpoints, capsys):
     run(*fuse_arguments(mlp_checkpoints))
     assert sorted(path.name for path in Path.cwd().iterdir()) == [
-        *("fused.ckpt", "fusion.json", "fusion.yaml", "report.html", "report_figures")
+        *("fused.ckpt", "fused.html", "fused.json", "fused.yaml", "fused_figures")
     ]
-    record = json.loads(Path("fusion.json").read_text())
+    record = json.loads(Path("fused.json").read_text())
     names = [row["name"] for row in record["networks"]]
-    assert names[:3] == ["parent 1", "parent 2", "ensemble"] and names[-1] == "fused"
-    assert "naive average" not in names and "balanced 2" in names
+    assert names[:3] == ["deep.ckpt", "shallow.ckpt", "ensemble"] and names[-1] == "fused"
+    assert "naive average" not in names and "balanced shallow.ckpt" in names
     assert all(0 <= row["test_acc"] <= 1 and row["parameters"] > 0 for row in record["networks"])
     assert len(record["alignments"]) == len(record["transport_costs"]) == 2
     assert record["options"]["num_samples"] == 70 and record["seconds"] > 0 and record["peak_memory_bytes"] > 0
     assert [len(parent["sha256"]) for parent in record["parents"]] == [64, 64]
+    assert {row["test_images"] for row in record["networks"]} == {len(DigitsDataModule().read()[1])}
+    assert record["data"]["class_path"] == "clafusion.datamodules.DigitsDataModule"
+    assert record["data"]["init_args"]["batch_size"] == 128 and record["device"].startswith("cpu (")
+    assert datetime.fromisoformat(record["date"]).utcoffset() == timedelta() and record["host"]
     assert read_checkpoint("fused.ckpt")["fusion"] == record
     table = capsys.readouterr().out
     assert all(name in table for name in names)
-    assert f"{record['networks'][-1]['test_acc']:.2%}" in table
+    assert in_percent(record["networks"][-1]) in table and "± one standard error for 359 test images" in table
 
 
 def test_fuse_has_a_short_form(mlp_checkpoints):
@@ -146,7 +154,7 @@ def test_the_short_form_refuses(capsys, arguments, message):
 
 def test_the_accuracy_of_the_record_is_that_of_the_checkpoint(mlp_checkpoints, capsys):
     run(*fuse_arguments(mlp_checkpoints))
-    record = json.loads(Path("fusion.json").read_text())
+    record = json.loads(Path("fused.json").read_text())
     capsys.readouterr()
     run("test", "--ckpt_path", "fused.ckpt", *QUIET)
     [accuracy] = re.findall(r"test_acc\s*│\s*([\d.]+)", capsys.readouterr().out)
@@ -156,7 +164,7 @@ def test_the_accuracy_of_the_record_is_that_of_the_checkpoint(mlp_checkpoints, c
 def test_fuse_prints_json_or_nothing_on_demand(mlp_checkpoints, capsys):
     run(*fuse_arguments(mlp_checkpoints), "--json", "--report", "false")
     said = capsys.readouterr()
-    assert json.loads(said.out) == json.loads(Path("fusion.json").read_text()) and said.err == ""
+    assert json.loads(said.out) == json.loads(Path("fused.json").read_text()) and said.err == ""
     run(*fuse_arguments(mlp_checkpoints), "--overwrite", "--align_only", "--json")
     assert json.loads(capsys.readouterr().out)["alignments"]
     run(*fuse_arguments(mlp_checkpoints), "--overwrite", "--quiet", "--report", "false")
@@ -180,7 +188,8 @@ def test_a_bar_shows_how_far_a_fusion_is(mlp_checkpoints, monkeypatch):
     )
     monkeypatch.setattr(Console, "is_terminal", True)
     run(*fuse_arguments(mlp_checkpoints), "--fusion.targets", "matched")
-    assert shown[0] == "fusing 2 networks"
+    assert shown[:3] == ["loading 2 networks", "testing deep.ckpt", "testing shallow.ckpt"]
+    assert shown[3] == "fusing 2 networks"
     for words, layers in (("matching neurons", 4), ("refitting layers", 5)):
         at = shown.index(words)
         assert shown[at + 1 : at + 1 + layers] == [f"{done}/{layers}" for done in range(1, layers + 1)]
@@ -192,8 +201,8 @@ def test_a_bar_shows_how_far_a_fusion_is(mlp_checkpoints, monkeypatch):
 def test_equal_parents_are_also_averaged_naively(mlp_checkpoints):
     deep, _ = mlp_checkpoints
     run(*fuse_arguments([deep, deep]))
-    rows = {row["name"]: row["test_acc"] for row in json.loads(Path("fusion.json").read_text())["networks"]}
-    assert rows["naive average"] == pytest.approx(rows["parent 1"]) == pytest.approx(rows["fused"])
+    rows = {row["name"]: row["test_acc"] for row in json.loads(Path("fused.json").read_text())["networks"]}
+    assert rows["naive average"] == pytest.approx(rows["deep.ckpt"]) == pytest.approx(rows["fused"])
 
 
 def test_fuse_is_deterministic(mlp_checkpoints):
@@ -205,9 +214,10 @@ def test_fuse_is_deterministic(mlp_checkpoints):
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_a_checkpoint_needs_nothing_else(mlp_checkpoints, command):
-    run(command, "--ckpt_path", mlp_checkpoints[0], *QUIET)
-    assert not list(Path.cwd().iterdir())
+def test_a_checkpoint_is_evaluated_on_data(mlp_checkpoints, command):
+    output = ["-o", "predicted.csv"] if command == "predict" else []
+    run(command, "--ckpt_path", mlp_checkpoints[0], *DIGITS, *output, *QUIET)
+    assert [path.name for path in Path.cwd().iterdir()] == output[1:]
 
 
 def test_training_goes_on_from_a_fused_checkpoint(mlp_checkpoints):
@@ -344,7 +354,7 @@ def test_a_class_of_ones_own_takes_its_arguments_from_the_checkpoint(monkeypatch
 
 
 def test_a_distilled_checkpoint_is_tested_without_its_teachers():
-    run("test", "--ckpt_path", distilled(Path("distilled.ckpt")), *QUIET)
+    run("test", "--ckpt_path", distilled(Path("distilled.ckpt")), *DIGITS, *QUIET)
 
 
 @pytest.mark.parametrize("name", ["MNISTDataModule", "clafusion.datamodules.MNISTDataModule"])
@@ -501,7 +511,7 @@ def test_outputs_that_cannot_be_written_are_refused(mlp_checkpoints, capsys):
 
 @pytest.mark.parametrize(
     ("name", "demand"),
-    [("fused.ckpt", ["--overwrite"]), ("fusion.json", ["--overwrite", "--seed_everything", "1"]),
+    [("fused.ckpt", ["--overwrite"]), ("fused.json", ["--overwrite", "--seed_everything", "1"]),
      ("fused.ckpt", ["--overwrite", "true"])],
 )  # fmt: skip
 def test_existing_results_are_replaced_only_on_demand(mlp_checkpoints, capsys, name, demand):
@@ -541,7 +551,7 @@ def test_data_that_does_not_fit_is_refused_before_training(capsys):
 
 def test_a_checkpoint_of_another_architecture_is_refused(mlp_checkpoints, capsys):
     other = ["--model.architecture", "{name: MLP, in_features: 64, hidden: [5], num_classes: 10}"]
-    line = refused(capsys, "test", "--ckpt_path", str(mlp_checkpoints[0]), *other, *QUIET)
+    line = refused(capsys, "test", "--ckpt_path", str(mlp_checkpoints[0]), *other, *DIGITS, *QUIET)
     assert "leave out --model.architecture" in line
 
 
@@ -564,7 +574,7 @@ def test_other_errors_keep_their_traceback(mlp_checkpoints, monkeypatch):
         (["report"], "Expected INPUT, got none; give it, see clafusion report --help\n"),
         (["pipeline"], "Expected --experiment, got none; give it, see clafusion pipeline --help\n"),
         (
-            ["fuse", "a", "b", "-o", "c.ckpt", "--data.data_dir", "d"],
+            ["fuse", "a", "b", "-o", "c.ckpt", "--data", "DigitsDataModule", "--data.data_dir", "d"],
             "Expected an option that the data module has, got --data.data_dir; name the module by --data, such as "
             f"{MODULES}\n",
         ),

@@ -36,7 +36,20 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def fuse_command(parents: Any, *more: str) -> list[str]:
-    return ["fuse", *map(str, parents), "-o", "fused.ckpt", *QUIET, "--fusion.num_samples", "70", *more]
+    return [
+        "fuse",
+        *map(str, parents),
+        "-o",
+        "fused.ckpt",
+        *QUIET,
+        "--fusion.num_samples",
+        "70",
+        "--data",
+        "DigitsDataModule",
+        "--check_parents",
+        "false",
+        *more,
+    ]
 
 
 def ended(capsys: Any, code: int, *arguments: str) -> str:
@@ -132,17 +145,17 @@ def test_a_full_disk_while_converting_leaves_the_file_as_it_was(mlp_checkpoints,
 
 
 def test_a_full_disk_while_fusing_leaves_what_was_there(mlp_checkpoints, capsys):
-    for name in ("fused.ckpt", "fusion.json", "report.html"):
+    for name in ("fused.ckpt", "fused.json", "fused.html"):
         Path(name).write_text("precious")
     with small_files(500):
         assert "File too large; make room" in ended(capsys, 2, *fuse_command(mlp_checkpoints, "--overwrite"))
     with small_files(20_000):
         # There is room for the checkpoint and the record, but not for the report.
-        assert "report.html: File too large; make room" in ended(
+        assert "fused.html: File too large; make room" in ended(
             capsys, 2, *fuse_command(mlp_checkpoints, "--overwrite")
         )
     found = {path.name: path.read_text() for path in Path.cwd().iterdir()}
-    assert found == dict.fromkeys(("fused.ckpt", "fusion.json", "report.html"), "precious")
+    assert found == dict.fromkeys(("fused.ckpt", "fused.json", "fused.html"), "precious")
 
 
 def test_a_full_disk_while_exporting_leaves_nothing(mlp_checkpoints):

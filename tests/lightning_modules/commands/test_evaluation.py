@@ -8,7 +8,7 @@ from clafusion import FusionError, FusionOptions, fuse, load_network, save_netwo
 from clafusion.datamodules import DigitsDataModule
 from clafusion.lightning_modules import ImageClassifier
 from clafusion.lightning_modules.commands import fuse as command
-from clafusion.lightning_modules.commands.evaluation import contestants
+from clafusion.lightning_modules.commands.evaluation import controls
 from tests.lightning_modules.normed import Normed
 
 SAMPLES = torch.randn(30, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -24,12 +24,12 @@ def test_a_balanced_network_that_cannot_be_built_is_left_out_with_a_line(tmp_pat
     deep, narrow = (
         stored(Normed(depth, width).eval(), str(tmp_path / f"{depth}")) for depth, width in ((3, 12), (2, 8))
     )
-    with pytest.warns(UserWarning, match=r"^balanced 2 is left out: Expected StoredNetwork to run at other widths"):
-        found = contestants([deep, narrow], fuse([deep, narrow], [SAMPLES], OPTIONS))
-    assert list(found) == ["parent 1", "parent 2", "ensemble", "fused"]
+    with pytest.warns(UserWarning, match=r"^balanced b is left out: Expected StoredNetwork to run at other widths"):
+        found = controls({"a": deep, "b": narrow}, fuse([deep, narrow], [SAMPLES], OPTIONS))
+    assert list(found) == ["ensemble"]
     alike = stored(Normed(2, 12).eval(), str(tmp_path / "alike"))
-    found = contestants([deep, alike], fuse([deep, alike], [SAMPLES], OPTIONS))
-    assert list(found) == ["parent 1", "parent 2", "ensemble", "balanced 2", "fused"]
+    found = controls({"a": deep, "b": alike}, fuse([deep, alike], [SAMPLES], OPTIONS))
+    assert list(found) == ["ensemble", "balanced b"]
 
 
 @torch.library.custom_op("clafusion_tests::doubled", mutates_args=())

@@ -1,7 +1,9 @@
 """Checkpoints of parents that know other classes: from folders of images to one network that knows all by name."""
 
+import csv
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from clafusion.lightning_modules import (
 )
 from clafusion.lightning_modules.checkpoints.reading import load_classes
 from clafusion.lightning_modules.commandline import cli
-from clafusion.lightning_modules.commands.evaluation import contestants
+from clafusion.lightning_modules.commands.evaluation import controls, side_by_side
 from clafusion.lightning_modules.compatibility import label_places, load_parents
 
 #: Digits under other names.
@@ -125,13 +127,13 @@ def test_a_training_on_folders_keeps_the_names(parents):
 
 
 def test_parents_that_know_other_classes_become_one_that_knows_all_by_name(folders, parents, united):
-    saved, record = read_checkpoint(united), json.loads((united.parent / "fusion.json").read_text())
+    saved, record = read_checkpoint(united), json.loads(united.with_suffix(".json").read_text())
     assert saved["class_names"] == record["classes"] == ["car", "cat", "dog", "truck"]
     rows = {row["name"]: row["test_acc"] for row in record["networks"]}
     assert list(rows) == [
-        *("parent 1 (knows 2 of 4 classes)", "parent 2 (knows 2 of 4 classes)"),
-        *("ensemble", "gated ensemble", "fused"),
+        *("pets/last.ckpt", "vehicles/last.ckpt", "ensemble", "gated ensemble", "fused"),
     ]
+    assert [row.get("knows") for row in record["networks"]] == [2, 2, None, None, None]
     # A parent is right about its own images and no others.
     for row, path, own in zip(rows.values(), parents, ("pets", "vehicles"), strict=False):
         assert row == pytest.approx(accuracy(path, folders[own], read_checkpoint(path)["class_names"]) / 2)
@@ -140,11 +142,11 @@ def test_parents_that_know_other_classes_become_one_that_knows_all_by_name(folde
 
 
 def test_the_record_says_which_network_was_chosen_and_who_was_trusted(united):
-    record = json.loads((united.parent / "fusion.json").read_text())
+    record = json.loads(united.with_suffix(".json").read_text())
     assert set(record["candidates"]) == {"anchor", "union", "centroids"}
     assert record["chosen"] == min(record["candidates"], key=record["candidates"].get)
     assert record["teacher"] == "gated" and sum(record["trust"]) == pytest.approx(1)
-    page = (united.parent / "report.html").read_text()
+    page = united.with_suffix(".html").read_text()
     assert "Which network was chosen" in page and "Which parents were trusted" in page
     assert all(f"{score:.4f}" in page for score in record["candidates"].values())
     assert all(f"{share:.1%}" in page for share in record["trust"])
@@ -164,15 +166,22 @@ def test_images_of_a_class_that_the_network_does_not_know_are_refused(folders, u
     assert "classes that the network can tell apart (car, cat, dog, truck), got 'zebra' from ImageFolder" in error
 
 
-def test_predict_shows_names(folders, united, capsys, mlp_checkpoints):
+def test_predict_shows_and_writes_names(folders, united, tmp_path, capsys):
     capsys.readouterr()
     run("predict", "--ckpt_path", united, *data(folders["pets"]), *QUIET)
     shown = dict(re.findall(r"(\w+)\s+│\s+(\d+) │\s+[\d.]+% │", capsys.readouterr().out))
     assert set(shown) <= set(NAMES) and sum(map(int, shown.values())) == 40
+    header, *rows = csv.reader(united.with_suffix(".csv").open())
+    assert header == ["file", "class", "probability"]
+    assert {name: str(count) for name, count in Counter(row[1] for row in rows).items()} == shown
+    right = sum(Path(file).parent.name == name for file, name, _ in rows) / len(rows)
+    assert right == pytest.approx(accuracy(united, folders["pets"], ["car", "cat", "dog", "truck"]))
+    assert all(0.25 < float(probability) <= 1 for _, _, probability in rows)
     # Labels are not looked at: those of another class do no harm.
-    run("predict", "--ckpt_path", united, *data(folders["foreign"]), *QUIET)
-    run("predict", "--ckpt_path", mlp_checkpoints[0], *QUIET)
-    assert re.search(r"│ \d+\s+│\s+\d+ │", capsys.readouterr().out)
+    run("predict", "--ckpt_path", united, *data(folders["foreign"]), *QUIET, "-o", tmp_path / "other.csv")
+    assert len((tmp_path / "other.csv").read_text().splitlines()) == 41
+    error = refused(capsys, "predict", "--ckpt_path", united, *data(folders["pets"]), *QUIET)
+    assert "fused.csv, which exists; give --overwrite" in error
 
 
 def test_finetuning_goes_on_with_the_classes_of_all(folders, united, tmp_path, capsys):
@@ -187,10 +196,10 @@ def test_the_command_line_may_name_the_classes(folders, parents, united, tmp_pat
     run(*given, "--classes", "[[cat, dog], [car, truck]]", "-o", tmp_path / "named.ckpt")
     shown = capsys.readouterr().out
     assert re.search(r"chosen: .*; divergence from what the parents say together: anchor \d", shown)
-    assert re.search(r"trusted: parent 1 \d+%, parent 2 \d+% of the samples", shown)
+    assert re.search(r"trusted: pets/last.ckpt \d+%, vehicles/last.ckpt \d+% of the samples", shown)
     ours, theirs = load_parent(tmp_path / "named.ckpt").state_dict(), load_parent(united).state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-    asked = yaml.safe_load((tmp_path / "fusion.yaml").read_text())
+    asked = yaml.safe_load((tmp_path / "named.yaml").read_text())
     assert asked["classes"] == [["cat", "dog"], ["car", "truck"]]
     # Whole numbers are the labels of the data: car 0, cat 1, dog 2, truck 3.
     run(*given, "--classes", "[[1, 2], [0, 3]]", "-o", tmp_path / "numbered.ckpt", "--overwrite", "--json")
@@ -202,14 +211,14 @@ def test_the_command_line_may_name_the_classes(folders, parents, united, tmp_pat
 
 def test_layers_of_parents_that_know_other_classes_are_aligned(folders, parents, tmp_path, capsys):
     run("fuse", *parents, *data(folders["all"]), "-o", tmp_path / "x.ckpt", "--align_only", *QUIET)
-    assert "onto the depth of parent 1" in capsys.readouterr().out
+    assert "onto the depth of pets/last.ckpt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("folder", "more", "message"),
     [
         ("foreign", [], "classes that the parents together can tell apart (car, cat, dog, truck), got 'zebra'"),
-        ("all", ["--classes", "[[cat, dog], [car]]"], "2 classes for the outputs of parent 1, got ['car']"),
+        ("all", ["--classes", "[[cat, dog], [car]]"], "2 classes for the outputs of vehicles/last.ckpt, got ['car']"),
         ("all", ["--classes", "[[1, 2], [2, 3]]"], "can tell apart (1, 2, 3), got 0 from ImageFolderDataModule"),
         ("all", ["--classes", "cat"], "classes"),
     ],
@@ -235,8 +244,8 @@ def test_a_callback_fuses_parents_that_know_other_classes(folders, parents, tmp_
     trainer.fit(classifier, module(folders["all"]))
     assert classifier.class_names == ["car", "cat", "dog", "truck"]
     rows = {row["name"]: row["val_acc"] for row in callback.record["networks"]}
-    assert list(rows) == ["parent 1", "parent 2", "fused"]
-    assert max(rows["parent 1"], rows["parent 2"]) <= 0.5 < rows["fused"]
+    assert list(rows) == ["pets/last.ckpt", "vehicles/last.ckpt", "fused"]
+    assert max(list(rows.values())[:2]) <= 0.5 < rows["fused"]
     assert read_checkpoint(tmp_path / "last.ckpt")["class_names"] == classifier.class_names
 
 
@@ -245,7 +254,8 @@ def test_the_teacher_that_was_used_is_among_the_contestants(folders, parents):
     networks, batches = [load_parent(path) for path in parents], list(images.alignment_batches(250))
     classes = [["cat", "dog"], ["car", "truck"]]
     fusion = fuse(networks, batches, FusionOptions(teacher="gated"), classes)
-    found = contestants(networks, fusion)
+    parents_by_name = dict(zip(("pets", "vehicles"), networks, strict=True))
+    found = side_by_side(parents_by_name, fusion) | controls(parents_by_name, fusion)
     x = torch.cat(batches)
     with torch.no_grad():
         wide = [found[name](x) for name in list(found)[:2]]

@@ -11,7 +11,7 @@ from clafusion.datamodules import DigitsDataModule
 from clafusion.lightning_modules import FusionTrainer, ImageClassifier, load_parent, read_checkpoint, save_checkpoint
 from clafusion.lightning_modules.commands.transfer import transfer_checkpoint
 from tests.helpers import largest_difference
-from tests.lightning_modules.commandline.test_cli import QUIET, fuse_arguments, in_an_empty_folder, refused, run  # noqa: F401 (a fixture)
+from tests.lightning_modules.commandline.test_cli import DIGITS, QUIET, fuse_arguments, in_an_empty_folder, refused, run  # noqa: F401 (a fixture)
 
 OPTIONS = FusionOptions(num_samples=70, pin_last=0, correction="none")
 GIVEN = ["--fusion.num_samples", "70", "--fusion.pin_last", "0", "--fusion.correction", "none"]
@@ -20,11 +20,23 @@ GIVEN = ["--fusion.num_samples", "70", "--fusion.pin_last", "0", "--fusion.corre
 def arguments(pair, *more: str) -> list[str]:
     """Of a transfer from the shallow network to the deep one."""
     deep, shallow = pair
-    return ["transfer", "--source", str(shallow), "--target", str(deep), "--output", "out.ckpt", *QUIET, *GIVEN, *more]
+    return [
+        "transfer",
+        "--source",
+        str(shallow),
+        "--target",
+        str(deep),
+        "--output",
+        "out.ckpt",
+        *QUIET,
+        *GIVEN,
+        *DIGITS,
+        *more,
+    ]
 
 
 def record() -> dict:
-    return json.loads(Path("transfer.json").read_text())
+    return json.loads(Path("out.json").read_text())
 
 
 def samples() -> list[torch.Tensor]:
@@ -36,7 +48,7 @@ def samples() -> list[torch.Tensor]:
 
 def test_transfer_writes_an_ordinary_checkpoint_and_its_record(mlp_checkpoints, capsys):
     run(*arguments(mlp_checkpoints))
-    assert sorted(path.name for path in Path.cwd().iterdir()) == ["out.ckpt", "transfer.json", "transfer.yaml"]
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["out.ckpt", "out.json", "out.yaml"]
     found = record()
     assert [row["name"] for row in found["networks"]] == ["source", "target", "result"]
     assert all(0 <= row["test_acc"] <= 1 and row["parameters"] > 0 for row in found["networks"])
@@ -72,7 +84,15 @@ def test_what_becomes_of_it_is_composition(mlp_checkpoints, combine):
 
 def test_a_target_can_be_drawn_anew(mlp_checkpoints):
     architecture = {"name": "MLP", "in_features": 64, "hidden": [30, 20, 10], "num_classes": 10}
-    base = ["transfer", "--source", str(mlp_checkpoints[1]), "--target_architecture", json.dumps(architecture), *QUIET]
+    base = [
+        "transfer",
+        "--source",
+        str(mlp_checkpoints[1]),
+        "--target_architecture",
+        json.dumps(architecture),
+        *QUIET,
+        *DIGITS,
+    ]
     for output, seed in (("0", 0), ("1", 0), ("2", 1)):
         Path(output).mkdir()
         run(
@@ -89,13 +109,13 @@ def test_a_target_can_be_drawn_anew(mlp_checkpoints):
     assert one.architecture == networks.build(architecture).architecture
     assert largest_difference(one, again) == 0 and not torch.equal(one.fc3.weight, other.fc3.weight)
     assert torch.equal(one.fc1.weight, other.fc1.weight)
-    assert json.loads(Path("0/transfer.json").read_text())["target_architecture"] == architecture
+    assert json.loads(Path("0/out.json").read_text())["target_architecture"] == architecture
 
 
 def test_align_only_shows_the_maps_and_the_costs_of_all_stages(mlp_checkpoints, capsys):
     run(*fuse_arguments(mlp_checkpoints), "--align_only")
-    assert [path.name for path in Path.cwd().iterdir()] == ["fusion.json"]
-    found = json.loads(Path("fusion.json").read_text())
+    assert [path.name for path in Path.cwd().iterdir()] == ["fused.json"]
+    found = json.loads(Path("fused.json").read_text())
     # Both ends are pinned, which forces the map; the costs are measured all the same.
     assert found["alignments"] == [[[0, 1, 2, 3], [0]], [[0, 3], [0]]] and found["template"] == 0
     deep, shallow = map(load_parent, mlp_checkpoints)
@@ -103,18 +123,18 @@ def test_align_only_shows_the_maps_and_the_costs_of_all_stages(mlp_checkpoints, 
         assert torch.allclose(torch.tensor(cost).double(), expected, atol=1e-6)
     assert [parent["path"] for parent in found["parents"]] == list(map(str, mlp_checkpoints))
     out = capsys.readouterr().out
-    assert "parent 2 onto the depth of parent 1" in out and "fc2 = fc4" in out
+    assert "shallow.ckpt onto the depth of deep.ckpt" in out and "fc2 = fc4" in out
     assert f"{found['layer_costs'][1][0][3][1]:.3f}" in out
     # Only the record is in its way, and what it left is not replaced unasked.
-    assert "got fusion.json, which exists" in refused(capsys, *fuse_arguments(mlp_checkpoints), "--align_only")
+    assert "got fused.json, which exists" in refused(capsys, *fuse_arguments(mlp_checkpoints), "--align_only")
 
 
 def test_align_only_agrees_with_fuse(mlp_checkpoints):
     for pins in ("0", "1"):
         run(*fuse_arguments(mlp_checkpoints), "--align_only", "--overwrite", "--fusion.pin_last", pins)
-        alone = json.loads(Path("fusion.json").read_text())
+        alone = json.loads(Path("fused.json").read_text())
         run(*fuse_arguments(mlp_checkpoints), "--overwrite", "--fusion.pin_last", pins)
-        fused = json.loads(Path("fusion.json").read_text())
+        fused = json.loads(Path("fused.json").read_text())
         assert alone["alignments"] == fused["alignments"] and alone["template"] == fused["template"]
         measured = fused["layer_costs"][1]
         assert (measured == [None, None]) == (pins == "1")
@@ -161,8 +181,8 @@ def test_bad_use_ends_with_one_line(mlp_checkpoints, capsys):
 
 
 def test_existing_results_are_replaced_only_on_demand(mlp_checkpoints, capsys):
-    Path("transfer.json").write_text("precious")
-    assert "got transfer.json, which exists; give --overwrite" in refused(capsys, *arguments(mlp_checkpoints))
+    Path("out.json").write_text("precious")
+    assert "got out.json, which exists; give --overwrite" in refused(capsys, *arguments(mlp_checkpoints))
     run(*arguments(mlp_checkpoints), "--overwrite")
     assert record()["output"] == "out.ckpt"
 
