@@ -51,8 +51,8 @@ def find_weights(content: Mapping[Any, Any], wanted: str | None = None) -> Found
     entries = {str(name): value for name, value in content.items() if _is_state(value)}
     entries = {name: state for name, state in entries.items() if _holds_network(state)} or entries
     if entries:
-        name, wanted = _only(entries, wanted), None if wanted in entries else wanted
-        found = _within(entries[name], wanted)
+        name = next(iter(entries)) if len(entries) == 1 and wanted not in entries else _only(entries, wanted)
+        found = _within(entries[name], None if wanted == name else wanted)
         assumed = () if name in _USUAL else (f"the weights are those under {name!r}",)
         return FoundWeights(found.state, (*assumed, *found.assumed))
     return _within(content, wanted)
