@@ -82,6 +82,24 @@ def load_parent(path: str | os.PathLike[str]) -> nn.Module:
     return network.eval()
 
 
+def holds_classifier(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is for `load_parent`: one of `save_network`, or a checkpoint of `ImageClassifier`.
+
+    Args:
+        path: A local file.
+
+    Raises:
+        FusionError: It cannot be read.
+    """
+    path = local_file(path)
+    if _is_safetensors(path):
+        return True
+    saved = load_plain(path).get("hyper_parameters")
+    architecture = saved.get("architecture") if isinstance(saved, dict) else None
+    # Others may call one of their hyperparameters like this; networks of ours have a name.
+    return isinstance(architecture, dict) and "name" in architecture
+
+
 def load_fusion(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Return the record of the fusion that a file's network came from; None if the file has none.
 

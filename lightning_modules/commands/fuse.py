@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clafusion import Fusion, FusionOptions, fuse
 from clafusion.formats.files import check_saved
-from clafusion.fusion.record import AlignmentRecord, FusionRecord, NetworkRow
+from clafusion.fusion.record import AlignmentRecord, FusionRecord, NetworkRow, ParentFile
 from clafusion.lightning import Trainer
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.commands.align import align_checkpoints, print_alignment
@@ -75,18 +75,57 @@ def fuse_and_record(
         check_saved(parent, torch.zeros(2, *data.image_shape), path)
     batches = list(data.alignment_batches(options.num_samples, options.seed))
 
+    def measure(fusion: Fusion, batches: list[Tensor]) -> dict[str, Any]:
+        step("measuring for the report")
+        return _report_measurements(fusion, parents, batches, data)
+
+    return record_fusion(
+        parents, parent_files(paths), batches, options, device,
+        classes=classes, output=output, evaluate=evaluate, measure=measure if report else None,
+    )  # fmt: skip
+
+
+def record_fusion(
+    parents: list[nn.Module],
+    files: list[ParentFile],
+    batches: list[Tensor],
+    options: FusionOptions,
+    device: torch.device,
+    *,
+    classes: Sequence[Sequence[Label]] | None = None,
+    output: str | None = None,
+    evaluate: Evaluate | None = None,
+    measure: Callable[[Fusion, list[Tensor]], dict[str, Any]] | None = None,
+) -> tuple[Fusion, FusionRecord]:
+    """Fuse networks, and record how.
+
+    Args:
+        parents: The networks; moved to the device.
+        files: What they came from.
+        batches: Unlabelled samples, as the networks get them.
+        options: As for `fuse_and_record`; so are `device`, `classes`, `output` and `evaluate`.
+        device: Where to compute.
+        classes: Per parent the labels that its outputs stand for.
+        output: The file that the caller is going to write.
+        evaluate: Evaluates the parents and the result.
+        measure: Called with the fusion and the samples; returns what the report shows beyond the other figures.
+
+    Returns:
+        The fusion, whose networks are on the device, and its record.
+
+    Raises:
+        FusionError: The parents, the samples and the options do not fit together.
+    """
     started = time.perf_counter()
     batches = [batch.to(device) for batch in batches]
     fusion = fuse([parent.to(device) for parent in parents], batches, options, classes)
     cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory(device)}
     # Before the networks are evaluated, which may move them to another device.
-    if report:
-        step("measuring for the report")
-    measured = _report_measurements(fusion, parents, batches, data) if report else None
+    measured = measure and measure(fusion, batches)
     record = {
         "output": output,
         "networks": evaluate and evaluate(parents, fusion),
-        "parents": parent_files(paths),
+        "parents": files,
         **fusion.summary(),
         **cost,
         "seeds": seeds(options),
