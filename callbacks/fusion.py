@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from clafusion import Fusion, FusionOptions, restore
 from clafusion.callbacks.signals import HeldSignal
 from clafusion.errors import FusionError
-from clafusion.formats.files import check_saved, snapshot
 from clafusion.fusion.record import FusionRecord, NetworkRow
 from clafusion.lightning import (
     Callback,
@@ -22,10 +21,12 @@ from clafusion.lightning import (
     isolate_rng,
 )
 from clafusion.lightning_modules import ImageClassifier
-from clafusion.lightning_modules.checkpoints.modules import load_networks, name_of, source_of
+from clafusion.lightning_modules.checkpoints.modules import load_networks, name_of
 from clafusion.lightning_modules.commands.evaluation import side_by_side
 from clafusion.lightning_modules.commands.figures import Pictures, has_board
-from clafusion.lightning_modules.commands.fuse import Evaluate, fuse_and_record, record_fusion
+from clafusion.lightning_modules.commands.fuse import fuse_and_record
+from clafusion.lightning_modules.commands.fuse_modules import fuse_parents
+from clafusion.lightning_modules.commands.recording import Evaluate, described
 from clafusion.lightning_modules.compatibility import ImageData, label_places
 from clafusion.lightning_modules.distributed import on_rank_zero
 from clafusion.lightning_modules.placing import find_network, is_placed, place, place_saved
@@ -33,7 +34,6 @@ from clafusion.lightning_modules.progress import Step, steps
 from clafusion.lightning_modules.samples import training_samples
 from clafusion.report.pages import fusion_report
 from clafusion.statistics.batches import Inputs
-from clafusion.tracing.example import example_of
 
 
 class FusionData(ImageData, Protocol):
@@ -198,10 +198,8 @@ class FusionCallback(Callback):
             fusion, record = fuse_and_record(paths, data, self.options, device, step=step, evaluate=evaluated)
         else:
             fusion, record = self._fuse_any(trainer, at, step, evaluated)
-        example = example_of(fusion.structure.capture)[:1]
-        # What is trained is in single precision, whatever the parents are saved in.
-        taken = snapshot(fusion.model.float(), example.float() if example.is_floating_point() else example)
-        return taken.architecture, {name: tensor.cpu() for name, tensor in taken.state.items()}, record
+        taken = described(fusion)
+        return taken.architecture, taken.state, record
 
     def _fuse_any(
         self, trainer: Trainer, at: str, step: Step, evaluate: Evaluate | None
@@ -215,10 +213,7 @@ class FusionCallback(Callback):
             batches = list(data.alignment_batches(options.num_samples, options.seed))
         else:
             batches = training_samples(trainer, self.inputs, options.num_samples, options.seed)
-        for parent, network in zip(self.parents, networks, strict=True):
-            check_saved(network.to(device), torch.zeros_like(batches[0][:2], device=device), name_of(parent))
-        sources = [source_of(parent) for parent in self.parents]
-        return record_fusion(networks, sources, batches, options, device, evaluate=evaluate)
+        return fuse_parents(self.parents, networks, batches, options, device, evaluate=evaluate)
 
 
 def _validated(parents: list[nn.Module], fusion: Fusion, data: FusionData, device: torch.device) -> list[NetworkRow]:

@@ -150,6 +150,12 @@ class HookedCLI(LightningCLI):
         """Return the parsers of further commands, by name."""
         return {}
 
+    def add_classes(self, parser: LightningArgumentParser, data: type[LightningDataModule]) -> None:
+        """Add the arguments of trainer, module and data, as Lightning does, for data of another class."""
+        own, self._datamodule_class = self._datamodule_class, data
+        self.add_core_arguments_to_parser(parser)
+        self._datamodule_class = own
+
     def setup_parser(
         self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
     ) -> None:

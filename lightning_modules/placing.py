@@ -11,6 +11,8 @@ from clafusion.formats.files import restore
 
 #: The hyperparameter of a module, and of its checkpoints, that describes the fused network in it.
 KEY = "fused_network"
+#: Of its value.
+_FORM = {"at": str, "architecture": dict}
 #: The attribute that a fused network gets in a module that is a network itself.
 _OWN = "network"
 
@@ -100,7 +102,7 @@ def place_saved(module: nn.Module, hyper_parameters: Mapping[str, Any]) -> bool:
     described = hyper_parameters.get(KEY)
     if described is None:
         return False
-    if not isinstance(described, dict) or described.keys() != {"at", "architecture"} or type(described["at"]) is not str:
+    if not isinstance(described, dict) or {name: type(one) for name, one in described.items()} != _FORM:
         raise FusionError(f"Expected {KEY} of a checkpoint with `at` and `architecture`, got another; save it again")
     place(module, **described)
     return True

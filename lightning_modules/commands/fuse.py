@@ -1,30 +1,25 @@
 """From checkpoints to one fused network, with the record of how it was fused: `clafusion fuse`."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from clafusion import Fusion, FusionOptions, fuse
+from clafusion import Fusion, FusionOptions
+from clafusion.errors import FusionError
 from clafusion.formats.files import check_saved
-from clafusion.fusion.record import AlignmentRecord, FusionRecord, NetworkRow, ParentFile
+from clafusion.fusion.record import AlignmentRecord, FusionRecord, NetworkRow
 from clafusion.lightning import Trainer
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.commands.align import align_checkpoints, print_alignment
 from clafusion.lightning_modules.commands.evaluation import contestants, evaluate_networks, print_networks
 from clafusion.lightning_modules.commands.figures import Pictures, check_folder, folder_beside
+from clafusion.lightning_modules.commands.fuse_modules import ModuleFusion
 from clafusion.lightning_modules.commands.outputs import check_empty, check_new, check_output, prepared
-from clafusion.lightning_modules.commands.records import (
-    as_json,
-    parent_files,
-    peak_memory,
-    seeds,
-    versions,
-    write_results,
-)
+from clafusion.lightning_modules.commands.recording import Evaluate, record_fusion
+from clafusion.lightning_modules.commands.records import as_json, parent_files, write_results
 from clafusion.lightning_modules.compatibility import ImageData, label_places, load_parents
 from clafusion.lightning_modules.files import write_together, writer
 from clafusion.lightning_modules.progress import Step, steps
@@ -33,8 +28,6 @@ from clafusion.report.pages import fusion_report, line_accuracies, report_data
 from clafusion.statistics.samples import collect
 from clafusion.teachers.label_sets import Label
 
-#: Called with the parents and what became of them; returns the evaluations to record.
-Evaluate = Callable[[list[nn.Module], Fusion], list[NetworkRow]]
 Record = TypeVar("Record", FusionRecord, AlignmentRecord)
 
 
@@ -85,56 +78,6 @@ def fuse_and_record(
     )  # fmt: skip
 
 
-def record_fusion(
-    parents: list[nn.Module],
-    files: list[ParentFile],
-    batches: list[Tensor],
-    options: FusionOptions,
-    device: torch.device,
-    *,
-    classes: Sequence[Sequence[Label]] | None = None,
-    output: str | None = None,
-    evaluate: Evaluate | None = None,
-    measure: Callable[[Fusion, list[Tensor]], dict[str, Any]] | None = None,
-) -> tuple[Fusion, FusionRecord]:
-    """Fuse networks, and record how.
-
-    Args:
-        parents: The networks; moved to the device.
-        files: What they came from.
-        batches: Unlabelled samples, as the networks get them.
-        options: As for `fuse_and_record`; so are `device`, `classes`, `output` and `evaluate`.
-        device: Where to compute.
-        classes: Per parent the labels that its outputs stand for.
-        output: The file that the caller is going to write.
-        evaluate: Evaluates the parents and the result.
-        measure: Called with the fusion and the samples; returns what the report shows beyond the other figures.
-
-    Returns:
-        The fusion, whose networks are on the device, and its record.
-
-    Raises:
-        FusionError: The parents, the samples and the options do not fit together.
-    """
-    started = time.perf_counter()
-    batches = [batch.to(device) for batch in batches]
-    fusion = fuse([parent.to(device) for parent in parents], batches, options, classes)
-    cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory(device)}
-    # Before the networks are evaluated, which may move them to another device.
-    measured = measure and measure(fusion, batches)
-    record = {
-        "output": output,
-        "networks": evaluate and evaluate(parents, fusion),
-        "parents": files,
-        **fusion.summary(),
-        **cost,
-        "seeds": seeds(options),
-        "versions": versions(),
-        "report": measured,
-    }
-    return fusion, cast(FusionRecord, {name: value for name, value in record.items() if value is not None})
-
-
 def _report_measurements(
     fusion: Fusion, parents: list[nn.Module], batches: list[Tensor], data: ImageData
 ) -> dict[str, Any]:
@@ -178,6 +121,9 @@ def fuse_checkpoints(
     figures: bool = True,
     quiet: bool = False,
     json: bool = False,
+    module: str | None = None,
+    network: str | None = None,
+    inputs: str | None = None,
     fusion: FusionOptions = FusionOptions(),  # noqa: B008 (it is frozen)
 ) -> FusionRecord | AlignmentRecord:
     """Fuse trained networks into one and show how well each of them does on the test images.
@@ -201,6 +147,10 @@ def fuse_checkpoints(
         figures: Whether every figure of the report becomes a file of its own as well, as SVG and as PNG.
         quiet: Whether to print nothing but errors.
         json: Whether to print what fusion.json holds, as JSON and nothing else, instead of tables.
+        module: The LightningModule of which the parents are checkpoints, and the output will be, as package.Class, if
+            it is one of your own; the data may then be any LightningDataModule, and nothing is evaluated.
+        network: With module, the attribute path of what is fused inside it, such as net; none given: found.
+        inputs: With module, which part of a batch of the data the network takes, by key or place; none given: found.
         fusion: The options of the method.
 
     Returns:
@@ -216,6 +166,8 @@ def fuse_checkpoints(
     if figures:
         check_folder(page, overwrite)
     check_empty(model)
+    own = None if module is None else ModuleFusion(module, network, inputs)
+    _check_data(datamodule, own, align_only)
     device, silent = trainer.strategy.root_device, quiet or json or not trainer.is_global_zero
     if align_only:
         with steps(silent) as step:
@@ -231,20 +183,35 @@ def fuse_checkpoints(
             return evaluate_networks(trainer, contestants(networks, result), datamodule, step, result.classes)
 
         report_here = report and trainer.is_global_zero
-        fused, record = fuse_and_record(
-            parents, datamodule, fusion, device, classes=classes, output=output, report=report_here, evaluate=evaluate,
-            step=step,
-        )  # fmt: skip
+        if own is not None:
+            content, record = own.run(trainer, datamodule, parents, fusion, output, step)
+        else:
+            fused, record = fuse_and_record(
+                parents, datamodule, fusion, device, classes=classes, output=output, report=report_here,
+                evaluate=evaluate, step=step,
+            )  # fmt: skip
+            content = prepared(model, fused.model, record)
     if trainer.is_global_zero:
         shown = fusion_report(record) if report else None
         pictures = Pictures.of(shown.figures if shown and figures else ())
         pages = {page: writer(shown.html)} if shown else {}
-        write_together({path: prepared(model, fused.model, record), file: writer(as_json(record)), **pages})
+        write_together({path: content, file: writer(as_json(record)), **pages})
         if figures:
             pictures.write(folder_beside(page))
             pictures.log(trainer.loggers)
         _say(record, _print_fusion, quiet, json)
     return record
+
+
+def _check_data(data: Any, own: ModuleFusion | None, align_only: bool) -> None:
+    """Refuse data without images for parents of ours, and what is not done with a module of the user's own."""
+    if own is None and not hasattr(data, "alignment_batches"):
+        raise FusionError(
+            f"Expected an image data module to fuse on, got {type(data).__name__}; name the class of the parents by "
+            "--module if it is your own"
+        )
+    if own is not None and align_only:
+        raise FusionError("Expected --align_only for checkpoints of fit or fuse, got --module; leave one of them out")
 
 
 def _say(record: Record, in_words: Callable[[Record], None], quiet: bool, json: bool) -> None:
@@ -269,7 +236,8 @@ def _print_fusion(record: FusionRecord) -> None:
     """Print the networks of a fusion as a table on standard output, and below it the files."""
     from rich.console import Console
 
-    print_networks(record["networks"])
+    if "networks" in record:
+        print_networks(record["networks"])
     console = Console()
     for line in _choices(record):
         console.print(line, highlight=False, soft_wrap=True)
