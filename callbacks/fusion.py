@@ -101,7 +101,7 @@ class FusionCallback(Callback):
         """Fuse, or put the network of the checkpoint to be restored in place, before the strategy wraps the module."""
         if checkpoint_to_restore(trainer) is not None:
             if not isinstance(pl_module, ImageClassifier):
-                place_saved(pl_module, content_to_restore(trainer).get("hyper_parameters", {}))
+                self._fused = place_saved(pl_module, content_to_restore(trainer).get("hyper_parameters", {}))
             return
         if stage != "fit" or self._has_network(pl_module):
             return
@@ -140,7 +140,7 @@ class FusionCallback(Callback):
         """Refuse a module that had a network already; log the record of a fusion."""
         if checkpoint_to_restore(trainer) is not None:
             return
-        if self.record is None or not any(module is self._fused for module in pl_module.modules()):
+        if self.record is None or not self._is_fused(pl_module):
             raise FusionError(
                 "Expected a module without a network for FusionCallback to fuse into, got one with; leave out "
                 "--model.architecture, or what replaces the fused network in setup or configure_model"
@@ -173,6 +173,12 @@ class FusionCallback(Callback):
             return module.network is not None
         return self.record is not None and is_placed(module)
 
+    def _is_fused(self, module: LightningModule) -> bool:
+        """Whether a module has the network that this callback has given it."""
+        if isinstance(module, ImageClassifier):
+            return module.fusion == self.record
+        return any(one is self._fused for one in module.modules())
+
     def _put(self, module: LightningModule, at: str, architecture: Mapping[str, Any]) -> nn.Module:
         """Put the fused network into a module, with its record if it is one of ours; return the network."""
         if not isinstance(module, ImageClassifier):
@@ -186,7 +192,8 @@ class FusionCallback(Callback):
 
     def _fuse(self, trainer: Trainer, at: str, step: Step) -> tuple[dict[str, Any], dict[str, Tensor], FusionRecord]:
         """Return the architecture and the weights of the fused network, and the record."""
-        device, data = trainer.strategy.root_device, getattr(trainer, "datamodule", None)
+        device = trainer.strategy.root_device
+        data: Any = getattr(trainer, "datamodule", None)
 
         def evaluate(parents: list[nn.Module], fusion: Fusion) -> list[NetworkRow]:
             return _validated(parents, fusion, data, device)
@@ -208,7 +215,7 @@ class FusionCallback(Callback):
         options, device = self.options, trainer.strategy.root_device
         step(f"fusing {len(self.parents)} networks")
         networks = load_networks(self.parents, type(trainer.lightning_module), at)
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         if hasattr(data, "alignment_batches"):
             batches = list(data.alignment_batches(options.num_samples, options.seed))
         else:

@@ -2,14 +2,16 @@
 
 `pytorch_lightning` and `lightning.pytorch` are the same code under two names, and a trainer of the one refuses the
 modules of the other. The one that the program has imported first is used, so `import lightning` before anything of
-ours selects that; a program that has imported neither gets `pytorch_lightning`. The library itself needs neither: only
-`clafusion.lightning_modules`, `clafusion.datamodules` and `clafusion.callbacks` import this module.
+ours selects that; a program that has imported neither gets the one that the environment variable CLAFUSION_LIGHTNING
+names, `pytorch_lightning` without it. The library itself needs neither: only `clafusion.lightning_modules`,
+`clafusion.datamodules` and `clafusion.callbacks` import this module.
 
 What is private here may change with every minor release of Lightning; setup.cfg therefore has an upper bound.
 """
 
 import copy
 import importlib
+import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
@@ -17,8 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 #: The names of the two packages, each with the name of its Fabric.
 _FABRICS = {"pytorch_lightning": "lightning_fabric", "lightning.pytorch": "lightning.fabric"}
-#: The package that is used.
-PACKAGE = next((name for name in sys.modules if name in _FABRICS), "pytorch_lightning")
+#: The package that is used; the variable is for the command line, which imports classes of the user's last.
+PACKAGE = next(
+    (name for name in sys.modules if name in _FABRICS), os.environ.get("CLAFUSION_LIGHTNING", "pytorch_lightning")
+)
+if PACKAGE not in _FABRICS:
+    raise ImportError(f"Expected CLAFUSION_LIGHTNING to be {' or '.join(_FABRICS)}, got {PACKAGE}; change it")
 FABRIC = _FABRICS[PACKAGE]
 
 if TYPE_CHECKING:

@@ -85,12 +85,13 @@ def place(module: nn.Module, at: str, architecture: Mapping[str, Any]) -> nn.Mod
         _remove_layers(module)
         module.forward = MethodType(_forward_of_network, module)
     setattr(network_at(module, owner), name, network)
-    module.hparams[KEY] = {"at": at, "architecture": dict(architecture)}  # type: ignore[index, operator]
+    hyper_parameters: Any = module.hparams
+    hyper_parameters[KEY] = {"at": at, "architecture": dict(architecture)}
     return network
 
 
-def place_saved(module: nn.Module, hyper_parameters: Mapping[str, Any]) -> bool:
-    """Put the network that a checkpoint describes into a module; return whether it describes one.
+def place_saved(module: nn.Module, hyper_parameters: Mapping[str, Any]) -> nn.Module | None:
+    """Put the network that a checkpoint describes into a module; return it, or None if none is described.
 
     Args:
         module: A LightningModule, changed in place.
@@ -101,11 +102,10 @@ def place_saved(module: nn.Module, hyper_parameters: Mapping[str, Any]) -> bool:
     """
     described = hyper_parameters.get(KEY)
     if described is None:
-        return False
+        return None
     if not isinstance(described, dict) or {name: type(one) for name, one in described.items()} != _FORM:
         raise FusionError(f"Expected {KEY} of a checkpoint with `at` and `architecture`, got another; save it again")
-    place(module, **described)
-    return True
+    return place(module, **described)
 
 
 def is_placed(module: nn.Module) -> bool:

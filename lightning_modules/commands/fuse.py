@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from clafusion import Fusion, FusionOptions
 from clafusion.errors import FusionError
 from clafusion.formats.files import check_saved
 from clafusion.fusion.record import AlignmentRecord, FusionRecord, NetworkRow
-from clafusion.lightning import Trainer
+from clafusion.lightning import LightningDataModule, Trainer
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.commands.align import align_checkpoints, print_alignment
 from clafusion.lightning_modules.commands.evaluation import contestants, evaluate_networks, print_networks
@@ -184,7 +184,7 @@ def fuse_checkpoints(
 
         report_here = report and trainer.is_global_zero
         if own is not None:
-            content, record = own.run(trainer, datamodule, parents, fusion, output, step)
+            content, record = own.run(trainer, cast(LightningDataModule, datamodule), parents, fusion, output, step)
         else:
             fused, record = fuse_and_record(
                 parents, datamodule, fusion, device, classes=classes, output=output, report=report_here,

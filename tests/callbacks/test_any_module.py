@@ -225,8 +225,10 @@ def test_data_comes_from_whatever_fit_was_given(given):
     with torch.no_grad():
         expected = fuse([one.net for one in modules()], drawn, OPTIONS).model(samples()[0])
     assert torch.allclose(start.logits, expected, atol=1e-5)
-    # Fusing has left no trace: the loader has drawn for one epoch.
-    assert torch.equal(loader.generator.get_state(), once.generator.get_state())
+    # Fusing has left no trace: the loader has drawn as in a training that fuses nothing.
+    untouched = shuffled()
+    Trainer(max_epochs=1, enable_checkpointing=False, **QUIET).fit(WithData(), untouched)
+    assert torch.equal(loader.generator.get_state(), untouched.generator.get_state())
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
@@ -287,6 +289,15 @@ def test_a_second_fit_goes_on_with_the_fused_network():
     assert torch.equal(start.logits, after)
 
 
+def test_a_resumed_training_can_be_trained_on(tmp_path):
+    fit(Inside(), modules()).save_checkpoint(tmp_path / "one.ckpt")
+    module, callback, start = Inside(), FusionCallback(modules(), OPTIONS), AtStart()
+    fit(module, None, epochs=2, callback=callback, ckpt_path=str(tmp_path / "one.ckpt"))
+    after = logits_of(module)
+    fit(module, None, callback=callback, more=[start])
+    assert torch.equal(start.logits, after)
+
+
 def test_a_checkpoint_without_a_fused_network_is_loaded_as_it_is(tmp_path):
     deep, _ = saved(Inside, tmp_path)
     assert torch.equal(logits_of(clafusion.load_from(deep, Inside)), logits_of(modules()[0]))
@@ -331,7 +342,7 @@ def test_unusable_input_is_refused_in_one_line(tmp_path):
         (Other(1), [deep, shallow], None, "Expected a checkpoint with the arguments of Other, got .*deep.ckpt"),
         (Inside(), [deep, str(bomb)], None, "Expected only tensors and plain values in .*bomb.ckpt"),
         (Inside(), [deep, "none.ckpt"], None, "Expected a checkpoint, got none.ckpt, which is no file"),
-        (Inside(), [deep, shallow], Words(), "Expected batches of samples .*, got dict with 'words'; say with `inputs`"),
+        (Inside(), [deep, shallow], Words(), "Expected batches .*, got dict with 'words'; say with `inputs`"),
     ):
         before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         with pytest.raises(FusionError, match=message) as refused:
