@@ -20,6 +20,7 @@ from clafusion.filter_transfer.transfer import map_units, transfer
 from clafusion.formats.files import describe, load_network, restore, save_network
 from clafusion.fusion.averaging import average
 from clafusion.fusion.fuse import Fusion, fuse
+from clafusion.loading import load_from
 from clafusion.old_names import explain_old_names as _explain_old_names
 from clafusion.options import FusionOptions
 from clafusion.tracing.reading import trace
@@ -43,6 +44,7 @@ __all__ = [
     "insert_identities",
     "layer_costs",
     "linear_cka",
+    "load_from",
     "load_network",
     "map_units",
     "merge_layers",

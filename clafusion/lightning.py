@@ -2,21 +2,29 @@
 
 `pytorch_lightning` and `lightning.pytorch` are the same code under two names, and a trainer of the one refuses the
 modules of the other. The one that the program has imported first is used, so `import lightning` before anything of
-ours selects that; a program that has imported neither gets `pytorch_lightning`. The library itself needs neither: only
-`clafusion.lightning_modules`, `clafusion.datamodules` and `clafusion.callbacks` import this module.
+ours selects that; a program that has imported neither gets the one that the environment variable CLAFUSION_LIGHTNING
+names, `pytorch_lightning` without it. The library itself needs neither: only `clafusion.lightning_modules`,
+`clafusion.datamodules` and `clafusion.callbacks` import this module.
 
 What is private here may change with every minor release of Lightning; setup.cfg therefore has an upper bound.
 """
 
+import copy
 import importlib
+import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 #: The names of the two packages, each with the name of its Fabric.
 _FABRICS = {"pytorch_lightning": "lightning_fabric", "lightning.pytorch": "lightning.fabric"}
-#: The package that is used.
-PACKAGE = next((name for name in sys.modules if name in _FABRICS), "pytorch_lightning")
+#: The package that is used; the variable is for the command line, which imports classes of the user's last.
+PACKAGE = next(
+    (name for name in sys.modules if name in _FABRICS), os.environ.get("CLAFUSION_LIGHTNING", "pytorch_lightning")
+)
+if PACKAGE not in _FABRICS:
+    raise ImportError(f"Expected CLAFUSION_LIGHTNING to be {' or '.join(_FABRICS)}, got {PACKAGE}; change it")
 FABRIC = _FABRICS[PACKAGE]
 
 if TYPE_CHECKING:
@@ -37,6 +45,7 @@ if TYPE_CHECKING:
     from pytorch_lightning.strategies import Strategy
     from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
     from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
+    from pytorch_lightning.utilities.combined_loader import CombinedLoader
     from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
     from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
     from pytorch_lightning.utilities.seed import isolate_rng
@@ -52,6 +61,7 @@ else:
         f"{PACKAGE}.strategies": "Strategy",
         f"{PACKAGE}.strategies.launchers": "_MultiProcessingLauncher",
         f"{PACKAGE}.trainer.connectors.checkpoint_connector": "_CheckpointConnector",
+        f"{PACKAGE}.utilities.combined_loader": "CombinedLoader",
         f"{PACKAGE}.utilities.exceptions": "MisconfigurationException SIGTERMException",
         f"{PACKAGE}.utilities.rank_zero": "rank_zero_info rank_zero_only",
         f"{PACKAGE}.utilities.seed": "isolate_rng",
@@ -68,6 +78,7 @@ __all__ = [
     "Callback",
     "Checkpoint",
     "CheckpointConnector",
+    "CombinedLoader",
     "HookedCLI",
     "HookedTrainer",
     "LightningArgumentParser",
@@ -87,13 +98,17 @@ __all__ = [
     "Trainer",
     "__version__",
     "begin_next_epoch",
+    "checkpoint_to_restore",
     "cluster_environment",
+    "content_to_restore",
     "data_settings",
     "isolate_rng",
     "rank_zero_info",
     "rank_zero_only",
     "seed_everything",
     "starts_workers_itself",
+    "to_device",
+    "training_loader",
     "training_settings",
 ]
 
@@ -124,22 +139,11 @@ class CheckpointConnector(_CheckpointConnector):
 
 
 class HookedTrainer(Trainer):
-    """A trainer that knows from the beginning of a run which checkpoint it is going to restore.
-
-    Attributes:
-        restores: the checkpoint of the run, named by the user, by `last` or by a cluster's requeue; None without one.
-            Lightning has decided on it before `setup`, but tells no one before it has read it.
-    """
-
-    restores: Any = None
+    """A trainer that restores checkpoints by a connector of ours."""
 
     def use_connector(self, kind: type[CheckpointConnector]) -> None:
         """Restore checkpoints by another connector."""
         self._checkpoint_connector = kind(self)
-
-    def _run(self, model: LightningModule, ckpt_path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        self.restores = ckpt_path
-        return super()._run(model, ckpt_path, *args, **kwargs)
 
 
 class HookedCLI(LightningCLI):
@@ -152,6 +156,12 @@ class HookedCLI(LightningCLI):
     def own_parsers(self) -> dict[str, LightningArgumentParser]:
         """Return the parsers of further commands, by name."""
         return {}
+
+    def add_classes(self, parser: LightningArgumentParser, data: type[LightningDataModule]) -> None:
+        """Add the arguments of trainer, module and data, as Lightning does, for data of another class."""
+        own, self._datamodule_class = self._datamodule_class, data
+        self.add_core_arguments_to_parser(parser)
+        self._datamodule_class = own
 
     def setup_parser(
         self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
@@ -197,6 +207,49 @@ class HookedCLI(LightningCLI):
 def cluster_environment(trainer: Trainer) -> Any:
     """Return the cluster environment that a trainer runs in, such as SLURM's; None without one."""
     return trainer._accelerator_connector.cluster_environment
+
+
+def checkpoint_to_restore(trainer: Trainer) -> Any:
+    """Return the checkpoint that the present run of a trainer restores, or has restored; None without one.
+
+    It may have been named by the user, by `last` or by a cluster's requeue. Lightning has decided on it before `setup`,
+    but tells no one before it has read it.
+    """
+    return _arguments_of_run(trainer).get("ckpt_path")
+
+
+def content_to_restore(trainer: Trainer) -> dict[str, Any]:
+    """Read the checkpoint of `checkpoint_to_restore` as Lightning will, as safely or unsafely as the user has said."""
+    arguments = _arguments_of_run(trainer)
+    content: dict[str, Any] = trainer.strategy.load_checkpoint(
+        arguments["ckpt_path"], weights_only=arguments["weights_only"]
+    )
+    return content
+
+
+def _arguments_of_run(trainer: Trainer) -> dict[str, Any]:
+    """Return the arguments of the method that runs everything, which is the only one that has them all."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is Trainer._run.__code__ and frame.f_locals["self"] is trainer:
+            return frame.f_locals
+        frame = frame.f_back
+    return {}
+
+
+def training_loader(trainer: Trainer) -> CombinedLoader:
+    """Return what `fit` was given to train on, as the module, the data module or the caller made it.
+
+    Lightning has not shared it between processes yet.
+    """
+    loader = trainer.fit_loop._data_source.dataloader()
+    return copy.copy(loader) if isinstance(loader, CombinedLoader) else CombinedLoader(loader)
+
+
+def to_device(trainer: Trainer, batch: Any) -> Any:
+    """Move a batch to the trainer's device, through the hooks of the data module or of the module."""
+    batch = trainer.lightning_module._on_before_batch_transfer(batch)
+    return trainer.strategy.batch_to_device(batch)
 
 
 def starts_workers_itself(strategy: Strategy) -> bool:

@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 
 from clafusion.errors import FusionError
 from clafusion.formats.stored import StoredNetwork
-from clafusion.lightning import Trainer
 from clafusion.lightning_modules.checkpoints.reading import load_classes, load_parent
 from clafusion.teachers.label_sets import Label, check_classes, union_of
 
@@ -118,14 +117,6 @@ class _Watched(fx.Interpreter):
 
 def _shape(output: object) -> Any:
     return list(output.shape[1:]) if isinstance(output, Tensor) else type(output).__name__
-
-
-def resumes_from(trainer: Trainer) -> Any:
-    """Return the checkpoint that a trainer is going to restore, or has restored; None if it begins anew.
-
-    Lightning's own trainers do not know it before `on_fit_start`; a `FusionTrainer` does.
-    """
-    return getattr(trainer, "restores", None) or trainer.ckpt_path
 
 
 def _input_of(network: nn.Module) -> str:

@@ -9,9 +9,10 @@ from clafusion import FusionOptions
 from clafusion.distillation import Reduction, check_distillation, distillation_loss
 from clafusion.ensemble import Ensemble, Space
 from clafusion.errors import FusionError
+from clafusion.lightning import checkpoint_to_restore
 from clafusion.lightning_modules.checkpoints.reading import load_classes, load_fusion, load_parent
 from clafusion.lightning_modules.classifier import Batch, ImageClassifier
-from clafusion.lightning_modules.compatibility import ImageData, check_images, load_alike, resumes_from
+from clafusion.lightning_modules.compatibility import ImageData, check_images, load_alike
 from clafusion.lightning_modules.files import sha256
 from clafusion.teachers.label_sets import check_classes
 
@@ -131,7 +132,7 @@ class Distiller(ImageClassifier):
 
     def _load_student(self) -> None:
         """Start from the student's file; a training that is resumed has its network from its checkpoint."""
-        if self.student is None or resumes_from(self.trainer) is not None:
+        if self.student is None or checkpoint_to_restore(self.trainer) is not None:
             return
         if self.network is not None:
             raise FusionError(

@@ -27,7 +27,7 @@ PACKAGES = {
 }
 #: Floors from the ground up: a module or package may import those on floors below its own, and its own package.
 LIBRARY = [
-    ["errors", "old_names", "naming", "tracking", "lightning"],
+    ["errors", "old_names", "naming", "tracking", "lightning", "loading"],
     ["options"],
     ["networks", "tracing"],
     ["statistics", "formats"],
@@ -40,7 +40,7 @@ LIBRARY = [
     ["report"],
 ]
 LIGHTNING = [
-    ["files", "distributed", "progress"],
+    ["files", "distributed", "progress", "placing", "samples"],
     ["checkpoints"],
     ["compatibility", "optimizers"],
     ["classifier"],

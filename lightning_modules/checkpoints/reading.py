@@ -95,6 +95,24 @@ def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {} if _is_safetensors(path) else read_checkpoint(path)
 
 
+def holds_classifier(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is for `load_parent`: one of `save_network`, or a checkpoint of `ImageClassifier`.
+
+    Args:
+        path: A local file.
+
+    Raises:
+        FusionError: It cannot be read.
+    """
+    path = local_file(path)
+    if _is_safetensors(path):
+        return True
+    saved = load_plain(path).get("hyper_parameters")
+    architecture = saved.get("architecture") if isinstance(saved, dict) else None
+    # Others may call one of their hyperparameters like this; networks of ours have a name.
+    return isinstance(architecture, dict) and "name" in architecture
+
+
 def load_fusion(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Return the record of the fusion that a file's network came from; None if the file has none.
 

@@ -5,6 +5,7 @@ report` are functions. Each has `--help` and `--config`.
 """
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from clafusion.lightning import (
     HookedCLI,
     LightningArgumentParser,
     LightningCLI,
+    LightningDataModule,
     LightningModule,
     SaveConfigCallback,
     Trainer,
@@ -166,7 +168,10 @@ class FusionCLI(HookedCLI):
         parser = self.init_parser(**_COMMON, description=summary, usage=_USAGE.get(name))
         if _has_classes(name):
             self.add_default_arguments_to_parser(parser)
-            self.add_core_arguments_to_parser(parser)
+            if name == "fuse":
+                self.add_classes(parser, LightningDataModule)
+            else:
+                self.add_core_arguments_to_parser(parser)
         parser.add_function_arguments(function, skip=set(_CLASSES), as_positional=name == "report")
         if name == "pipeline":
             parser.add_argument("--list", action=ListExperiments)
@@ -259,6 +264,9 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: With code 2, after one line on standard error, if the input cannot be used; with code 1 if stages of
             an experiment have failed, or another process is gone; with code 130 after Ctrl-C, 143 after SIGTERM.
     """
+    if not {"", os.getcwd()} & set(sys.path):
+        # Last: a folder of the user's hides no installed package.
+        sys.path.append(os.getcwd())
     try:
         with quiet():
             FusionCLI(

@@ -1,16 +1,16 @@
 """From checkpoints to one fused network, with the record of how it was fused: `clafusion fuse`."""
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from clafusion import Fusion, FusionOptions, fuse
+from clafusion import Fusion, FusionOptions
+from clafusion.errors import FusionError
 from clafusion.formats.files import check_saved
 from clafusion.fusion.record import AlignmentRecord, FusionRecord, NetworkRow
-from clafusion.lightning import Trainer
+from clafusion.lightning import LightningDataModule, Trainer
 from clafusion.lightning_modules.classifier import ImageClassifier
 from clafusion.lightning_modules.commands.align import align_checkpoints, print_alignment
 from clafusion.lightning_modules.commands.chance import check_above_chance
@@ -21,18 +21,12 @@ from clafusion.lightning_modules.commands.evaluation import (
     widened,
 )
 from clafusion.lightning_modules.commands.figures import Pictures, check_folder, folder_beside
+from clafusion.lightning_modules.commands.fuse_modules import ModuleFusion
 from clafusion.lightning_modules.commands.naming import file_names
 from clafusion.lightning_modules.commands.outputs import check_empty, check_new, check_output, prepared
 from clafusion.lightning_modules.commands.printing import print_fusion, say
-from clafusion.lightning_modules.commands.records import (
-    as_json,
-    circumstances,
-    parent_files,
-    peak_memory,
-    seeds,
-    versions,
-    write_results,
-)
+from clafusion.lightning_modules.commands.recording import Evaluate, record_fusion
+from clafusion.lightning_modules.commands.records import as_json, parent_files, write_results
 from clafusion.lightning_modules.compatibility import ImageData, label_places, load_parents
 from clafusion.lightning_modules.files import write_together, writer
 from clafusion.lightning_modules.progress import Step, steps
@@ -42,10 +36,8 @@ from clafusion.report.pages import fusion_report, line_accuracies, report_data
 from clafusion.statistics.samples import collect
 from clafusion.teachers.label_sets import Label, union_of
 
-#: Called with the parents by name and what became of them; returns the evaluations to record.
-Evaluate = Callable[[dict[str, nn.Module], Fusion], list[NetworkRow]]
 #: Called with the parents by name, with outputs for all classes, before they are fused, and with these classes.
-Examine = Callable[[dict[str, nn.Module], Sequence[Label]], list[NetworkRow]]
+Examine = Callable[[Mapping[str, nn.Module], Sequence[Label]], list[NetworkRow]]
 
 
 def fuse_and_record(
@@ -95,26 +87,14 @@ def fuse_and_record(
         step(f"fusing {len(paths)} networks")
         batches = list(data.alignment_batches(options.num_samples, options.seed))
 
-        started = time.perf_counter()
-        batches = [batch.to(device) for batch in batches]
-        fusion = fuse([parent.to(device) for parent in parents], batches, options, classes)
-        cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory(device)}
-    # Before the networks are evaluated, which may move them to another device.
-    if report:
+    def measure(fusion: Fusion, batches: list[Tensor]) -> dict[str, Any]:
         step("measuring for the report")
-    measured = _report_measurements(fusion, parents, batches, data) if report else None
-    record = {
-        "output": output,
-        "networks": evaluate and [*rows, *evaluate(together, fusion)],
-        "parents": parent_files(paths, names),
-        **fusion.summary(),
-        **cost,
-        **circumstances(device, data),
-        "seeds": seeds(options),
-        "versions": versions(),
-        "report": measured,
-    }
-    return fusion, cast(FusionRecord, {name: value for name, value in record.items() if value is not None})
+        return _report_measurements(fusion, parents, batches, data)
+
+    return record_fusion(
+        together, parent_files(paths, names), batches, options, device, data,
+        classes=classes, output=output, rows=rows, evaluate=evaluate, measure=measure if report else None,
+    )  # fmt: skip
 
 
 def _report_measurements(
@@ -161,6 +141,9 @@ def fuse_checkpoints(
     figures: bool = True,
     quiet: bool = False,
     json: bool = False,
+    module: str | None = None,
+    network: str | None = None,
+    inputs: str | None = None,
     fusion: FusionOptions = FusionOptions(),  # noqa: B008 (it is frozen)
 ) -> FusionRecord | AlignmentRecord:
     """Fuse trained networks into one and show how well each of them does on the test images.
@@ -186,6 +169,10 @@ def fuse_checkpoints(
         figures: Whether every figure of the report becomes a file of its own as well, as SVG and as PNG.
         quiet: Whether to print nothing but errors.
         json: Whether to print what NAME.json holds, as JSON and nothing else, instead of tables.
+        module: The LightningModule of which the parents are checkpoints, and the output will be, as package.Class, if
+            it is one of your own; the data may then be any LightningDataModule, and nothing is evaluated.
+        network: With module, the attribute path of what is fused inside it, such as net; none given: found.
+        inputs: With module, which part of a batch of the data the network takes, by key or place; none given: found.
         fusion: The options of the method.
 
     Returns:
@@ -201,6 +188,8 @@ def fuse_checkpoints(
     if figures:
         check_folder(page, overwrite)
     check_empty(model)
+    own = None if module is None else ModuleFusion(module, network, inputs)
+    _check_data(datamodule, own, align_only)
     device, silent = trainer.strategy.root_device, quiet or json or not trainer.is_global_zero
     if align_only:
         with steps(silent) as step:
@@ -212,28 +201,43 @@ def fuse_checkpoints(
         return alignment
     with steps(silent) as step:
 
-        def examine(networks: dict[str, nn.Module], known: Sequence[Label]) -> list[NetworkRow]:
+        def examine(networks: Mapping[str, nn.Module], known: Sequence[Label]) -> list[NetworkRow]:
             rows = evaluate_networks(trainer, networks, datamodule, step, "parent", known)
             if check_parents:
                 check_above_chance(rows, len(known) or datamodule.num_classes)
             return rows
 
-        def evaluate(networks: dict[str, nn.Module], result: Fusion) -> list[NetworkRow]:
+        def evaluate(networks: Mapping[str, nn.Module], result: Fusion) -> list[NetworkRow]:
             return evaluate_fusion(trainer, networks, result, datamodule, step)
 
         report_here = report and trainer.is_global_zero
-        fused, record = fuse_and_record(
-            parents, datamodule, fusion, device, classes=classes, output=output, report=report_here, examine=examine,
-            evaluate=evaluate, step=step,
-        )  # fmt: skip
+        if own is not None:
+            content, record = own.run(trainer, cast(LightningDataModule, datamodule), parents, fusion, output, step)
+        else:
+            fused, record = fuse_and_record(
+                parents, datamodule, fusion, device, classes=classes, output=output, report=report_here,
+                examine=examine, evaluate=evaluate, step=step,
+            )  # fmt: skip
+            content = prepared(model, fused.model, record)
     if trainer.is_global_zero:
         shown = fusion_report(record) if report else None
         pictures = Pictures.of(shown.figures if shown and figures else ())
         pages = {page: writer(shown.html)} if shown else {}
-        write_together({path: prepared(model, fused.model, record), file: writer(as_json(record)), **pages})
-        log_networks(trainer.loggers, record["networks"])
+        write_together({path: content, file: writer(as_json(record)), **pages})
+        log_networks(trainer.loggers, record.get("networks", []))
         if figures:
             pictures.write(folder_beside(page))
             pictures.log(trainer.loggers)
         say(record, print_fusion, quiet, json)
     return record
+
+
+def _check_data(data: Any, own: ModuleFusion | None, align_only: bool) -> None:
+    """Refuse data without images for parents of ours, and what is not done with a module of the user's own."""
+    if own is None and not hasattr(data, "alignment_batches"):
+        raise FusionError(
+            f"Expected an image data module to fuse on, got {type(data).__name__}; name the class of the parents by "
+            "--module if it is your own"
+        )
+    if own is not None and align_only:
+        raise FusionError("Expected --align_only for checkpoints of fit or fuse, got --module; leave one of them out")

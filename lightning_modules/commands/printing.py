@@ -34,7 +34,8 @@ def print_fusion(record: FusionRecord) -> None:
     """Print the networks of a fusion as a table on standard output, and below it the files."""
     from rich.console import Console
 
-    print_networks(record["networks"], len(record["classes"]))
+    if "networks" in record:
+        print_networks(record["networks"], len(record["classes"]))
     console = Console()
     for line in _choices(record):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -29,17 +29,19 @@ def circumstances(device: torch.device, data: object) -> Circumstances:
 
     Args:
         device: That computes.
-        data: A data module; its arguments are those that it has saved as hyperparameters.
+        data: A data module, whose arguments are those that it has saved as hyperparameters; None: there is none.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    arguments = dict(getattr(data, "hparams", {}))
-    return {
+    found: Circumstances = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "host": platform.node(),
         "device": f"{device} ({name})",
-        # What is not plain, such as a path or a function of the user's own, is kept in words.
-        "data": {"class_path": public_path(type(data)), "init_args": json.loads(json.dumps(arguments, default=str))},
     }
+    if data is not None:
+        # What is not plain, such as a path or a function of the user's own, is kept in words.
+        arguments = json.loads(json.dumps(dict(getattr(data, "hparams", {})), default=str))
+        found["data"] = {"class_path": public_path(type(data)), "init_args": arguments}
+    return found
 
 
 def public_path(kind: type) -> str:

@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.demos.boring_classes import BoringModel
 
 import clafusion.callbacks.fusion
 from clafusion import FusionError, FusionOptions, describe, fuse
@@ -341,16 +340,6 @@ def test_a_module_with_a_network_is_refused(mlp_checkpoints, tmp_path):
     with pytest.raises(FusionError, match="got one with; leave out --model.architecture"):
         fit(tmp_path, mlp_checkpoints, module)
     assert same(before, module.state_dict())
-
-
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
-def test_another_module_and_other_data_are_refused(mlp_checkpoints, tmp_path):
-    with pytest.raises(FusionError, match="Expected an ImageClassifier or a Distiller to fuse into, got BoringModel"):
-        fit(tmp_path, mlp_checkpoints, BoringModel())
-    digits = data()
-    digits.setup()
-    with pytest.raises(FusionError, match="Expected a data module with images to fuse on, got NoneType"):
-        fit(tmp_path, mlp_checkpoints, digits=digits.train_dataloader())
 
 
 # --- the command line ---

@@ -559,7 +559,7 @@ def test_other_errors_keep_their_traceback(mlp_checkpoints, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("clafusion.lightning_modules.commands.fuse.fuse", fail)
+    monkeypatch.setattr("clafusion.lightning_modules.commands.recording.fuse", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         run(*fuse_arguments(mlp_checkpoints))
     assert not list(Path.cwd().iterdir())

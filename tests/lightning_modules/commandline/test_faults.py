@@ -91,7 +91,7 @@ def test_a_training_that_is_ended_says_so_and_goes_on_exactly(uninterrupted, cap
 
 def test_a_fusion_that_is_ended_leaves_nothing(mlp_checkpoints, capsys, monkeypatch):
     monkeypatch.setattr(
-        "clafusion.lightning_modules.commands.fuse.fuse", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        "clafusion.lightning_modules.commands.recording.fuse", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     assert "ended by SIGINT" in ended(capsys, 130, *fuse_command(mlp_checkpoints))
     assert list(Path.cwd().iterdir()) == []
