@@ -28,6 +28,7 @@ from clafusion.lightning import (
     rank_zero_only,
 )
 from clafusion.lightning_modules import Distiller, FusionTrainer, ImageClassifier, read_checkpoint
+from clafusion.lightning_modules.commandline.callbacks import check_callbacks
 from clafusion.lightning_modules.commandline.class_names import MODE
 from clafusion.lightning_modules.commandline.completion import PrintCompletion
 from clafusion.lightning_modules.commandline.console import quiet
@@ -204,6 +205,7 @@ class FusionCLI(HookedCLI):
             if command == "predict":
                 self.trainer.callbacks.append(PredictedClasses())  # type: ignore[attr-defined]
             if command == "fit":
+                check_callbacks(self.trainer, self.config["fit"]["ckpt_path"] is not None)
                 check_folder(self.trainer, self.goes_on_from, self.config["fit"]["overwrite"])
             super().run(command)
             if command == "fit":
