@@ -279,7 +279,8 @@ class ImageClassifier(RecipeModule):
         self._find_labels()
         for state in checkpoint.get("optimizer_states", []):
             for group in state["param_groups"]:
-                group["fused"] = self._fused or None
+                if "fused" in group:
+                    group["fused"] = self._fused or None
         go_on_with(self._optimization(), Optimization.of(saved), checkpoint)
 
     def _describe(self, network: nn.Module) -> dict[str, Any]:

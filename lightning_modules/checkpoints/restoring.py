@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch.optim import LBFGS
 
 from clafusion.errors import FusionError
 from clafusion.lightning import CheckpointConnector, MisconfigurationException
@@ -24,7 +25,8 @@ class CheckedConnector(CheckpointConnector):
         try:
             yield
             for optimizer in self.trainer.optimizers:
-                for weight, state in optimizer.state.items():
+                # LBFGS keeps all weights in one row, with the first of them.
+                for weight, state in optimizer.state.items() if not isinstance(optimizer, LBFGS) else ():
                     _check_shapes(weight, state)
         except (FusionError, MisconfigurationException):
             raise
@@ -39,7 +41,13 @@ class CheckedConnector(CheckpointConnector):
 
 
 def _check_shapes(weight: Any, state: Any) -> None:
-    """Refuse tensors of an optimizer's state that have neither the shape of their weight nor one number."""
+    """Refuse tensors of an optimizer's state that have neither the shape of their weight nor one number.
+
+    Adafactor keeps sums over rows and columns, so an axis may have the length 1.
+    """
     for name, value in state.items():
-        if isinstance(value, Tensor) and value.ndim > 0 and value.shape != weight.shape:
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            continue
+        axes = zip(value.shape, weight.shape, strict=False)
+        if value.ndim != weight.ndim or any(mine not in (1, length) for mine, length in axes):
             raise ValueError(f"{name} of shape {list(value.shape)} for a weight of shape {list(weight.shape)}")

@@ -1,6 +1,7 @@
 """Class paths of version 0.1, such as `datamodules.MNISTDataModule`: they are ours unless the user has such a class."""
 
 from collections.abc import Callable
+from enum import Enum
 from importlib import import_module
 from inspect import isclass
 from typing import Any
@@ -49,4 +50,6 @@ def _loader(load: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: _with_present_names(load(text))
 
 
+# Lightning has such values as defaults, and PyYAML does not know them.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_str(str(value.value)))
 set_loader(MODE, _loader(get_loader("yaml")), (yaml.YAMLError,))

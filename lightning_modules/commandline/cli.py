@@ -30,6 +30,7 @@ from clafusion.lightning import (
     rank_zero_only,
 )
 from clafusion.lightning_modules import Distiller, FusionTrainer, ImageClassifier, read_checkpoint
+from clafusion.lightning_modules.commandline.callbacks import check_callbacks
 from clafusion.lightning_modules.commandline.checkpoint_data import (
     NO_DATA,
     common_data,
@@ -234,6 +235,7 @@ class FusionCLI(HookedCLI):
                 output = predictions_file(asked["output"], asked["ckpt_path"], asked["overwrite"])
                 self.trainer.callbacks.append(PredictedClasses(output))  # type: ignore[attr-defined]
             if command == "fit":
+                check_callbacks(self.trainer, self.config["fit"]["ckpt_path"] is not None)
                 check_folder(self.trainer, self.goes_on_from, self.config["fit"]["overwrite"])
             super().run(command)
             if command == "fit":

@@ -1,6 +1,7 @@
 """A Lightning module that is trained by a recipe."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,7 +45,9 @@ class RecipeModule(LightningModule):
             return optimizer
         schedule = make_schedule(recipe.schedule, optimizer)
         if isinstance(schedule, ReduceLROnPlateau):
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": self._monitor()}}
+            # Lightning would step it after the checkpoint of the epoch was written; `on_train_epoch_end` does before.
+            never = {"scheduler": schedule, "monitor": self._monitor(), "frequency": sys.maxsize}
+            return {"optimizer": optimizer, "lr_scheduler": never}
         return [optimizer], [schedule]
 
     def check_length(self, epochs: int | None) -> None:
@@ -58,11 +61,6 @@ class RecipeModule(LightningModule):
         """
         if epochs is not None and epochs > 0:
             rehearse(self._optimization(), epochs=epochs)
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Step a schedule, unless it follows a metric: Lightning would step that after the checkpoint was written."""
-        if not isinstance(scheduler, ReduceLROnPlateau):
-            super().lr_scheduler_step(scheduler, metric)
 
     def on_train_epoch_end(self) -> None:
         """Step a schedule that follows a metric, before the checkpoint of the epoch is written."""

@@ -15,7 +15,6 @@ from clafusion import distillation_loss
 from clafusion.datamodules import DigitsDataModule
 from clafusion.errors import FusionError
 from clafusion.lightning_modules import FusionTrainer, ImageClassifier, load_parent, read_checkpoint, save_checkpoint
-from clafusion.lightning_modules.commandline.cli import main
 
 # To go on in the same folder is the point.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -82,8 +81,10 @@ def same(one: Any, two: Any) -> bool:
     return bool(one == two)
 
 
-OPTIMIZERS = ["SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "Adafactor",
-              "ASGD", "LBFGS"]  # fmt: skip
+OPTIMIZERS = (
+    *("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "Adafactor"),
+    *("ASGD", "LBFGS"),
+)
 SCHEDULES = [
     {"name": "StepLR", "step_size": 2},
     {"name": "MultiStepLR", "milestones": [1, 3]},
@@ -108,7 +109,7 @@ def families() -> Iterator[Any]:
         yield pytest.param(recipe, id=f"{schedule['name']}-{schedule.get('monitor', '')}")
 
 
-@pytest.mark.parametrize("recipe", families())
+@pytest.mark.parametrize("recipe", list(families()))
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, recipe):
     fit(tmp_path / "whole", recipe)
     for stop in (4, 6):
@@ -123,7 +124,7 @@ def test_a_schedule_that_follows_a_metric_lowers_the_rate_once_an_epoch_that_was
     schedule = {"name": "ReduceLROnPlateau", "monitor": "val_acc", "patience": 0, "threshold": 10.0, "factor": 0.5}
     watch = fit(tmp_path, {"lr": 0.1, "lr_scheduler": schedule}, check_val_every_n_epoch=every)
     found = [rate for rate, _ in zip(watch.rates[::3], range(EPOCHS), strict=True)]
-    assert found == ([0.1, 0.1, 0.05, 0.025] if every == 1 else [0.1, 0.1, 0.1, 0.1])
+    assert found == pytest.approx([0.1, 0.05, 0.025, 0.0125] if every == 1 else [0.1, 0.1, 0.05, 0.05])
 
 
 def test_adamw_by_options_equals_pytorchs_own_loop(tmp_path):
@@ -283,7 +284,7 @@ def test_recipes_that_cannot_be_trained_by_are_refused(recipe, message):
 def test_a_schedule_that_ends_before_the_training_is_refused(tmp_path):
     schedule = {"name": "OneCycleLR", "max_lr": 0.1, "total_steps": 2}
     with pytest.raises(
-        FusionError, match="Expected SGD and OneCycleLR to last for 4 epochs, got Tried to step 5 times"
+        FusionError, match="Expected SGD and OneCycleLR to last for 4 epochs, got Tried to step 3 times"
     ):
         fit(tmp_path, {"lr_scheduler": schedule})
     assert not list(tmp_path.iterdir())
