@@ -40,7 +40,7 @@ class ResumableDataModule(LightningDataModule):
 
     @property
     def fingerprint(self) -> str | None:
-        """What tells the files of the images from others; None: nothing does."""
+        """A digest by which other files of the images are noticed; None: the images have no files of their own."""
         return None
 
     @property

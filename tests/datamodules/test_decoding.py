@@ -133,13 +133,25 @@ def test_files_can_be_sent_to_workers_that_are_not_forked(folder):
     assert_equal(iter([part[[0, 3, 2]]]), iter([pickle.loads(pickle.dumps(part))[[0, 3, 2]]]))
 
 
+@pytest.mark.parametrize("arguments", KNOWLEDGE, ids=lambda arguments: "-".join(arguments) or "plain")
+def test_a_subset_of_files_is_that_of_their_images(folder, arguments):
+    part, chosen = ready(folder, False, **arguments)._part("train"), torch.tensor([4, 0, 3])
+    here, there = part.decoded().subset(chosen), part.subset(chosen).decoded()
+    assert torch.equal(here.images, there.images) and torch.equal(here.labels, there.labels)
+    assert here.size_in_bytes == part.subset(chosen).size_in_bytes
+
+
 # --- where the images are held
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize(("spare", "held"), [(0, True), (-1, False)])
-def test_images_are_held_where_they_fit_into_a_third_of_the_free_memory(folder, monkeypatch, caplog, spare, held):
-    needed = 30 * (3 * SIZE * SIZE + 8)
+def test_images_are_held_where_they_fit_into_a_third_of_the_free_memory(
+    folder, monkeypatch, caplog, spare, held, processes
+):
+    needed = processes * 30 * (3 * SIZE * SIZE + 8)
     monkeypatch.setattr(decoding, "free_memory", lambda: 3 * needed + spare)
+    monkeypatch.setattr(ImageFolderDataModule, "_neighbours", processes)
     with caplog.at_level("INFO"):
         data = ready(folder, "auto")
     assert (not isinstance(data.train_dataloader().dataset.images, FileList)) is held
