@@ -93,7 +93,7 @@ def bar(progress: bool | None, delay: float = DELAY) -> Iterator[Step]:
 
 
 def _console(progress: bool | None) -> "Console | None":
-    """What to draw on; None where nobody sees it."""
+    """The console to draw on; None where nobody sees it."""
     from rich.console import Console
 
     console = Console(stderr=True)

@@ -1,4 +1,4 @@
-"""What a network returns, and where the logits are in it."""
+"""The logits in what a network returns."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +28,7 @@ def logits_in(output: Any) -> Tensor:
 
 
 def _found(output: Any) -> Any:
-    """What stands in the place of the logits; None if there is no such place."""
+    """The value in the place of the logits; None if there is no such place."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
