@@ -1,5 +1,6 @@
 """FusionCallback on LightningModules and data of other people, and `fuse` of their checkpoints."""
 
+import os
 import re
 import subprocess
 import sys
@@ -385,6 +386,39 @@ def test_fuse_takes_checkpoints_of_ones_own_class(own_module):
         expected = fuse([one.net for one in modules()], samples(), OPTIONS).model(samples()[0])
     assert torch.allclose(logits_of(module), expected, atol=1e-6)
     assert {path.name for path in own_module.iterdir()} >= {"fused.ckpt", "fusion.json", "report.html"}
+
+
+#: A user's script, which trains with a learning rate of zero.
+SCRIPT = """
+import torch
+from pytorch_lightning import Trainer
+from my_package import OPTIONS, QUIET, Data, Inside
+from clafusion.callbacks import FusionCallback
+
+if __name__ == "__main__":
+    callback = FusionCallback(["deep.ckpt", "shallow.ckpt"], OPTIONS)
+    more = {"strategy": "ddp", "devices": 2, "enable_checkpointing": False, **QUIET}
+    trainer = Trainer(max_epochs=1, callbacks=[callback], **more)
+    trainer.fit(Inside(lr=0.0), Data())
+    trainer.save_checkpoint("trained.ckpt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]])
+def test_two_processes_fuse_as_one(own_module, launcher):
+    saved(Inside, own_module)
+    Path("script.py").write_text(SCRIPT)
+    paths = os.pathsep.join([str(own_module), str(ROOT)])
+    end = subprocess.run(
+        [sys.executable, "-W", "ignore", *launcher, "script.py"], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert end.returncode == 0, end.stderr
+    alone = Inside(lr=0.0)
+    fit(alone, ["deep.ckpt", "shallow.ckpt"])
+    ours, theirs = clafusion.load_from("trained.ckpt", Inside).net.state_dict(), alone.net.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_fuse_refuses_what_it_cannot_use(own_module, capsys):
