@@ -23,8 +23,9 @@ class FusionParser(LightningArgumentParser):
     def add_subclass_arguments(self, baseclass: Any, nested_key: str, *args: Any, **kwargs: Any) -> None:
         """Add the choice of a class, with the class that a command gets that names none."""
         # Given here, not set later: else the type would admit None, too, and its errors would say so at length.
-        default = {"default": DEFAULTS[nested_key]} if nested_key in DEFAULTS else {}
-        super().add_subclass_arguments(baseclass, nested_key, *args, **default, **kwargs)
+        if nested_key in DEFAULTS:
+            kwargs["default"] = DEFAULTS[nested_key]
+        super().add_subclass_arguments(baseclass, nested_key, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End the program with one line and exit code 2."""

@@ -145,4 +145,5 @@ def _as_class(kind: Kind, description: Mapping[str, Any], lr: Any) -> dict[str, 
 
 def _plain(chosen: Any) -> dict[str, Any] | None:
     """Return the choice of a class as plain containers."""
-    return chosen.as_dict() if hasattr(chosen, "as_dict") else chosen
+    plain: dict[str, Any] | None = chosen.as_dict() if hasattr(chosen, "as_dict") else chosen
+    return plain

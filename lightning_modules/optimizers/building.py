@@ -64,7 +64,8 @@ def make_optimizer(description: Description, weights: Iterable[nn.Parameter], lr
             f"Expected an optimizer with one kernel for all weights, got {description['name']}; leave out fused"
         )
     own = {"lr": lr} if "lr" in parameters else {}
-    return _made(owner, description, list(weights), **own, **({"fused": True} if fused else {}))
+    made: Optimizer = _made(owner, description, list(weights), **own, **({"fused": True} if fused else {}))
+    return made
 
 
 def make_schedule(description: Description, optimizer: Optimizer) -> LRScheduler:
@@ -101,8 +102,9 @@ def rehearse(recipe: Optimization, weights: int = 1, epochs: int = 1) -> tuple[O
             warnings.simplefilter("ignore")
             made.step(lambda: _no_loss(blanks))
             planned = None if recipe.schedule is None else make_schedule(recipe.schedule, made)
-            for _ in range(0 if planned is None or isinstance(planned, ReduceLROnPlateau) else epochs):
-                planned.step()
+            if planned is not None and not isinstance(planned, ReduceLROnPlateau):
+                for _ in range(epochs):
+                    planned.step()
     except _FAILURES as error:
         if isinstance(error, FusionError):
             raise
@@ -113,10 +115,10 @@ def rehearse(recipe: Optimization, weights: int = 1, epochs: int = 1) -> tuple[O
     return made, planned
 
 
-def _no_loss(weights: list[nn.Parameter]) -> torch.Tensor:
+def _no_loss(weights: list[nn.Parameter]) -> float:
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
-    return torch.zeros(())
+    return 0.0
 
 
 def _made(owner: Any, description: Description, *given: Any, **more: Any) -> Any:

@@ -69,6 +69,7 @@ def describe(kind: Kind, given: Mapping[str, Any]) -> Description:
         >>> describe(OPTIMIZER, {"class_path": "torch.optim.AdamW", "init_args": {"eps": 1e-8, "weight_decay": 0.05}})
         {'name': 'AdamW', 'weight_decay': 0.05}
     """
+    name: Any
     if "class_path" in given:
         name = _imported(kind, given["class_path"])
         arguments = {**(given.get("init_args") or {})}

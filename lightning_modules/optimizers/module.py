@@ -46,7 +46,7 @@ class RecipeModule(LightningModule):
         schedule = make_schedule(recipe.schedule, optimizer)
         if isinstance(schedule, ReduceLROnPlateau):
             # Lightning would step it after the checkpoint of the epoch was written; `on_train_epoch_end` does before.
-            never = {"scheduler": schedule, "monitor": self._monitor(), "frequency": sys.maxsize}
+            never: Any = {"scheduler": schedule, "monitor": self._monitor(), "frequency": sys.maxsize}
             return {"optimizer": optimizer, "lr_scheduler": never}
         return [optimizer], [schedule]
 
@@ -70,7 +70,7 @@ class RecipeModule(LightningModule):
             return
         for config in trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, ReduceLROnPlateau):
-                config.scheduler.step(trainer.callback_metrics[self._monitor()])
+                config.scheduler.step(trainer.callback_metrics[str(self._monitor())])
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
@@ -81,14 +81,14 @@ class RecipeModule(LightningModule):
 
     def _warm(self) -> float:
         """Return the part of the learning rate that the next step has; a function of its number, so nothing to save."""
-        epochs = self.hparams["warmup_epochs"]
+        epochs: float = self.hparams["warmup_epochs"]
         if epochs == 0:
             return 1.0
         trainer = self.trainer
         if trainer.num_training_batches == math.inf:
             raise FusionError("Expected data of known length to warm up in epochs, got others; leave out warmup_epochs")
         steps = epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        return min(1.0, (trainer.global_step + 1) / max(steps, 1))
+        return min(1.0, float(trainer.global_step + 1) / max(steps, 1))
 
     def _optimization(self) -> Optimization:
         return Optimization.of({**self.hparams, "lr": self.lr})

@@ -87,7 +87,7 @@ def test_a_configuration_trains_a_parent(capsys):
     assert load_parent(folder / "best.ckpt").architecture["hidden"] == [64, 48, 32, 24, 16]
     logged = (folder / "logs/version_0/metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train_loss", "val_loss", "val_acc"} <= set(logged)
-    run("fit", "--config", folder / "logs/version_0/config.yaml", *SHORT)
+    run("fit", "--config", folder / "logs/version_0/config.yaml", *SHORT, "--overwrite")
     assert not re.search("GPU available|💡|Seed set|Warning", capsys.readouterr().err)
 
 
