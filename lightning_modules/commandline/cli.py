@@ -224,8 +224,16 @@ class FusionCLI(HookedCLI):
             self.save_config_callback = None
         if self.subcommand == "pipeline":
             catalogue.check_plain(self.config["pipeline"]["experiment"])
-        if _has_classes(self.subcommand):
+        if not _has_classes(self.subcommand):
+            return
+        try:
             super().instantiate_classes()
+        except ValueError as error:
+            # The parser wraps what a callback or a logger says about its arguments.
+            if error.__cause__ is None or user_message(error) is not None:
+                raise
+            reason = " ".join(str(error.__cause__).split())
+            raise FusionError(f"Expected callbacks and loggers that can be made, got {reason}; change them") from error
 
     def run(self, command: str) -> None:
         """Run a function, or the method of the trainer; what was asked of a function is kept beside its results."""

@@ -8,6 +8,8 @@ from jsonargparse import ArgumentParser
 from clafusion.lightning_modules.experiments import catalogue
 
 _SHELLS = ("bash", "zsh", "tcsh")
+#: Arguments whose classes are Lightning's and PyTorch's.
+_CLASSES = ("trainer.", "optimizer", "lr_scheduler")
 #: Arguments that are files or folders.
 _FILES = frozenset({"input", "output", "source", "target", "ckpt_path", "data_dir", "parents"})
 
@@ -40,7 +42,7 @@ def _prepare(parser: ArgumentParser, name: str) -> None:
     if name == "fuse":
         parser._actions += [argparse.Action(["-o"], "output"), argparse.Action([], "parents", "*")]
     for action in parser._actions:
-        # Lightning's classes and all their arguments would make a script of 136 MB.
-        is_class = f"--{action.dest}.help" in parser._option_string_actions and action.dest.startswith("trainer.")
+        # These classes and all their arguments would make a script of 136 MB.
+        is_class = f"--{action.dest}.help" in parser._option_string_actions and action.dest.startswith(_CLASSES)
         if action.dest in _FILES or is_class:
             vars(action)["complete"] = shtab.FILE

@@ -152,6 +152,8 @@ EXTRAS = {
 def test_what_lightning_has_works_and_goes_on(extra):
     if extra in ("tensorboard", "mlflow", "wandb"):
         pytest.importorskip(extra)
+    if extra == "mlflow":
+        pytest.importorskip("sqlalchemy")  # which mlflow-skinny does without
     if extra == "ema" and not hasattr(callbacks, "EMAWeightAveraging"):
         pytest.skip("this Lightning has no EMAWeightAveraging")
     for epochs in ("1", "3"):
@@ -165,13 +167,28 @@ def test_what_lightning_has_works_and_goes_on(extra):
 @pytest.mark.slow
 def test_a_learning_rate_that_was_found_is_that_of_the_training(capsys):
     finder = callback("LearningRateFinder", "num_training_steps=30", "early_stop_threshold=null")
-    cli.main([*FIT, "1", *ADAMW, *finder])
+    more = ["--data.limit_train", "600"]  # as many steps in one epoch as the search takes
+    cli.main([*FIT, "1", *more, *ADAMW, *finder])
     found = saved()["hyper_parameters"]["lr"]
     assert found != 1e-3 and saved()["optimizer_states"][0]["param_groups"][0]["lr"] == found
-    cli.main([*FIT, "2", "--ckpt_path", "last"])
+    cli.main([*FIT, "2", *more, "--ckpt_path", "last"])
     assert saved()["optimizer_states"][0]["param_groups"][0]["lr"] == found
-    error = refused(capsys, *FIT, "3", "--ckpt_path", "last", *finder)
+    capsys.readouterr()
+    error = refused(capsys, *FIT, "3", *more, "--ckpt_path", "last", *finder)
     assert "Expected no LearningRateFinder, got one: a training goes on with the learning rate that it had" in error
+
+
+class Unreachable(callbacks.Callback):
+    """A callback that cannot be made."""
+
+    def __init__(self) -> None:
+        raise RuntimeError("no server\nanswers")
+
+
+def test_arguments_that_a_callback_refuses_are_one_line(capsys):
+    error = refused(capsys, *FIT, "1", *callback(f"{__name__}.Unreachable"))
+    assert "Expected callbacks and loggers that can be made, got no server answers; change them" in error
+    assert "swa_lrs" in refused(capsys, *FIT, "1", *callback("StochasticWeightAveraging", "swa_lrs=-1.0"))
 
 
 def test_a_batch_size_is_not_searched_for(capsys):
