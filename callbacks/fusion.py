@@ -35,6 +35,7 @@ from clafusion.lightning_modules.progress import Step, steps
 from clafusion.lightning_modules.samples import training_samples
 from clafusion.report.pages import fusion_report
 from clafusion.statistics.batches import Inputs
+from clafusion.tracing.outputs import logits_in
 
 
 class FusionData(ImageData, Protocol):
@@ -254,7 +255,8 @@ def _accuracy(network: nn.Module, data: FusionData, device: torch.device, places
     """Return the share of the validation images that a network gets right; None without any."""
     like = next(network.parameters())
     right = [
-        network(images.to(device, like.dtype)).argmax(1).cpu() == (labels if places is None else places[labels])
+        logits_in(network(images.to(device, like.dtype))).argmax(1).cpu()
+        == (labels if places is None else places[labels])
         for images, labels in data.validation_batches()
     ]
     return torch.cat(right).double().mean().item() if right else None

@@ -13,7 +13,9 @@ NO_DATA = {"class_path": "clafusion.datamodules.ImageDataModule"}
 #: Arguments that choose among the images: where parents differ in them, all images are taken.
 _CHOICE = frozenset({"limit_train", "skip_train", "split", "label_set", "val_fraction", "split_seed"})
 #: Arguments that do not change an image as a network gets it.
-_LOADING = frozenset({"batch_size", "eval_batch_size", "num_workers", "augment", "download", "allow_changes"})
+_LOADING = frozenset(
+    {"batch_size", "eval_batch_size", "num_workers", "augment", "download", "allow_changes", "in_memory", "on_error"}
+)
 _CLASSES = {f"clafusion.datamodules.{name}": name for name in datamodules.__all__}
 
 

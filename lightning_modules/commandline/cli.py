@@ -8,7 +8,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,27 +29,21 @@ from clafusion.lightning import (
     Trainer,
     rank_zero_only,
 )
-from clafusion.lightning_modules import Distiller, FusionTrainer, ImageClassifier, read_checkpoint
+from clafusion.lightning_modules import FusionTrainer, ImageClassifier
 from clafusion.lightning_modules.commandline.callbacks import check_callbacks
-from clafusion.lightning_modules.commandline.checkpoint_data import (
-    NO_DATA,
-    common_data,
-    image_shape,
-    saved_data,
-    without_data_options,
-)
+from clafusion.lightning_modules.commandline.checkpoint_data import NO_DATA, without_data_options
+from clafusion.lightning_modules.commandline.checkpoint_defaults import WITH_DATA, saved_defaults
 from clafusion.lightning_modules.commandline.class_names import MODE
 from clafusion.lightning_modules.commandline.completion import PrintCompletion
 from clafusion.lightning_modules.commandline.console import quiet
 from clafusion.lightning_modules.commandline.exit_codes import ended_by, user_message
-from clafusion.lightning_modules.commandline.parser import DEFAULTS, FusionParser, unknown_command
+from clafusion.lightning_modules.commandline.parser import FusionParser, unknown_command
 from clafusion.lightning_modules.commandline.run_folder import check_folder, say_what_was_written
 from clafusion.lightning_modules.commandline.saved_request import saving_request
 from clafusion.lightning_modules.commandline.shorthand import complete
 from clafusion.lightning_modules.commandline.training import (
     add_training_arguments,
     check_training,
-    saved_training,
     without_details,
 )
 from clafusion.lightning_modules.commands.convert import convert_file
@@ -72,7 +66,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "report": report_file,
 }
 _CLASSES = {"trainer", "model", "datamodule"}
-_RECIPE = signature(ImageClassifier).parameters
 _USAGE = {
     "fuse": "%(prog)s A.ckpt B.ckpt ... -o NAME.ckpt [options]",
     "pipeline": "%(prog)s [NAME] [options]",
@@ -89,8 +82,6 @@ _TRAINER_DEFAULTS: dict[str, dict[str, Any]] = {
         "trainer.enable_model_summary": False,
     },
 }
-#: The commands that take the data of the checkpoints that they read.
-_WITH_DATA = ("validate", "test", "predict", "fuse", "transfer")
 #: What all parsers have in common.
 _COMMON: dict[str, Any] = {
     "allow_abbrev": False,
@@ -157,7 +148,7 @@ class FusionCLI(HookedCLI):
         for name, defaults in _TRAINER_DEFAULTS.items():
             self.parser_of(name).set_defaults(defaults)
         add_training_arguments(self.parser_of("fit"))
-        for name in _WITH_DATA:
+        for name in WITH_DATA:
             self.parser_of(name).set_defaults({"data": NO_DATA})
 
     def own_parsers(self) -> dict[str, LightningArgumentParser]:
@@ -207,7 +198,7 @@ class FusionCLI(HookedCLI):
         if path == "last":
             last = Path(config["trainer.default_root_dir"] or "runs") / "last.ckpt"
             path = config["ckpt_path"] = str(last) if last.is_file() else None
-        defaults = {} if path in ("best", "hpc") else _saved_defaults(command, config, path)
+        defaults = {} if path in ("best", "hpc") else saved_defaults(command, config, path)
         if not defaults and not self.partial:
             return
         self.parser_of(command).set_defaults(defaults)
@@ -322,59 +313,6 @@ def _end(kind: str, reason: object, code: int) -> NoReturn:
         # Written at once: other processes of the run may be writing theirs.
         sys.stderr.write(f"clafusion: {kind} {' '.join(str(reason).split())}\n")
     sys.exit(code)
-
-
-def _saved_defaults(command: str, config: Any, path: str | None) -> dict[str, Any]:
-    """Return what the checkpoints of a command say, where the user has not: module, data, seed.
-
-    Args:
-        command: Of the command line.
-        config: Its parsed arguments.
-        path: Its `ckpt_path`.
-    """
-    checkpoint = {} if path is None else read_checkpoint(path)
-    defaults = _interrupted_run(checkpoint) if command == "fit" else {}
-    if checkpoint:
-        defaults["model"] = _saved_module(checkpoint["hyper_parameters"], config["model"])
-    if checkpoint and command == "fit":
-        defaults |= saved_training(checkpoint["hyper_parameters"], config)
-    if command in _WITH_DATA and config["data"]["class_path"] == NO_DATA["class_path"]:
-        given = {"fuse": config.get("parents"), "transfer": [config.get("source"), config.get("target")]}
-        files = [file for file in given.get(command, [path]) if file is not None]
-        # Too few of them are refused by the command itself.
-        defaults["data"] = common_data(files) if len(files) > (command == "fuse") else DEFAULTS["data"]
-    if command == "export" and config["shape"] is None:
-        defaults["shape"] = image_shape(config["input"])
-    return defaults
-
-
-def _saved_module(saved: Mapping[str, Any], chosen: Any) -> dict[str, Any]:
-    """Return the module that a checkpoint describes.
-
-    Args:
-        saved: Its hyperparameters.
-        chosen: The module of the command line so far: a class of the user's own knows which of them are its arguments.
-    """
-    if chosen["class_path"] != DEFAULTS["model"]["class_path"]:
-        path, names = chosen["class_path"], set(vars(chosen["init_args"]))
-    else:
-        # A distillation goes on as one, unless the user names another class, which takes over what it knows.
-        kind = Distiller if "teachers" in saved else ImageClassifier
-        path, names = f"clafusion.lightning_modules.{kind.__name__}", {*_RECIPE, *signature(kind).parameters}
-    # Those have options of their own.
-    names -= {"optimizer", "lr_scheduler"}
-    return {"class_path": path, "init_args": {name: value for name, value in saved.items() if name in names}}
-
-
-def _interrupted_run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the data of a checkpoint and, if that is one of a training, its seed."""
-    data = saved_data(checkpoint)
-    if data is None:
-        return {}
-    state = checkpoint.get(data["class_path"].rpartition(".")[2]) or {}
-    seed = state.get("seed")
-    # PyTorch seeds itself with more bits than a seed on the command line may have.
-    return {"data": data, **({"seed_everything": seed} if type(seed) is int and seed < 2**32 else {})}
 
 
 if __name__ == "__main__":
