@@ -9,13 +9,12 @@ DOCS_STAMP := $(VENV)/.clafusion-docs-installed
 
 .PHONY: demo test zoo test-lowest fuzz test-slurm bench docs lint format
 
-# Trains a deep and a shallow parent on real digits, fuses them and shows how the result compares (about a minute).
+# Trains two parents that know different digits, fuses them and shows how the result compares (about a minute).
 demo: $(STAMP)
-	$(BIN)/clafusion fit --config configs/train/digits_deep.yaml --overwrite
-	$(BIN)/clafusion fit --config configs/train/digits_shallow.yaml --overwrite
-	$(BIN)/clafusion fuse runs/digits_shallow/best.ckpt runs/digits_deep/best.ckpt -o runs/fused.ckpt \
-		--overwrite --data DigitsDataModule
-	$(BIN)/clafusion test --ckpt_path runs/fused.ckpt --data DigitsDataModule
+	$(BIN)/clafusion fit --config configs/train/digits_low.yaml --overwrite
+	$(BIN)/clafusion fit --config configs/train/digits_high.yaml --overwrite
+	$(BIN)/clafusion fuse runs/digits_low/best.ckpt runs/digits_high/best.ckpt -o runs/fused.ckpt --overwrite
+	$(BIN)/clafusion test --ckpt_path runs/fused.ckpt
 
 # Two processes of one thread each; a file's tests stay together, because they share what is trained for them.
 test: $(STAMP)
