@@ -77,7 +77,7 @@ def selection(
 
 
 def _unlike(covariance: Tensor, taken: Tensor) -> Tensor:
-    """How far each neuron is from being one of those that are taken: one less the highest squared correlation, [n]."""
+    """One less the highest squared correlation of each neuron with one of those that are taken, [n]."""
     scale = covariance.diagonal().clamp_min(1e-30)
     likeness = covariance[:, taken].square() / torch.outer(scale, scale[taken])
     return 1 - likeness.amax(1) if taken.any() else torch.ones_like(scale)
