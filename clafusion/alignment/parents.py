@@ -124,7 +124,8 @@ def trace_all(models: Sequence[nn.Module], samples: Tensor) -> list[Structure]:
             )
     classes = [structure.logits.shape[1] for structure in structures]
     if len(set(classes)) > 1:
-        raise FusionError(f"Expected parents with the same number of classes, got {classes}; choose others")
+        found = ", ".join(f"{parent_name(number)}: {count}" for number, count in enumerate(classes))
+        raise FusionError(f"Expected parents with the same number of classes, got {found}; choose others")
     return structures
 
 

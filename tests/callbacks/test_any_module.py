@@ -385,7 +385,7 @@ def test_fuse_takes_checkpoints_of_ones_own_class(own_module):
     with torch.no_grad():
         expected = fuse([one.net for one in modules()], samples(), OPTIONS).model(samples()[0])
     assert torch.allclose(logits_of(module), expected, atol=1e-6)
-    assert {path.name for path in own_module.iterdir()} >= {"fused.ckpt", "fusion.json", "report.html"}
+    assert {path.name for path in own_module.iterdir()} >= {"fused.ckpt", "fused.json", "fused.html"}
 
 
 #: A user's script, which trains with a learning rate of zero.

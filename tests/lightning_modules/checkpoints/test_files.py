@@ -347,11 +347,11 @@ def test_pickled_images_take_the_memory_that_they_have(content, tmp_path):
 def test_a_picture_of_too_many_points_is_refused(tmp_path):
     from PIL import Image
 
-    from clafusion.datamodules.folders import read_images
+    from clafusion.datamodules.folders import image_files
 
     Image.new("1", (9_000, 9_000)).save("a.png")
-    with Watch(tmp_path).over(0), pytest.raises(FusionError, match="in a.png, got 9000x9000 points"):
-        read_images([(Path("a.png"), 0)], 8)
+    with Watch(tmp_path).over(0), pytest.raises(FusionError, match="a.png, got 9000x9000 points"):
+        image_files([(Path("a.png"), 0)], Path(), 8).decoded()
 
 
 @pytest.mark.parametrize("variant", ["cifar", "mnist"])

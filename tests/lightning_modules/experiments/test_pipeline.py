@@ -175,7 +175,7 @@ def test_a_report_shows_it_unless_nobody_wants_it(whole, tmp_path):
     text = (whole / "report.html").read_text()
     assert all(name in text for name in NETWORKS) and "<script" not in text
     figures = {path.name for path in (whole / "report_figures").iterdir()}
-    for name in ("test-accuracy-of-every-network", "default-map-of-fc1-parent-2"):
+    for name in ("test-accuracy-of-every-network", "default-map-of-fc1-shallow"):
         assert {f"{name}.svg", *([f"{name}.png"] if HAS_FONT else [])} < figures
     record = json.loads((whole / "seed_0/fuse_default/fusion.json").read_text())
     assert record["report"]["diagnosis"]["samples"] == 70 and len(record["report"]["line"]["accuracies"]["1"]) == 11
@@ -663,7 +663,7 @@ def test_a_training_that_diverges_is_a_failure_of_its_own(tmp_path, monkeypatch,
         ({"parents.deep.architecture.name": "MPL"}, "in experiment.parents.deep.architecture"),
         ({"parents.deep.architecture.in_features": 63}, "63 values, as experiment.parents.deep takes, got 1x8x8"),
         ({"parents.deep.architecture.num_classes": 9}, "10 classes for DigitsDataModule, got .*9.*parents.deep"),
-        ({"parents.deep.architecture.num_classes": 11}, "number of classes, got .11, 10.; choose .*parent 0: deep"),
+        ({"parents.deep.architecture.num_classes": 11}, "number of classes, got deep: 11, shallow: 10; choose"),
         ({"parents.deep.data": {"colour": 1}}, "got .*'colour': 1.*unexpected keyword argument 'colour'"),
         ({"parents.deep.data": {"limit_train": 10**6}}, "Expected limit_train of at most"),
         ({"parents.deep.data": {"batch_size": 8}}, "Expected no batch_size in data, got one.*parents.deep"),
