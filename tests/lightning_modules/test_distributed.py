@@ -134,7 +134,7 @@ def test_the_options_for_speed_go_together_with_fusing_two_processes_and_a_kill(
     command += ["--model.fused", "true", "--model.channels_last", "true"]
     command += ["--trainer.callbacks+=FusionCallback", "--trainer.callbacks.parents=[a.ckpt, b.ckpt]"]
     killed = ["--trainer.callbacks+=processes.KillAt", "--trainer.callbacks.batches=[7]"]
-    killed += [f"--trainer.callbacks.folder={tmp_path}", "--trainer.default_root_dir", "killed"]
+    killed += [f"--trainer.callbacks.folder={tmp_path}", "--trainer.default_root_dir", "killed", "--ckpt_path", "last"]
     assert clafusion(tmp_path, *command, *killed).returncode == -signal.SIGKILL
     succeed(tmp_path, *command, *killed)
     succeed(tmp_path, *command, "--trainer.default_root_dir", "whole")

@@ -415,13 +415,13 @@ def test_the_exit_code_of_an_interruption(mlp_checkpoints, monkeypatch, capsys, 
 def test_the_commands_of_the_readme_work_as_typed():
     commands = re.findall(r"^clafusion (.*?)(?:\s+#.*)?$", (ROOT / "README.md").read_text(), re.MULTILINE)
     names = [command.split()[0] for command in commands]
-    assert names == ["fit", "fit", "fuse", "test", "fit", "fit", "fit", "pipeline"]
+    assert names == ["fit", "fit", "fuse", "test", "fit", "fit", "fit", "fit", "fit", "pipeline"]
     for command in commands[:-1]:
         run(*shlex.split(command), *QUIET)
     run(*shlex.split(commands[-1]), "--scale", "small", "--seeds", "[0]")
     for name in (
-        "runs/digits_deep/last.ckpt",
-        "runs/digits_shallow/last.ckpt",
+        "runs/digits_low/last.ckpt",
+        "runs/digits_high/last.ckpt",
         "runs/fused.ckpt",
         "runs/finetuned/best.ckpt",
         "runs/digits_finetune/best.ckpt",
