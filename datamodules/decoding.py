@@ -58,18 +58,8 @@ class DecodingDataModule(ImageDataModule):
         self._holds = in_memory is True
         self._decoded: dict[str, ImageSet] = {}
 
-    def setup(self, stage: str | None = None) -> None:
-        """List the files and split them, once, and decide whether the images are held in memory.
-
-        Args:
-            stage: Ignored: the three parts are always defined together.
-
-        Raises:
-            FusionError: The data cannot be read, or a part would be empty.
-        """
-        if self._parts:
-            return
-        super().setup(stage)
+    def on_parts(self) -> None:
+        """Say what stands in for training images that cannot be read; decide whether the images are held in memory."""
         train = self._parts["train"]
         assert isinstance(train, ImageFiles)
         self._parts["train"] = replace(train, replaces=self.on_error == "replace")

@@ -135,6 +135,10 @@ class ImageDataModule(LoadingDataModule):
             if images is not None:
                 images.check(name, self.raw_shape, self.classes_read)
         self._parts = self.selection.parts(whole, test, validation)
+        self.on_parts()
+
+    def on_parts(self) -> None:
+        """Be called once, when the three parts are there; subclasses may change them."""
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Preprocess a batch on the device, in the trainer's precision; augment it only while training.

@@ -25,6 +25,8 @@ def _has_font() -> bool:
 
 
 HAS_FONT = _has_font()
+#: What `fuse` is told of parents that nobody has trained.
+UNTRAINED = ["--data", "DigitsDataModule", "--check_parents", "false"]
 #: Networks that take seconds each: `make zoo` tries them.
 large = pytest.mark.skipif("ZOO" not in os.environ, reason="set ZOO=1 for the large networks")
 needs_font = pytest.mark.skipif(not HAS_FONT, reason="there is no font here to draw PNG files with")

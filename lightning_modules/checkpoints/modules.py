@@ -11,14 +11,13 @@ import torch
 from torch import nn
 
 from clafusion.errors import FusionError
-from clafusion.formats.files import FLOATS
 from clafusion.fusion.record import ParentFile
 from clafusion.lightning_modules.checkpoints.reading import (
+    check_weights,
     holds_classifier,
     load_parent,
     load_plain,
     local_file,
-    not_finite,
     refuse_classes,
 )
 from clafusion.lightning_modules.files import sha256
@@ -73,13 +72,7 @@ def load_networks(parents: Sequence[str | os.PathLike[str] | nn.Module], kind: t
     """
     networks = [_network_of(parent, kind, at) for parent in parents]
     for parent, network in zip(parents, networks, strict=True):
-        name = name_of(parent)
-        spoilt = not_finite(network.state_dict())
-        if spoilt is not None:
-            raise FusionError(f"Expected finite weights in {name}, got NaN or infinity in {spoilt}; train it again")
-        for key, tensor in network.state_dict().items():
-            if tensor.is_floating_point() and tensor.dtype not in FLOATS:
-                raise FusionError(f"Expected {key} in {name} of type {FLOATS[0]}, got {tensor.dtype}; convert it")
+        check_weights(network, name_of(parent))
     return [network.eval() for network in networks]
 
 
@@ -93,8 +86,8 @@ def source_of(parent: str | os.PathLike[str] | nn.Module, name: str) -> ParentFi
     if not isinstance(parent, nn.Module):
         return {"name": name, "path": name_of(parent), "sha256": sha256(parent)}
     digest = hashlib.sha256()
-    for name, tensor in parent.state_dict().items():
-        digest.update(name.encode())
+    for key, tensor in parent.state_dict().items():
+        digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return {"name": name, "path": name_of(parent), "sha256": digest.hexdigest()}
 

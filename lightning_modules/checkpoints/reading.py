@@ -73,13 +73,27 @@ def load_parent(path: str | os.PathLike[str]) -> nn.Module:
         checkpoint = read_checkpoint(path)
         network = _blank_network(checkpoint, path)
         network.load_state_dict(_weights(checkpoint), assign=True)
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point() and tensor.dtype not in FLOATS:
-            raise FusionError(f"Expected {name} in {path} of type {FLOATS[0]}, got {tensor.dtype}; convert it")
-    spoilt = not_finite(network.state_dict())
-    if spoilt is not None:
-        raise FusionError(f"Expected finite weights in {path}, got NaN or infinity in {spoilt}; train it again")
+    check_weights(network, path)
     return network.eval()
+
+
+def check_weights(network: nn.Module, owner: str | os.PathLike[str]) -> None:
+    """Refuse a network with weights that cannot be fused.
+
+    Args:
+        network: Left as it is.
+        owner: What to call it in the message, such as its file.
+
+    Raises:
+        FusionError: A weight is of a type that is not computed with, or not finite.
+    """
+    state = network.state_dict()
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and tensor.dtype not in FLOATS:
+            raise FusionError(f"Expected {name} in {owner} of type {FLOATS[0]}, got {tensor.dtype}; convert it")
+    spoilt = not_finite(state)
+    if spoilt is not None:
+        raise FusionError(f"Expected finite weights in {owner}, got NaN or infinity in {spoilt}; train it again")
 
 
 def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:

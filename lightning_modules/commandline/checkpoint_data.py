@@ -6,6 +6,7 @@ from typing import Any
 from clafusion import datamodules
 from clafusion.errors import FusionError
 from clafusion.lightning_modules.checkpoints.reading import read_content
+from clafusion.lightning_modules.commandline.shorthand import without_details
 from clafusion.lightning_modules.commands.naming import file_names
 
 #: The data of a command for which nobody has named any: the base class, which has no images.
@@ -89,17 +90,5 @@ def _check_same(first: str, data: Mapping[str, Any], name: str, other: Mapping[s
 
 
 def without_data_options(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments of a command without the options of its data module, which only a checkpoint may name.
-
-    Example:
-        >>> without_data_options(["test", "--data.size", "8", "--data.data_dir=photos", "--ckpt_path", "a.ckpt"])
-        ['test', '--ckpt_path', 'a.ckpt']
-    """
-    kept: list[str] = []
-    found = iter(arguments)
-    for argument in found:
-        if not argument.startswith("--data."):
-            kept.append(argument)
-        elif "=" not in argument:
-            next(found, None)
-    return kept
+    """Return the arguments of a command without the options of its data module, which only a checkpoint may name."""
+    return without_details(arguments, ["data"])

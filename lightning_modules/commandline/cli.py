@@ -44,7 +44,7 @@ from clafusion.lightning_modules.commandline.shorthand import complete
 from clafusion.lightning_modules.commandline.training import (
     add_training_arguments,
     check_training,
-    without_details,
+    without_training_details,
 )
 from clafusion.lightning_modules.commands.convert import convert_file
 from clafusion.lightning_modules.commands.export import export_file
@@ -175,7 +175,7 @@ class FusionCLI(HookedCLI):
             raise FusionError(unknown_command(repr(args[0])))
         self.arguments = complete(args)
         # Options of what only the checkpoint names, which is read next, are left for then.
-        given = without_details(self.arguments)
+        given = without_training_details(self.arguments)
         try:
             self.config = parser.parse_args(given)
         except FusionError:

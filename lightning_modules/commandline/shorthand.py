@@ -103,6 +103,27 @@ def at_scale(arguments: Sequence[str]) -> list[str]:
     return [*arguments[:end], f"--data={json.dumps(module)}", *arguments[end:]]
 
 
+def without_details(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Leave out what arguments say about the classes of some options, but not a question for their help.
+
+    Args:
+        arguments: Those of the command line.
+        options: Names of the options that choose a class.
+
+    Example:
+        >>> without_details(["test", "--data.size", "8", "--data.data_dir=photos", "--ckpt_path", "a.ckpt"], ["data"])
+        ['test', '--ckpt_path', 'a.ckpt']
+    """
+    details = tuple(f"--{option}." for option in options)
+    kept, words = [], iter(arguments)
+    for word in words:
+        if not word.startswith(details) or ".help" in word:
+            kept.append(word)
+        elif "=" not in word:
+            next(words, None)
+    return kept
+
+
 def spell_out(arguments: Sequence[str]) -> list[str]:
     """Give a lone flag its value, and names to what stands without: the files of `fuse a.ckpt b.ckpt -o c.ckpt`.
 

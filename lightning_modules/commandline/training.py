@@ -9,6 +9,7 @@ from typing import Any
 
 from clafusion.errors import FusionError
 from clafusion.lightning import PACKAGE, LightningArgumentParser
+from clafusion.lightning_modules.commandline.shorthand import without_details
 from clafusion.lightning_modules.optimizers.descriptions import (
     OPTIMIZER,
     SCHEDULE,
@@ -60,25 +61,15 @@ def check_training(arguments: Sequence[str], config: Any) -> None:
             )
 
 
-def without_details(arguments: Sequence[str]) -> list[str]:
+def without_training_details(arguments: Sequence[str]) -> list[str]:
     """Leave out the arguments of an optimizer and a schedule whose classes only the checkpoint names.
 
     Args:
         arguments: Those of the command line.
-
-    Example:
-        >>> without_details(["fit", "--ckpt_path", "a.ckpt", "--optimizer.lr", "0.1", "--model.lr=1"])
-        ['fit', '--ckpt_path', 'a.ckpt', '--model.lr=1']
     """
     if list(arguments[:1]) != ["fit"] or not any(one.partition("=")[0] == "--ckpt_path" for one in arguments):
         return list(arguments)
-    kept, words = [], iter(arguments)
-    for word in words:
-        if not word.startswith(tuple(f"--{option}." for option in KINDS)) or ".help" in word:
-            kept.append(word)
-        elif "=" not in word:
-            next(words, None)
-    return kept
+    return without_details(arguments, list(KINDS))
 
 
 def saved_training(saved: Mapping[str, Any], config: Any) -> dict[str, Any]:

@@ -53,8 +53,7 @@ def widened(parents: Mapping[str, nn.Module], classes: Sequence[Sequence[Label]]
     together = union_of(classes or ())
     if classes is None or all(tuple(labels) == together for labels in classes):
         return dict(parents)
-    pairs = zip(parents.items(), columns_of(classes), strict=True)
-    return {name: Widened(network, own, len(together)) for (name, network), own in pairs}
+    return _with_columns(parents, columns_of(classes), len(together))
 
 
 def side_by_side(parents: Mapping[str, nn.Module], result: Fusion) -> dict[str, nn.Module]:
@@ -62,9 +61,13 @@ def side_by_side(parents: Mapping[str, nn.Module], result: Fusion) -> dict[str, 
     columns = None if result.teacher is None else result.teacher.columns
     if columns is None:
         return dict(parents)
-    total = len(result.classes)
+    return _with_columns(parents, columns, len(result.classes))
+
+
+def _with_columns(parents: Mapping[str, nn.Module], columns: Iterable[Tensor], count: int) -> dict[str, nn.Module]:
+    """Return the parents by name, with the outputs of each in its columns of all."""
     pairs = zip(parents.items(), columns, strict=True)
-    return {name: Widened(network, own, total) for (name, network), own in pairs}
+    return {name: Widened(network, own, count) for (name, network), own in pairs}
 
 
 def controls(parents: Mapping[str, nn.Module], result: Fusion) -> dict[str, nn.Module]:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from clafusion.errors import FusionError
+from clafusion.errors import FusionError, first_line
 from clafusion.lightning_modules.optimizers.descriptions import OPTIMIZER, SCHEDULE, Description, Kind, class_of
 
 #: The errors of PyTorch for arguments that do not go together.
@@ -110,7 +110,7 @@ def rehearse(recipe: Optimization, weights: int = 1, epochs: int = 1) -> tuple[O
             raise
         names = " and ".join(one["name"] for one in (recipe.optimizer, recipe.schedule) if one)
         raise FusionError(
-            f"Expected {names} to last for {epochs} epochs, got {_first_line(error)}; change the arguments"
+            f"Expected {names} to last for {epochs} epochs, got {first_line(error)}; change the arguments"
         ) from error
     return made, planned
 
@@ -133,7 +133,7 @@ def _made(owner: Any, description: Description, *given: Any, **more: Any) -> Any
         return owner(*given, **arguments, **more)
     except _FAILURES as error:
         raise FusionError(
-            f"Expected {description['name']} to take the arguments {arguments | more}, got {_first_line(error)}; "
+            f"Expected {description['name']} to take the arguments {arguments | more}, got {first_line(error)}; "
             "change them"
         ) from error
 
@@ -145,7 +145,3 @@ def _known_class(kind: Kind, name: str) -> Any:
             f"Expected {name}, a class of your own, got its name from a file; give --{kind.option} {name}"
         )
     return owner
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -262,6 +262,7 @@ def test_a_resumed_training_equals_one_without_a_stop(tmp_path, monkeypatch, kin
     resumed, callback = kind(hidden=[2]), FusionCallback(modules(kind), OPTIONS)
     trainer = fit(resumed, None, epochs=2, callback=callback, ckpt_path=str(tmp_path / "one.ckpt"))
     assert trainer.current_epoch == 2 and [one["path"] for one in callback.record["parents"]] == [kind.__name__] * 2
+    assert [one["name"] for one in callback.record["parents"]] == [kind.__name__, f"{kind.__name__} (2)"]
     ours, theirs = resumed.state_dict(), whole.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert torch.equal(ours["loss.weight"], torch.tensor([1.0, 2.0, 3.0]))

@@ -13,7 +13,7 @@ from clafusion.lightning_modules import FusionTrainer, ImageClassifier, load_par
 from clafusion.lightning_modules.checkpoints.reading import load_fusion
 from clafusion.lightning_modules.commandline import cli
 from clafusion.transport.solvers import transport_plan
-from tests.helpers import CORRECTIONS, NORMED_PAIRS, largest_difference, mlp, relative_error, vectors
+from tests.helpers import CORRECTIONS, NORMED_PAIRS, UNTRAINED, largest_difference, mlp, relative_error, vectors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 
@@ -131,24 +131,8 @@ def test_images_are_held_there_and_nothing_else_changes(tmp_path, workers):
 def test_the_command_line_fuses_and_finetunes_on_it(mlp_checkpoints, tmp_path, monkeypatch, precision):
     monkeypatch.chdir(tmp_path)
     there = ["--trainer.accelerator", "gpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false"]
-    parents, plain = f"[{', '.join(map(str, mlp_checkpoints))}]", ["--figures", "false"]
-    cli.main(
-        [
-            "fuse",
-            "--parents",
-            parents,
-            "--output",
-            "fused.ckpt",
-            "--fusion.num_samples",
-            "70",
-            *there,
-            *plain,
-            "--data",
-            "DigitsDataModule",
-            "--check_parents",
-            "false",
-        ]
-    )
+    parents, plain = f"[{', '.join(map(str, mlp_checkpoints))}]", ["--figures", "false", "--fusion.num_samples", "70"]
+    cli.main(["fuse", "--parents", parents, "--output", "fused.ckpt", *plain, *there, *UNTRAINED])
     assert load_fusion("fused.ckpt") is not None
     quiet = ["--trainer.enable_model_summary", "false"]
     start = ["--data", "DigitsDataModule", "--ckpt_path", "fused.ckpt"]

@@ -35,11 +35,11 @@ from clafusion.report.pages import (
     svg_files,
 )
 from clafusion.tracing.execution import GraphRunner
-from tests.helpers import images, mlp, needs_font, plain, resnet, vectors
+from tests.helpers import UNTRAINED, images, mlp, needs_font, plain, resnet, vectors
 
 HOSTILE = "<script>alert('x')</script>\" onload=\"x\x00&amp;"
-QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--fusion.num_samples", "70",
-         "--data", "DigitsDataModule", "--check_parents", "false"]  # fmt: skip
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", *UNTRAINED]
+QUIET += ["--fusion.num_samples", "70"]
 
 
 @pytest.fixture(scope="module")

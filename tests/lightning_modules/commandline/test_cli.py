@@ -31,13 +31,13 @@ from clafusion.lightning_modules import (
 from clafusion.lightning_modules.commandline import cli
 from clafusion.lightning_modules.commandline.shorthand import spell_out
 from clafusion.lightning_modules.progress import steps
-from tests.helpers import ROOT
+from tests.helpers import ROOT, UNTRAINED
 
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 SHORT = [*QUIET, "--trainer.enable_model_summary", "false", "--trainer.max_epochs", "1"]
 MODULES = "CIFARDataModule, DigitsDataModule, ImageFolderDataModule, MNISTDataModule, TinyImageNetDataModule"
 DIGITS = ["--data", "DigitsDataModule"]
-FEW = ["--fusion.num_samples", "70", *DIGITS, "--check_parents", "false"]
+FEW = ["--fusion.num_samples", "70", *UNTRAINED]
 MLP = {"name": "MLP", "in_features": 64, "hidden": [4], "num_classes": 10}
 
 

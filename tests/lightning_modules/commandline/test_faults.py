@@ -23,7 +23,7 @@ from clafusion.statistics import moments as statistics
 from clafusion.statistics.memory import CHUNK, DIVISORS, is_out_of_memory, within_memory
 from clafusion.statistics.samples import CPU_CHUNK
 from clafusion.tracing.execution import GraphRunner
-from tests.helpers import largest_difference, mlp, plain, vectors
+from tests.helpers import UNTRAINED, largest_difference, mlp, plain, vectors
 from tests.lightning_modules.checkpoints.test_resume import COMMAND, EPOCHS, differences, fit, result
 from tests.processes import clafusion, succeed
 
@@ -36,20 +36,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def fuse_command(parents: Any, *more: str) -> list[str]:
-    return [
-        "fuse",
-        *map(str, parents),
-        "-o",
-        "fused.ckpt",
-        *QUIET,
-        "--fusion.num_samples",
-        "70",
-        "--data",
-        "DigitsDataModule",
-        "--check_parents",
-        "false",
-        *more,
-    ]
+    return ["fuse", *map(str, parents), "-o", "fused.ckpt", *QUIET, "--fusion.num_samples", "70", *UNTRAINED, *more]
 
 
 def ended(capsys: Any, code: int, *arguments: str) -> str:
